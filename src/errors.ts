@@ -1,0 +1,77 @@
+// Every error tp-run raises on purpose: its code, its exit code and its message, in one table.
+// Messages give the real values and the next thing to try; the rank is appended when it is known.
+
+/** Exit codes of every command. */
+export const EXIT = {
+  ok: 0,
+  /** the command ran and the answer is no (check differs) */
+  no: 1,
+  /** bad input or environment */
+  input: 2,
+  /** check's negative control was not detected */
+  control: 3,
+  /** a worker failed */
+  worker: 4,
+  interrupted: 130,
+} as const;
+
+type Row = readonly [exit: number, text: (...values: never[]) => string];
+
+const TABLE = {
+  // --- model ---
+  TP_SHARD_UNEVEN: [
+    EXIT.input,
+    (count: number, what: string, ranks: number, legal: readonly number[]) =>
+      `${count} ${what} cannot be split over ${ranks} ranks; use ${listOf(legal)}`,
+  ],
+  // --- native ---
+  TP_ADDON_MISSING: [
+    EXIT.input,
+    (path: string, why: string) => `the native addon ${path} cannot be loaded: ${why}; run "npm run build"`,
+  ],
+  TP_NATIVE: [EXIT.worker, (where: string, text: string) => `${where}: ${text}`],
+  TP_INTERNAL: [EXIT.worker, (text: string) => text],
+} as const satisfies Record<string, Row>;
+
+export type ErrorCode = keyof typeof TABLE;
+type ValuesOf<C extends ErrorCode> = Parameters<(typeof TABLE)[C][1]>;
+
+export interface RankOf {
+  rank: number;
+  size: number;
+}
+
+/** An error with a code from the table. `message` reads `CODE: text [rank r/size]`. */
+export class TpError extends Error {
+  override readonly name = 'TpError';
+  readonly code: string;
+  readonly exitCode: number;
+  /** The message without its code and rank. */
+  readonly text: string;
+  readonly at: RankOf | undefined;
+
+  constructor(code: string, exitCode: number, text: string, at?: RankOf) {
+    super(`${code}: ${text}${at ? ` [rank ${at.rank}/${at.size}]` : ''}`);
+    this.code = code;
+    this.exitCode = exitCode;
+    this.text = text;
+    this.at = at;
+  }
+
+  /** The same error, said by a rank. */
+  withRank(at: RankOf): TpError {
+    return this.at ? this : new TpError(this.code, this.exitCode, this.text, at);
+  }
+}
+
+/** Makes the error `code` of the table from its values: `throw fail('TP_SHARD_UNEVEN', 16, 'query heads', 3, [1, 2, 4])`. */
+export function fail<C extends ErrorCode>(code: C, ...values: ValuesOf<C>): TpError {
+  const [exit, text] = TABLE[code] as unknown as [number, (...v: ValuesOf<C>) => string];
+  return new TpError(code, exit, text(...values));
+}
+
+/** "1, 2, 4 or 8" */
+export function listOf(values: readonly (string | number)[]): string {
+  if (values.length < 2) return values.join('');
+  return `${values.slice(0, -1).join(', ')} or ${values.at(-1)}`;
+}

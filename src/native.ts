@@ -1,0 +1,200 @@
+// The one typed face of the native addon; nothing else requires it. Classes and functions here are native/binding.
+// Numbers cross as numbers and typed arrays only; every method that computes or reads runs off the main thread.
+
+import { createRequire } from 'node:module';
+import { dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { fail, TpError } from './errors.js';
+
+export type Dtype = 'bfloat16' | 'float32';
+export type Device = 'cpu' | 'cuda';
+/** How the program treats a sync step: `local` does nothing (size 1), `host` returns to TypeScript. */
+export type NativeCollective = 'local' | 'host';
+export type Isa = 'auto' | 'generic' | 'avx2' | 'avx512';
+
+/** A box of a stored tensor, see model/shard.ts. */
+export interface NativeSlice {
+  shape: readonly number[];
+  start: readonly number[];
+  stop: readonly number[];
+}
+
+/** One entry of the plan. `weights` maps a role of the op to a tensor name. */
+export interface NativeStep {
+  /** op name of native/ops/ops.h, or `allReduce` / `allGather` for a sync point */
+  op: string;
+  /** stage name for people: traces, errors, the summary */
+  stage: string;
+  layer: number; // -1 outside the layers
+  weights: Readonly<Record<string, string>>;
+  /** sync points: which buffer of the program travels */
+  buffer?: string;
+}
+
+/** Everything the engine must know of one layer, local to this rank. */
+export interface NativeLayer {
+  heads: number; // local query heads
+  kvHeads: number; // local KV heads (replicated when there are fewer than ranks)
+  headDim: number;
+  window: number; // 0 = all positions
+  kEqV: boolean;
+  ropeTheta: number;
+  rotaryPairs: number;
+}
+
+export interface EngineSpec {
+  device: Device;
+  dtype: Dtype;
+  collective: NativeCollective;
+  isa: Isa;
+  threads: number;
+  rank: number;
+  size: number;
+  model: {
+    hidden: number;
+    vocab: number;
+    intermediate: number; // local
+    moeIntermediate: number; // local
+    experts: number;
+    topK: number;
+    eps: number;
+    softcap: number; // 0 = none
+    leaves: number; // V: virtual shards of the whole model
+    embedScale: number; // sqrt(hidden) in float32; rounded to bfloat16 in that dtype
+  };
+  layers: readonly NativeLayer[];
+  /** Tensors this rank holds, with their local shapes. */
+  tensors: readonly { name: string; shape: readonly number[] }[];
+  steps: readonly NativeStep[];
+  limits: {
+    tokens: number; // most tokens in one step
+    rows: number; // most rows with logits in one step
+    sequences: number; // KV-cache slots
+    positions: number; // positions a sequence may reach
+    candidates: number; // candidates per virtual vocabulary shard that the sampler gathers
+  };
+  /** Keep a hash of every stage's output, see `traceRows`. */
+  trace: boolean;
+}
+
+/** One step's input. T tokens, R rows (tokens whose logits are wanted), all of one rank's view, equal on every rank. */
+export interface Batch {
+  tokens: Int32Array; // [T]
+  positions: Int32Array; // [T]
+  slots: Int32Array; // [T] KV-cache slot of the token's sequence
+  rows: Int32Array; // [R] index into tokens
+  targets: Int32Array; // [R] token whose log-probability is wanted, -1 = none
+  temperature: Float32Array; // [R] 0 = greedy
+  topK: Int32Array; // [R] 0 = all
+  topP: Float32Array; // [R] 1 = all
+  seed: Uint32Array; // [R]
+  sequence: Int32Array; // [R] number of the sequence in the run: the random stream is keyed (seed, sequence, position, token)
+}
+
+/** Flips one unit in the last place of one element of a stage's output; for check's negative control. */
+export interface Fault {
+  stage: string;
+  layer: number;
+  position: number; // position of the token hit
+  slot: number;
+}
+
+export interface StepResult {
+  tokens: Int32Array; // [R] sampled token
+  logprobs: Float32Array; // [R] its log-probability, before temperature and filters
+  targetLogprobs: Float32Array; // [R] NaN where no target was asked
+}
+
+/** Hashes of one stage's output in the last step. */
+export interface TraceEntry {
+  stage: string;
+  layer: number;
+  parts: number; // virtual shards of this buffer on this rank; 1 for a replicated buffer
+  sharded: boolean;
+  hashes: BigUint64Array; // [T or R, parts] over the raw fp32 bytes of each row (and shard)
+}
+
+export interface LoadProgress {
+  bytes: number;
+}
+
+/** One rank's engine: weights, KV cache, program. Calls run one after another on the engine's own thread. */
+export interface NativeEngine {
+  /** Fills tensor `name` with this rank's slice of the synthetic tensor (see model/synthetic.ts). */
+  synthesize(
+    name: string,
+    slice: NativeSlice,
+    key: readonly [number, number],
+    scale: number,
+    offset: number,
+  ): Promise<void>;
+  /** Reads this rank's slice of a BF16 tensor that starts at byte `offset` of the open file `fd`. */
+  readTensor(name: string, slice: NativeSlice, fd: number, offset: number): Promise<void>;
+  /** Checks that every tensor is loaded and resolves the steps. */
+  prepare(): Promise<void>;
+  begin(batch: Batch): void;
+  /** Runs from step `from`; returns the index of the sync step that the host must do, or steps.length at the end. */
+  run(from: number): Promise<number>;
+  /** The buffer of sync step `index`: what this rank contributes; for an all-gather `gathered` has room for every rank's. */
+  syncBuffers(index: number): { send: Float32Array; gathered: Float32Array | null };
+  result(): StepResult;
+  /** Copy of this rank's logits of the last step, after the softcap: [R, vocab / size]. */
+  logits(): Float32Array;
+  /** Copy of program buffer `name`, valid rows only. For tests and dumps. */
+  readBuffer(name: string): Float32Array;
+  writeBuffer(name: string, values: Float32Array): void;
+  trace(): TraceEntry[];
+  plantFault(fault: Fault | null): void;
+  /** Forgets the cache of a slot (positions restart at 0). */
+  resetSlot(slot: number): void;
+  stats(): EngineStats;
+  /** Streams through this rank's own weights for about `seconds`; GB/s. */
+  readBandwidth(seconds: number): Promise<number>;
+  close(): void;
+}
+
+export interface EngineStats {
+  weightBytes: number; // resident weights
+  cacheBytes: number; // resident KV cache
+  readBytes: number; // weight and cache bytes that the steps since the last call had to read
+  expertsRead: number; // distinct (layer, expert) pairs among them
+}
+
+interface Addon {
+  Engine: new (spec: EngineSpec) => NativeEngine;
+  version(): { addon: string; cuda: string | null; isa: Isa[] };
+  /** Ends this process (exit code 4) when the other end of pipe `fd` closes, from a native thread. */
+  watchParent(fd: number): void;
+  /** Elements [start, start + out.length) of a synthetic tensor as BF16 bits. */
+  synthesize(
+    out: Uint16Array,
+    start: number,
+    key: readonly [number, number],
+    scale: number,
+    offset: number,
+  ): void;
+  /** 64-bit hash of bytes, the one that `trace` uses. */
+  hash(bytes: Uint8Array): bigint;
+}
+
+let loaded: Addon | undefined;
+
+/** Loads the addon once; a missing or unloadable one is TP_ADDON_MISSING. */
+export function native(): Addon {
+  if (loaded) return loaded;
+  const path = join(dirname(fileURLToPath(import.meta.url)), '..', 'build', 'tp_run.node');
+  try {
+    loaded = createRequire(import.meta.url)(path) as Addon;
+  } catch (error) {
+    throw fail('TP_ADDON_MISSING', path, (error as Error).message);
+  }
+  return loaded;
+}
+
+/** Turns an error thrown by the addon (`{code, message}`) into a TpError; others pass through. */
+export function fromNative(error: unknown): unknown {
+  if (error instanceof TpError || !(error instanceof Error)) return error;
+  const code = (error as { code?: unknown }).code;
+  if (typeof code !== 'string' || !code.startsWith('TP_')) return error;
+  return new TpError(code, code === 'TP_MEMORY' ? 2 : 4, error.message);
+}
