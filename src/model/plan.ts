@@ -53,11 +53,7 @@ export function makePlan(config: ModelConfig, rank: number, size: number): Plan 
     }),
     tensors: tensorSplits(config).map((split) => {
       const slice = sliceOf(split, rank, size);
-      return {
-        name: split.name,
-        slice,
-        shape: localShape(split.shape, sliceSize(slice), split.axis === null ? -1 : splitStoredAxis(split)),
-      };
+      return { name: split.name, slice, shape: localShape(split, sliceSize(slice)) };
     }),
     steps: [embed(), ...config.layers.flatMap((l, i) => decoderLayer(i, l.kEqV)), ...head()],
   };
@@ -131,21 +127,9 @@ function head(): NativeStep[] {
   ];
 }
 
-/** Stored axis that the split divides: rows of [out, in], columns of o_proj and down_proj. */
-function splitStoredAxis(split: {
-  shape: readonly number[];
-  view: readonly number[];
-  axis: number | null;
-}): number {
-  // Elements before the split axis say how many stored axes stand in front of it.
-  let before = split.view.slice(0, split.axis!).reduce((a, b) => a * b, 1);
-  let axis = 0;
-  while (before > 1 && before % split.shape[axis]! === 0) before /= split.shape[axis++]!;
-  return axis;
-}
-
-function localShape(shape: readonly number[], elements: number, axis: number): number[] {
-  if (axis < 0) return [...shape];
-  const others = shape.reduce((n, d, i) => (i === axis ? n : n * d), 1);
-  return shape.map((d, i) => (i === axis ? elements / others : d));
+/** The shape that an op sees: the stored one with the split axis cut to this rank's part. */
+function localShape(split: TensorSplit, elements: number): number[] {
+  if (split.axis === null) return [...split.shape];
+  const others = split.shape.reduce((n, d, i) => (i === split.storedAxis ? n : n * d), 1);
+  return split.shape.map((d, i) => (i === split.storedAxis ? elements / others : d));
 }

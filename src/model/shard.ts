@@ -23,6 +23,8 @@ export interface TensorSplit {
   view: readonly number[];
   /** Axis of `view` that ranks divide; null = every rank holds all of it. */
   axis: number | null;
+  /** The axis of `shape` that shrinks with it. */
+  storedAxis: number;
   /** With fewer units than ranks (KV heads), neighbouring ranks hold the same one. */
   replicate: boolean;
 }
@@ -35,6 +37,7 @@ export function tensorSplits(config: ModelConfig): TensorSplit[] {
     shape,
     view: shape,
     axis: null,
+    storedAxis: 0,
     replicate: false,
   });
   const rows = (name: string, units: number, unit: number): TensorSplit => ({
@@ -42,6 +45,7 @@ export function tensorSplits(config: ModelConfig): TensorSplit[] {
     shape: [units * unit, h],
     view: [units, unit, h],
     axis: 0,
+    storedAxis: 0,
     replicate: false,
   });
   const columns = (name: string, units: number, unit: number): TensorSplit => ({
@@ -49,6 +53,7 @@ export function tensorSplits(config: ModelConfig): TensorSplit[] {
     shape: [h, units * unit],
     view: [h, units, unit],
     axis: 1,
+    storedAxis: 1,
     replicate: false,
   });
   const layer = (l: LayerConfig, i: number): TensorSplit[] => {
@@ -75,6 +80,7 @@ export function tensorSplits(config: ModelConfig): TensorSplit[] {
         shape: [experts, 2 * n, h],
         view: [experts, 2, n, h],
         axis: 2,
+        storedAxis: 1,
         replicate: false,
       },
       columns(`${p}mlp.down_proj.weight`, intermediateSize, 1),
@@ -83,6 +89,7 @@ export function tensorSplits(config: ModelConfig): TensorSplit[] {
         shape: [experts, h, n],
         view: [experts, h, n],
         axis: 2,
+        storedAxis: 2,
         replicate: false,
       },
       whole(`${p}post_feedforward_layernorm_1.weight`, h),
