@@ -3,7 +3,16 @@
 
 import type { EngineSpec, NativeLayer, NativeStep } from '../native.js';
 import type { ModelConfig } from './config.js';
-import { leavesOf, requireSplittable, type Slice, share, sliceOf, sliceSize, tensorSplits } from './shard.js';
+import {
+  leavesOf,
+  requireSplittable,
+  type Slice,
+  share,
+  sliceOf,
+  sliceSize,
+  type TensorSplit,
+  tensorSplits,
+} from './shard.js';
 
 /** A tensor of this rank: which part of the checkpoint it is, and the shape the ops see. */
 export interface PlannedTensor {
