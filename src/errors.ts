@@ -24,6 +24,47 @@ const TABLE = {
     (count: number, what: string, ranks: number, legal: readonly number[]) =>
       `${count} ${what} cannot be split over ${ranks} ranks; use ${listOf(legal)}`,
   ],
+  // --- command line ---
+  TP_COMMAND: [
+    EXIT.input,
+    (command: string, known: readonly string[]) => `there is no command "${command}"; use ${listOf(known)}`,
+  ],
+  TP_FLAG_UNKNOWN: [
+    EXIT.input,
+    (flag: string, command: string) =>
+      `${flag} means nothing to "tp-run ${command}"; see "tp-run ${command} --help"`,
+  ],
+  TP_FLAG_VALUE: [
+    EXIT.input,
+    (flag: string, expected: string, received: string) =>
+      `expected ${expected} for ${flag} but received ${received}`,
+  ],
+  TP_DEVICE: [EXIT.input, (why: string) => `--device cuda cannot be used: ${why}; use --device cpu or auto`],
+  TP_PROMPT_EMPTY: [
+    EXIT.input,
+    (where: string) => `${where} is empty: a prompt needs at least one token id`,
+  ],
+  TP_PROMPT_TOKEN: [
+    EXIT.input,
+    (id: number | string, where: string, vocab: number) =>
+      `${where} holds token id ${id}; ids of this model are whole numbers from 0 to ${vocab - 1}`,
+  ],
+  TP_PROMPT_LENGTH: [
+    EXIT.input,
+    (where: string, prompt: number, more: number, context: number, limit: string) =>
+      `${where} has ${prompt} tokens and ${more} more are wanted, but the context is ${context} (${limit})`,
+  ],
+  TP_PROMPT_FILE: [
+    EXIT.input,
+    (file: string, why: string) =>
+      `prompts file ${file}: ${why}; every line holds {"prompt": "text"} or {"prompt_ids": [2, 17]}`,
+  ],
+  TP_PLACE: [EXIT.input, (flag: string, place: string, why: string) => `${flag} ${place}: ${why}`],
+  TP_FAULT_PLACE: [
+    EXIT.input,
+    (what: string, got: string | number, legal: string) =>
+      `no fault can be planted at ${what} ${got}: this run has ${legal}`,
+  ],
   // --- native ---
   TP_ADDON_MISSING: [
     EXIT.input,
