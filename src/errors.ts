@@ -24,6 +24,26 @@ const TABLE = {
     (count: number, what: string, ranks: number, legal: readonly number[]) =>
       `${count} ${what} cannot be split over ${ranks} ranks; use ${listOf(legal)}`,
   ],
+  TP_FILE_UNREADABLE: [EXIT.input, (path: string, why: string) => `${path} cannot be read: ${why}`],
+  TP_FILE_UNWRITABLE: [
+    EXIT.input,
+    (path: string, why: string) => `${path} cannot be written: ${why}; choose a place with room and permission`,
+  ],
+  TP_JSON: [EXIT.input, (path: string, why: string) => `${path} is not valid JSON: ${why}`],
+  TP_CONFIG_FIELD: [
+    EXIT.input,
+    (where: string, what: string, found: unknown) => `${where} must ${what}, found ${shown(found)}`,
+  ],
+  TP_CONFIG_KEY: [
+    EXIT.input,
+    (where: string, key: string) => `${where}${key} is not a known key; remove it or correct its spelling`,
+  ],
+  TP_CONFIG_VALUE: [EXIT.input, (where: string, why: string) => `${where}: ${why}`],
+  TP_CONFIG_UNSUPPORTED: [
+    EXIT.input,
+    (where: string, key: string, found: unknown, need: string) =>
+      `${where}${key} = ${shown(found)} is not supported: ${need}`,
+  ],
   // --- command line ---
   TP_COMMAND: [
     EXIT.input,
@@ -38,6 +58,10 @@ const TABLE = {
     EXIT.input,
     (flag: string, expected: string, received: string) =>
       `expected ${expected} for ${flag} but received ${received}`,
+  ],
+  TP_VARIABLE_UNKNOWN: [
+    EXIT.input,
+    (name: string) => `${name} is set, but no flag of tp-run has this variable; unset it or see "tp-run --help"`,
   ],
   TP_DEVICE: [EXIT.input, (why: string) => `--device cuda cannot be used: ${why}; use --device cpu or auto`],
   TP_PROMPT_EMPTY: [
@@ -65,6 +89,49 @@ const TABLE = {
     (what: string, got: string | number, legal: string) =>
       `no fault can be planted at ${what} ${got}: this run has ${legal}`,
   ],
+  // --- comm ---
+  TP_MESSAGE_BAD: [EXIT.worker, (from: string, why: string) => `message from ${from} refused: ${why}`],
+  TP_PROTOCOL: [
+    EXIT.worker,
+    (from: string, theirs: string, ours: number) =>
+      `${from} speaks protocol ${theirs}, this process ${ours}; install the same tp-run everywhere`,
+  ],
+  TP_BIND: [
+    EXIT.input,
+    (endpoint: string, why: string) => `cannot bind ${endpoint}: ${why}; set TMPDIR to a short writable folder`,
+  ],
+  TP_COLLECTIVE_UNSUPPORTED: [
+    EXIT.input,
+    (name: string, why: string) => `collective ${name} cannot be used here: ${why}; use auto`,
+  ],
+  TP_COLLECTIVE_MISMATCH: [
+    EXIT.worker,
+    (rank: number, ours: string, partner: number, theirs: string) =>
+      `ranks are out of step: rank ${rank} is at ${ours}, rank ${partner} at ${theirs}`,
+  ],
+  TP_COLLECTIVE_TIMEOUT: [
+    EXIT.worker,
+    (rank: number, op: string, partner: number, ms: number) =>
+      `rank ${rank} waited ${ms} ms for rank ${partner} in ${op}`,
+  ],
+  // --- engine ---
+  TP_WORKER_DIED: [EXIT.worker, (who: string, how: string, where: string) => `${who} ${how} ${where}`],
+  TP_STAGE_TIMEOUT: [
+    EXIT.worker,
+    (missing: string, stage: string, ms: number) =>
+      `${missing} did not get past stage ${stage} within ${ms} ms; see its log, or raise --init-timeout`,
+  ],
+  TP_STEP_TIMEOUT: [
+    EXIT.worker,
+    (lagging: string, step: number, ms: number) =>
+      `${lagging} made no step for ${ms} ms (last completed step ${step}); raise --step-timeout if steps are that slow`,
+  ],
+  TP_RANKS_DISAGREE: [
+    EXIT.worker,
+    (step: number, what: string, values: string) => `step ${step}: ranks disagree on ${what}: ${values}`,
+  ],
+  TP_INTERRUPTED: [EXIT.interrupted, (signal: string) => `stopped by ${signal}`],
+  TP_LOG_DIR: [EXIT.input, (dir: string, why: string) => `cannot write logs to ${dir}: ${why}`],
   // --- native ---
   TP_ADDON_MISSING: [
     EXIT.input,
@@ -109,6 +176,13 @@ export class TpError extends Error {
 export function fail<C extends ErrorCode>(code: C, ...values: ValuesOf<C>): TpError {
   const [exit, text] = TABLE[code] as unknown as [number, (...v: ValuesOf<C>) => string];
   return new TpError(code, exit, text(...values));
+}
+
+/** A value of a file as it stands in messages: JSON, cut when long. */
+function shown(value: unknown): string {
+  if (value === undefined) return 'nothing';
+  const text = JSON.stringify(value);
+  return text.length > 80 ? `${text.slice(0, 77)}...` : text;
 }
 
 /** "1, 2, 4 or 8" */

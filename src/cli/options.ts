@@ -1,0 +1,248 @@
+// Words -> options: every flag with its default, its TP_RUN_* variable and the commands that know it.
+// The only reader of process.env; what leaves here is checked and frozen.
+
+import { availableParallelism } from 'node:os';
+import { fail } from '../errors.js';
+import { choice, type Flag, real, text, texts, toggle, whole, wholeNumber, wholes } from './flag.js';
+import { splitWords } from './words.js';
+
+const RUN = 'The run';
+const PROMPTS = 'Prompts';
+const SAMPLING = 'Tokens';
+const OUTPUT = 'Output';
+const MEASURE = 'Measuring';
+
+/** Every flag; a key is the flag's name in camelCase. */
+const FLAGS = {
+  gpus: gpus(),
+  device: choice(
+    ['auto', 'cuda', 'cpu'],
+    RUN,
+    'auto: CUDA if a usable GPU is there, else CPU workers',
+    'auto',
+  ),
+  model: text(
+    RUN,
+    'a Hugging Face checkpoint folder, or a file of configs/',
+    null,
+    'the embedded tiny model',
+  ),
+  seed: whole(
+    0,
+    2 ** 32 - 1,
+    RUN,
+    'seed of synthetic weights and of sampling',
+    null,
+    'of the config file; 0',
+  ),
+  dtype: choice(['bfloat16', 'float32'], RUN, 'activations and KV cache', 'bfloat16'),
+  collective: choice(['auto', 'peer', 'nccl', 'zmq'], RUN, 'what joins the ranks', 'auto'),
+  isa: choice(['auto', 'generic', 'avx2', 'avx512'], RUN, 'CPU instructions', 'auto'),
+  threads: whole(1, 1024, RUN, 'compute threads of a rank', null, 'cores / ranks'),
+  batch: whole(1, 256, RUN, 'sequences decoded together', 8),
+  prefillChunk: whole(1, 8192, RUN, 'prompt tokens processed together', 64),
+  maxModelLen: whole(1, 2 ** 31 - 1, RUN, 'longest context', null, 'of the model'),
+  initTimeout: real(0, 86_400, true, RUN, 'seconds for each stage of starting up', 300),
+  stepTimeout: real(0, 86_400, true, RUN, 'seconds for one step', 120),
+  logDir: text(RUN, 'a folder for one log file per rank', null, 'none'),
+
+  prompt: texts(PROMPTS, 'a text prompt; needs a tokenizer'),
+  promptIds: texts(PROMPTS, 'a prompt as token ids: 2,17,5'),
+  prompts: text(PROMPTS, 'JSONL file, rows with prompt or prompt_ids', null, 'none'),
+  chat: toggle(PROMPTS, "put text prompts into the model's chat template"),
+
+  maxTokens: whole(1, 2 ** 31 - 1, SAMPLING, 'new tokens per prompt', 64),
+  temperature: real(0, Infinity, false, SAMPLING, '0 takes the likeliest token', 0),
+  topK: whole(0, 2 ** 31 - 1, SAMPLING, 'sample among the k likeliest; 0 = all', 0),
+  topP: real(0, 1, true, SAMPLING, 'sample among the likeliest that hold this much probability', 1),
+  ignoreEos: toggle(SAMPLING, 'go on after an end token'),
+
+  level: choice(['tokens', 'logits', 'layers'], MEASURE, 'how deep to compare', 'layers'),
+  repeats: whole(1, 1000, MEASURE, 'fresh runs to compare', 2),
+  plantFault: faultPlace(),
+  batchSize: wholes(1, 256, MEASURE, 'batch sizes to measure', [1]),
+  context: whole(1, 2 ** 31 - 1, MEASURE, 'tokens in the cache before the first measured one', 32),
+  steps: whole(1, 1_000_000, MEASURE, 'measured decode steps', 32),
+  sizes: wholes(1, 2 ** 28, MEASURE, 'floats of a message', [2816, 5632, 11264, 22528, 45056]),
+  iterations: whole(1, 1_000_000, MEASURE, 'timed all-reduces per size', 200),
+  warmup: whole(0, 1_000_000, MEASURE, 'untimed all-reduces or steps before', 10),
+
+  dumpLogits: text(OUTPUT, 'safetensors file for the logits rows', null, 'none'),
+  json: toggle(OUTPUT, 'one JSON object on stdout, nothing else'),
+  out: text(OUTPUT, 'also write the JSON result to this file', null, 'none'),
+};
+
+type Flags = typeof FLAGS;
+export type Options = Readonly<{ [K in keyof Flags]: Flags[K] extends Flag<infer T> ? T : never }>;
+
+/** The ranks of a run, and their devices when the caller chose them. */
+export interface Gpus {
+  count: number;
+  devices: readonly number[] | null;
+}
+
+const ENGINE = [
+  ...(['gpus', 'device', 'model', 'seed', 'dtype', 'collective', 'isa', 'threads'] as const),
+  ...(['maxModelLen', 'initTimeout', 'stepTimeout', 'logDir', 'json'] as const),
+] as const;
+const TEXTS = ['prompt', 'promptIds', 'prompts', 'chat', 'batch', 'prefillChunk'] as const;
+
+/** Where `--plant-fault` puts its fault. */
+export interface FaultPlace {
+  layer: number;
+  stage: string;
+  /** null = the last rank */
+  rank: number | null;
+}
+
+/** What the launcher sets for its workers, and a run inside a run inherits. */
+const LAUNCHER_VARIABLES: readonly string[] = [];
+
+export interface CommandWords {
+  describe: string;
+  flags: readonly (keyof Flags)[];
+  /** The word that must follow the command, if any. */
+  word?: string;
+}
+
+/** The commands of a user; `worker` is the launcher's own and takes its options over the control channel. */
+export const COMMANDS = {
+  generate: {
+    describe: 'decode prompts (the default command)',
+    flags: [...ENGINE, ...TEXTS, 'maxTokens', 'temperature', 'topK', 'topP', 'ignoreEos', 'dumpLogits'],
+  },
+  score: { describe: 'log-probability of every prompt token', flags: [...ENGINE, ...TEXTS, 'dumpLogits'] },
+  check: {
+    describe: 'prove that ranks, batch and repetition do not change a bit',
+    flags: [...ENGINE, ...TEXTS, 'maxTokens', 'level', 'repeats', 'plantFault', 'out'],
+  },
+  'bench decode': {
+    describe: 'time per token, bytes read and share of the memory bandwidth',
+    flags: [...ENGINE, 'batchSize', 'context', 'steps', 'warmup', 'prefillChunk', 'out'],
+  },
+  'bench allreduce': {
+    describe: 'time of the all-reduce at the sizes that decoding uses',
+    flags: [...ENGINE, 'sizes', 'iterations', 'warmup', 'out'],
+  },
+  doctor: { describe: 'say what this machine offers', flags: ['gpus', 'device', 'json'] },
+  export: {
+    describe: 'write a synthetic model as a Hugging Face checkpoint',
+    word: 'DIR',
+    flags: ['model', 'seed'],
+  },
+} as const satisfies Record<string, CommandWords>;
+
+export type Command = keyof typeof COMMANDS;
+
+export type Invocation =
+  | { kind: 'run'; command: Command; words: readonly string[]; options: Options }
+  | { kind: 'help'; text: string }
+  | { kind: 'version' };
+
+/**
+ * Reads a command line and the environment.
+ * Throws TP_COMMAND, TP_FLAG_UNKNOWN, TP_FLAG_VALUE or TP_VARIABLE_UNKNOWN.
+ */
+export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv = process.env): Invocation {
+  const [command, rest] = splitCommand(argv);
+  if (!isCommand(command)) throw fail('TP_COMMAND', command, Object.keys(COMMANDS));
+  const about: CommandWords = COMMANDS[command];
+  const flags = new Map(about.flags.map((key): [string, Flag<unknown>] => [dashed(key), FLAGS[key]]));
+  const { given, words, help } = splitWords(rest, command, about, flags);
+  if (help !== null) return { kind: 'help', text: help };
+  if (given.version) return { kind: 'version' };
+  refuseUnknownVariables(env);
+  const options = Object.fromEntries(
+    Object.entries(FLAGS).map(([key, flag]) => {
+      const name = dashed(key);
+      return [key, flags.has(name) ? readValue(flag, name, given[name], env) : flag.fallback];
+    }),
+  );
+  return { kind: 'run', command, words, options: Object.freeze(options) as Options };
+}
+
+/** Compute threads of a rank when `--threads` does not say: the cores shared out, at least one. */
+export function defaultThreads(ranks: number): number {
+  return Math.max(1, Math.floor(availableParallelism() / ranks));
+}
+
+/** A flag's value: the command line's, else its variable's, else the default. */
+function readValue(flag: Flag<unknown>, name: string, given: unknown, env: NodeJS.ProcessEnv): unknown {
+  const variable = variableName(name);
+  const source = given === undefined ? variable : `--${name}`;
+  const said = given ?? env[variable];
+  if (said === undefined) return flag.fallback;
+  const read = (text: string) => {
+    const value = flag.read(text);
+    if (value === undefined) throw fail('TP_FLAG_VALUE', source, flag.expected, JSON.stringify(text));
+    return value;
+  };
+  if (flag.kind === 'list') return [said].flat().flatMap((text) => read(String(text)));
+  if (Array.isArray(said)) throw fail('TP_FLAG_VALUE', source, 'one value', `${said.length}`);
+  return read(String(said));
+}
+
+/** A misspelt variable would otherwise be ignored in silence. */
+function refuseUnknownVariables(env: NodeJS.ProcessEnv): void {
+  const known = new Set([...Object.keys(FLAGS).map(dashed).map(variableName), ...LAUNCHER_VARIABLES]);
+  for (const name of Object.keys(env)) {
+    if (name.startsWith('TP_RUN_') && !known.has(name)) throw fail('TP_VARIABLE_UNKNOWN', name);
+  }
+}
+
+/** The command, of one word or two, and what follows it. */
+function splitCommand(argv: readonly string[]): [command: string, rest: readonly string[]] {
+  const words = argv.findIndex((word) => word.startsWith('-'));
+  const leading = argv.slice(0, words < 0 ? argv.length : words);
+  if (leading.length === 0) return ['generate', argv];
+  const count = leading[0] === 'bench' ? Math.min(2, leading.length) : 1;
+  return [leading.slice(0, count).join(' '), argv.slice(count)];
+}
+
+function isCommand(word: string): word is Command {
+  return Object.hasOwn(COMMANDS, word);
+}
+
+function dashed(key: string): string {
+  return key.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`);
+}
+
+function variableName(name: string): string {
+  return `TP_RUN_${name.replaceAll('-', '_').toUpperCase()}`;
+}
+
+/** `--gpus 2` counts ranks, `--gpus 0,3` names their devices. */
+function gpus(): Flag<Gpus> {
+  return {
+    kind: 'value',
+    group: RUN,
+    describe: 'ranks, or the devices to use: 2, or 0,3',
+    expected: 'a number of ranks from 1 to 64, or different device numbers with commas between them',
+    fallback: { count: 1, devices: null },
+    shown: '1',
+    read(text) {
+      const numbers = text.split(',').map((part) => wholeNumber(part, 0, 64));
+      const devices = numbers.filter((n) => n !== undefined);
+      if (devices.length < numbers.length || new Set(devices).size < devices.length) return undefined;
+      if (devices.length > 1) return { count: devices.length, devices };
+      return devices[0]! > 0 ? { count: devices[0]!, devices: null } : undefined;
+    },
+  };
+}
+
+/** `layer=3,stage=attention[,rank=1]`; whether the model has such a place is checked when it is known. */
+function faultPlace(): Flag<FaultPlace | null> {
+  return {
+    kind: 'value',
+    group: MEASURE,
+    describe: 'show a failure: plant a fault at layer=3,stage=attention[,rank=1]',
+    expected: 'layer=L,stage=NAME[,rank=R]',
+    fallback: null,
+    shown: 'none',
+    read(text) {
+      const match = /^layer=(\d{1,6}),stage=([A-Za-z]+)(?:,rank=(\d{1,6}))?$/.exec(text);
+      if (!match) return undefined;
+      return { layer: Number(match[1]), stage: match[2]!, rank: match[3] ? Number(match[3]) : null };
+    },
+  };
+}
