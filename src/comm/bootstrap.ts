@@ -1,0 +1,51 @@
+// Where the sockets of one run meet: a private folder of ipc endpoints on one host.
+
+import { randomBytes } from 'node:crypto';
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { fail } from '../errors.js';
+
+/** sun_path holds 108 bytes, the last one a zero. */
+const LONGEST_PATH = 107;
+
+/** Names one run in messages, logs and environment. */
+export function newRunId(): string {
+  return randomBytes(8).toString('hex');
+}
+
+/** A folder that only this user can enter (0700), for as long as the run lives. */
+export class Rendezvous {
+  readonly dir: string;
+
+  /** Throws TP_BIND when the temporary folder cannot be written or its path is too long for a socket. */
+  constructor(parent = tmpdir()) {
+    const longest = join(parent, 'tp-run-XXXXXX', 'r000-r000');
+    if (Buffer.byteLength(longest) > LONGEST_PATH) {
+      throw fail('TP_BIND', `ipc://${longest}`, `the path is longer than ${LONGEST_PATH} bytes`);
+    }
+    try {
+      this.dir = mkdtempSync(join(parent, 'tp-run-'));
+    } catch (error) {
+      throw fail('TP_BIND', `ipc://${longest}`, (error as Error).message);
+    }
+    process.once('exit', this.#remove);
+  }
+
+  get control(): string {
+    return `ipc://${join(this.dir, 'control')}`;
+  }
+
+  /** Safe to call twice; also runs when the process exits. */
+  remove(): void {
+    process.off('exit', this.#remove);
+    this.#remove();
+  }
+
+  readonly #remove = (): void => rmSync(this.dir, { recursive: true, force: true });
+}
+
+/** The endpoint that `rank` binds for its partner `other`, in the folder of the control endpoint. */
+export function pairEndpoint(control: string, rank: number, other: number): string {
+  return control.replace(/control$/, `r${rank}-r${other}`);
+}

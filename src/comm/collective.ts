@@ -1,0 +1,67 @@
+// Sums and gathers between ranks: what every collective promises, and which one a run uses.
+
+import { fail } from '../errors.js';
+
+/** All ranks make the same calls in the same order, and all end with the same bits. */
+export interface Collective {
+  readonly name: CollectiveName;
+  /**
+   * Replaces `buffer` by its fp32 sum over all ranks. Ranks meet in a balanced binary tree, neighbours first:
+   * ((r0 + r1) + (r2 + r3)) + ..., which is the upper part of the tree that each rank began over its own leaves.
+   */
+  allReduce(buffer: Float32Array): Promise<void>;
+  /** Fills `gathered` with every rank's `send`, rank-major: gathered.length = ranks * send.length. */
+  gather(send: Float32Array, gathered: Float32Array): Promise<void>;
+  /** The operation under way and whom it waits for; a launcher asks this of a silent rank. */
+  pending(): { op: string; partner: number } | null;
+  close(): void;
+}
+
+export type CollectiveName = 'peer' | 'nccl' | 'zmq' | 'local';
+
+/** What the choice depends on. */
+export interface Topology {
+  ranks: number;
+  device: 'cpu' | 'cuda';
+}
+
+/** `true`, or a sentence that says why not. */
+type Supports = (topology: Topology) => true | string;
+
+const onGpus = ({ device }: Topology): true | string =>
+  device === 'cpu' ? 'no GPU' : 'not built for CUDA workers';
+
+/** Best first. */
+const COLLECTIVES: readonly { name: CollectiveName; supports: Supports }[] = [
+  { name: 'local', supports: ({ ranks }) => ranks === 1 || 'several ranks' },
+  { name: 'peer', supports: onGpus },
+  { name: 'nccl', supports: onGpus },
+  {
+    name: 'zmq',
+    supports: ({ ranks }) => Number.isInteger(Math.log2(ranks)) || `${ranks} is no power of two`,
+  },
+];
+
+export interface Choice {
+  name: CollectiveName;
+  /** One line for the log: `zmq (peer off: no GPU; nccl off: no GPU)`. */
+  why: string;
+}
+
+/** The collective of a run; TP_COLLECTIVE_UNSUPPORTED when the one asked for cannot work here. */
+export function chooseCollective(wanted: 'auto' | CollectiveName, topology: Topology): Choice {
+  const answers = COLLECTIVES.map(({ name, supports }) => ({ name, answer: supports(topology) }));
+  if (wanted !== 'auto') {
+    const answer = answers.find(({ name }) => name === wanted)!.answer;
+    if (answer !== true) throw fail('TP_COLLECTIVE_UNSUPPORTED', wanted, answer);
+    return topology.ranks === 1
+      ? { name: 'local', why: 'local (one rank)' }
+      : { name: wanted, why: `${wanted} (asked for)` };
+  }
+  const best = answers.findIndex(({ answer }) => answer === true);
+  if (best < 0) throw fail('TP_COLLECTIVE_UNSUPPORTED', 'zmq', answers.at(-1)!.answer as string);
+  const { name } = answers[best]!;
+  if (name === 'local') return { name, why: 'local (one rank)' };
+  const others = answers.slice(1, best).map((other) => `${other.name} off: ${other.answer}`);
+  return { name, why: others.length ? `${name} (${others.join('; ')})` : name };
+}

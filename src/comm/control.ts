@@ -1,0 +1,157 @@
+// The control channel: launcher = ROUTER, workers = DEALER. A zeromq socket allows one pending send and one pending
+// receive; both are queued here and nowhere else.
+
+import { Dealer, Router } from 'zeromq';
+import { fail } from '../errors.js';
+import { log } from '../log.js';
+import {
+  decodeLauncher,
+  decodeWorker,
+  encode,
+  type LauncherMessage,
+  MAX_FRAME_BYTES,
+  type WorkerMessage,
+} from './messages.js';
+
+/** Unsent messages per peer before a sender waits: a worker that runs ahead of the launcher is held back. */
+const HIGH_WATER = 64;
+/** How long a closing socket may still deliver, in ms. */
+const LINGER_MS = 200;
+
+/** A worker's message and the raw frames that came with it. */
+export interface FromWorker {
+  rank: number;
+  message: WorkerMessage;
+  frames: Buffer[];
+}
+
+const nameOf = (rank: number): string => `rank-${rank}`;
+
+/** The launcher's end. */
+export class ControlServer {
+  readonly endpoint: string;
+  readonly #run: string;
+  readonly #ranks: number;
+  readonly #socket: Router;
+  #sending: Promise<void> = Promise.resolve();
+
+  private constructor(socket: Router, endpoint: string, run: string, ranks: number) {
+    this.#socket = socket;
+    this.endpoint = endpoint;
+    this.#run = run;
+    this.#ranks = ranks;
+  }
+
+  /** Binds `endpoint` and keeps it; TP_BIND. */
+  static async bind(endpoint: string, run: string, ranks: number): Promise<ControlServer> {
+    const socket = new Router({
+      mandatory: true,
+      linger: LINGER_MS,
+      sendHighWaterMark: HIGH_WATER,
+      receiveHighWaterMark: HIGH_WATER,
+      maxMessageSize: MAX_FRAME_BYTES,
+    });
+    try {
+      await socket.bind(endpoint);
+    } catch (error) {
+      socket.close();
+      throw fail('TP_BIND', endpoint, (error as Error).message);
+    }
+    return new ControlServer(socket, socket.lastEndpoint ?? endpoint, run, ranks);
+  }
+
+  /** Hands over every valid message until `close`. A malformed one is logged and refused. */
+  async *messages(): AsyncGenerator<FromWorker> {
+    while (!this.#socket.closed) {
+      let parts: Buffer[];
+      try {
+        parts = await this.#socket.receive();
+      } catch (error) {
+        if (this.#socket.closed) return;
+        throw error;
+      }
+      const checked = this.#check(parts);
+      if (checked instanceof Error) log.warn(checked.message);
+      else yield checked;
+    }
+  }
+
+  #check(parts: Buffer[]): FromWorker | Error {
+    try {
+      return this.#parse(parts);
+    } catch (error) {
+      return error as Error;
+    }
+  }
+
+  #parse([identity, words, ...frames]: Buffer[]): FromWorker {
+    const from = identity?.toString('latin1') ?? '';
+    const rank = Number(/^rank-(\d{1,6})$/.exec(from)?.[1] ?? Number.NaN);
+    if (!(rank < this.#ranks)) throw fail('TP_MESSAGE_BAD', JSON.stringify(from), 'no rank of this run');
+    if (!words) throw fail('TP_MESSAGE_BAD', `rank ${rank}`, 'it is empty');
+    const message = decodeWorker(this.#run, words, `rank ${rank}`);
+    const expected = message.type === 'report' ? message.frames : 0;
+    if (frames.length !== expected) {
+      throw fail('TP_MESSAGE_BAD', `rank ${rank}`, `${frames.length} frames, ${expected} announced`);
+    }
+    if (message.type === 'hello' && message.rank !== rank) {
+      throw fail('TP_MESSAGE_BAD', `rank ${rank}`, `it says hello as rank ${message.rank}`);
+    }
+    return { rank, message, frames };
+  }
+
+  /** Rejects when that worker is not connected. */
+  send(rank: number, message: LauncherMessage): Promise<void> {
+    const parts = [nameOf(rank), encode(this.#run, message)];
+    const sent = this.#sending.then(() => this.#socket.send(parts));
+    this.#sending = sent.catch(() => {});
+    return sent;
+  }
+
+  close(): void {
+    this.#socket.close();
+  }
+}
+
+/** A worker's end. */
+export class ControlClient {
+  readonly #run: string;
+  readonly #socket: Dealer;
+  #sending: Promise<void> = Promise.resolve();
+
+  constructor(endpoint: string, run: string, rank: number) {
+    this.#run = run;
+    this.#socket = new Dealer({
+      routingId: nameOf(rank),
+      linger: LINGER_MS,
+      sendHighWaterMark: HIGH_WATER,
+      receiveHighWaterMark: HIGH_WATER,
+      maxMessageSize: MAX_FRAME_BYTES,
+    });
+    this.#socket.connect(endpoint);
+  }
+
+  /** Sends the words and, behind them, raw frames; resolves once queued. The frames must not change afterwards. */
+  send(message: WorkerMessage, frames: readonly Uint8Array[] = []): Promise<void> {
+    const parts = [encode(this.#run, message), ...frames.map(asBuffer)];
+    const sent = this.#sending.then(() => this.#socket.send(parts));
+    this.#sending = sent.catch(() => {});
+    return sent;
+  }
+
+  /** The launcher's next message; TP_MESSAGE_BAD. */
+  async receive(): Promise<LauncherMessage> {
+    const [words] = await this.#socket.receive();
+    return decodeLauncher(this.#run, words ?? Buffer.alloc(0));
+  }
+
+  /** What was sent is still delivered for a moment. */
+  close(): void {
+    this.#socket.close();
+  }
+}
+
+/** zeromq takes Buffers without a copy; any other view would travel as its text. */
+function asBuffer(view: Uint8Array): Buffer {
+  return Buffer.from(view.buffer, view.byteOffset, view.byteLength);
+}

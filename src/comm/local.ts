@@ -1,0 +1,13 @@
+// The collective of a single rank: its sum is its own, so there is nothing to do. The model has no `if (single)`.
+
+import type { Collective } from './collective.js';
+
+export const localCollective: Collective = {
+  name: 'local',
+  async allReduce() {},
+  async gather(send, gathered) {
+    gathered.set(send);
+  },
+  pending: () => null,
+  close() {},
+};
