@@ -30,6 +30,33 @@ const TABLE = {
     (path: string, why: string) => `${path} cannot be written: ${why}; choose a place with room and permission`,
   ],
   TP_JSON: [EXIT.input, (path: string, why: string) => `${path} is not valid JSON: ${why}`],
+  TP_FILE_CHANGED: [
+    EXIT.input,
+    (path: string, why: string) => `${path} changed while it was read: ${why}; start again when it is at rest`,
+  ],
+  TP_SAFETENSORS: [
+    EXIT.input,
+    (path: string, why: string) => `${path} is not a valid safetensors file: ${why}; fetch it again`,
+  ],
+  TP_CHECKPOINT: [EXIT.input, (dir: string, why: string) => `checkpoint ${dir} cannot be used: ${why}`],
+  TP_TENSOR_MISSING: [
+    EXIT.input,
+    (name: string, dir: string) => `checkpoint ${dir} has no tensor ${name}, which its config.json asks for`,
+  ],
+  TP_TENSOR_UNEXPECTED: [
+    EXIT.input,
+    (name: string, path: string) => `${path} holds tensor ${name}, for which its config.json has no place`,
+  ],
+  TP_TENSOR_SHAPE: [
+    EXIT.input,
+    (name: string, expected: readonly number[], found: readonly number[], path: string) =>
+      `tensor ${name} must have shape [${expected.join(', ')}] by config.json, but ${path} holds [${found.join(', ')}]`,
+  ],
+  TP_TENSOR_DTYPE: [
+    EXIT.input,
+    (name: string, found: string, path: string) =>
+      `tensor ${name} in ${path} is ${found}; tp-run reads BF16 weights only`,
+  ],
   TP_CONFIG_FIELD: [
     EXIT.input,
     (where: string, what: string, found: unknown) => `${where} must ${what}, found ${shown(found)}`,
@@ -178,8 +205,8 @@ export function fail<C extends ErrorCode>(code: C, ...values: ValuesOf<C>): TpEr
   return new TpError(code, exit, text(...values));
 }
 
-/** A value of a file as it stands in messages: JSON, cut when long. */
-function shown(value: unknown): string {
+/** A value of a file as it stands in messages: JSON, so that control characters are harmless, and cut when long. */
+export function shown(value: unknown): string {
   if (value === undefined) return 'nothing';
   const text = JSON.stringify(value);
   return text.length > 80 ? `${text.slice(0, 77)}...` : text;
