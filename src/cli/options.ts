@@ -4,6 +4,7 @@
 import { availableParallelism } from 'node:os';
 import { fail } from '../errors.js';
 import { choice, type Flag, real, text, texts, toggle, whole, wholeNumber, wholes } from './flag.js';
+import { presetsOf } from './model.js';
 import { splitWords } from './words.js';
 
 const RUN = 'The run';
@@ -95,9 +96,6 @@ export interface FaultPlace {
   rank: number | null;
 }
 
-/** What the launcher sets for its workers, and a run inside a run inherits. */
-const LAUNCHER_VARIABLES: readonly string[] = [];
-
 export interface CommandWords {
   describe: string;
   flags: readonly (keyof Flags)[];
@@ -140,8 +138,8 @@ export type Invocation =
   | { kind: 'version' };
 
 /**
- * Reads a command line and the environment.
- * Throws TP_COMMAND, TP_FLAG_UNKNOWN, TP_FLAG_VALUE or TP_VARIABLE_UNKNOWN.
+ * Reads a command line, the environment and what the named model presets: the first that sets a flag wins.
+ * Throws TP_COMMAND, TP_FLAG_UNKNOWN, TP_FLAG_VALUE or TP_VARIABLE_UNKNOWN, and what a bad model throws.
  */
 export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv = process.env): Invocation {
   const [command, rest] = splitCommand(argv);
@@ -152,13 +150,14 @@ export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv 
   if (help !== null) return { kind: 'help', text: help };
   if (given.version) return { kind: 'version' };
   refuseUnknownVariables(env);
-  const options = Object.fromEntries(
-    Object.entries(FLAGS).map(([key, flag]) => {
-      const name = dashed(key);
-      return [key, flags.has(name) ? readValue(flag, name, given[name], env) : flag.fallback];
-    }),
-  );
-  return { kind: 'run', command, words, options: Object.freeze(options) as Options };
+  const set = (name: string) => readSetting(flags.get(name), name, given[name], env);
+  const model = (set('model') ?? null) as string | null;
+  const presets: Record<string, unknown> = flags.has('model') ? presetsOf(model) : {};
+  const entries = Object.entries<Flag<unknown>>(FLAGS).map(([key, flag]) => {
+    const name = dashed(key);
+    return [key, set(name) ?? readPreset(flags.get(name), name, presets[name]) ?? flag.fallback];
+  });
+  return { kind: 'run', command, words, options: Object.freeze(Object.fromEntries(entries)) as Options };
 }
 
 /** Compute threads of a rank when `--threads` does not say: the cores shared out, at least one. */
@@ -166,25 +165,33 @@ export function defaultThreads(ranks: number): number {
   return Math.max(1, Math.floor(availableParallelism() / ranks));
 }
 
-/** A flag's value: the command line's, else its variable's, else the default. */
-function readValue(flag: Flag<unknown>, name: string, given: unknown, env: NodeJS.ProcessEnv): unknown {
-  const variable = variableName(name);
-  const source = given === undefined ? variable : `--${name}`;
-  const said = given ?? env[variable];
-  if (said === undefined) return flag.fallback;
-  const read = (text: string) => {
-    const value = flag.read(text);
-    if (value === undefined) throw fail('TP_FLAG_VALUE', source, flag.expected, JSON.stringify(text));
-    return value;
-  };
-  if (flag.kind === 'list') return [said].flat().flatMap((text) => read(String(text)));
+type Known = Flag<unknown> | undefined;
+
+/** What the command line, else the flag's variable says; undefined when neither does or the command lacks the flag. */
+function readSetting(flag: Known, name: string, given: unknown, env: NodeJS.ProcessEnv): unknown {
+  const source = given === undefined ? variableName(name) : `--${name}`;
+  const said = given ?? env[source];
+  if (!flag || said === undefined) return undefined;
+  if (flag.kind === 'list') return [said].flat().flatMap((text) => checked(flag, source, text));
   if (Array.isArray(said)) throw fail('TP_FLAG_VALUE', source, 'one value', `${said.length}`);
-  return read(String(said));
+  return checked(flag, source, said);
+}
+
+/** Preset prompts are no setting: they stand in where no prompt is given at all, see prompts.ts. */
+function readPreset(flag: Known, name: string, preset: unknown): unknown {
+  if (!flag || preset === undefined || flag.kind === 'list') return undefined;
+  return checked(flag, `the model's preset ${name}`, preset);
+}
+
+function checked(flag: Flag<unknown>, source: string, said: unknown): unknown {
+  const value = flag.read(String(said));
+  if (value === undefined) throw fail('TP_FLAG_VALUE', source, flag.expected, JSON.stringify(said));
+  return value;
 }
 
 /** A misspelt variable would otherwise be ignored in silence. */
 function refuseUnknownVariables(env: NodeJS.ProcessEnv): void {
-  const known = new Set([...Object.keys(FLAGS).map(dashed).map(variableName), ...LAUNCHER_VARIABLES]);
+  const known = new Set(Object.keys(FLAGS).map(dashed).map(variableName));
   for (const name of Object.keys(env)) {
     if (name.startsWith('TP_RUN_') && !known.has(name)) throw fail('TP_VARIABLE_UNKNOWN', name);
   }

@@ -8,6 +8,10 @@ import {
   readCommandLine,
 } from '../../src/cli/options.js';
 import { TpError } from '../../src/errors.js';
+import { fixture } from '../helpers/fixture.js';
+
+/** A model without presets. */
+const plain = `--model ${fixture('tiny-moe')}`;
 
 function options(line: string, env: Record<string, string> = {}): Options {
   const read = readCommandLine(line.split(' ').filter(Boolean), env);
@@ -39,13 +43,20 @@ describe('the command line', () => {
   });
 
   it('lets a flag win over its variable and the variable over the default', () => {
-    expect(options('', {}).maxTokens).toBe(64);
-    expect(options('', { TP_RUN_MAX_TOKENS: '7' }).maxTokens).toBe(7);
-    expect(options('--max-tokens 9', { TP_RUN_MAX_TOKENS: '7' }).maxTokens).toBe(9);
+    expect(options(plain, {}).maxTokens).toBe(64);
+    expect(options(plain, { TP_RUN_MAX_TOKENS: '7' }).maxTokens).toBe(7);
+    expect(options(`${plain} --max-tokens 9`, { TP_RUN_MAX_TOKENS: '7' }).maxTokens).toBe(9);
     expect(options('', { TP_RUN_JSON: 'true', TP_RUN_PROMPT_IDS: '2,5' })).toMatchObject({
       json: true,
       promptIds: ['2,5'],
     });
+  });
+
+  it('takes what the model presets where neither flag nor variable says otherwise', () => {
+    expect(options('').maxTokens).toBe(32);
+    expect(options('', { TP_RUN_MAX_TOKENS: '7' }).maxTokens).toBe(7);
+    expect(options('--max-tokens 9').maxTokens).toBe(9);
+    expect(options('').promptIds).toEqual([]);
   });
 
   it('ignores the variable of a flag that the command does not know', () => {
