@@ -1,0 +1,323 @@
+// The Engine class of src/native.ts. Work runs on the engine's own thread, one call after another; the main thread
+// only converts. Off-thread code touches plain C++ values alone.
+#include "binding/engine_wrap.h"
+
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <utility>
+
+#include "binding/convert.h"
+#include "engine/engine.h"
+
+namespace tp {
+
+Napi::Error to_js(Napi::Env env, const Error& error) {
+  Napi::Error js = Napi::Error::New(env, error.what());
+  js.Set("code", Napi::String::New(env, error.code()));
+  return js;
+}
+
+namespace {
+
+/// Runs `work`; what it throws comes out as a JavaScript error with its code.
+template <class Work>
+auto guarded(Napi::Env env, Work&& work) {
+  try {
+    return work();
+  } catch (const Error& error) {
+    throw to_js(env, error);
+  }
+}
+
+/// One call on its way: computed on the engine's thread, settled on the main thread.
+struct Task {
+  explicit Task(Napi::Env env) : deferred(Napi::Promise::Deferred::New(env)) {}
+  std::function<double()> work;
+  bool has_value = false;
+  double value = 0;
+  std::optional<Error> error;
+  Napi::Promise::Deferred deferred;
+};
+
+void settle(Napi::Env env, Napi::Function, std::nullptr_t*, Task* task) {
+  const std::unique_ptr<Task> owned(task);
+  if (env == nullptr) return;  // the environment is going down
+  if (task->error)
+    task->deferred.Reject(to_js(env, *task->error).Value());
+  else
+    task->deferred.Resolve(task->has_value ? Napi::Value(Napi::Number::New(env, task->value)) : env.Undefined());
+}
+
+class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
+ public:
+  static Napi::Function define(Napi::Env env) {
+    return DefineClass(env, "Engine",
+                       {
+                           InstanceMethod<&EngineWrap::synthesize>("synthesize"),
+                           InstanceMethod<&EngineWrap::read_tensor>("readTensor"),
+                           InstanceMethod<&EngineWrap::prepare>("prepare"),
+                           InstanceMethod<&EngineWrap::begin>("begin"),
+                           InstanceMethod<&EngineWrap::run>("run"),
+                           InstanceMethod<&EngineWrap::sync_buffers>("syncBuffers"),
+                           InstanceMethod<&EngineWrap::result>("result"),
+                           InstanceMethod<&EngineWrap::logits>("logits"),
+                           InstanceMethod<&EngineWrap::read_buffer>("readBuffer"),
+                           InstanceMethod<&EngineWrap::write_buffer>("writeBuffer"),
+                           InstanceMethod<&EngineWrap::trace>("trace"),
+                           InstanceMethod<&EngineWrap::plant_fault>("plantFault"),
+                           InstanceMethod<&EngineWrap::stats>("stats"),
+                           InstanceMethod<&EngineWrap::read_bandwidth>("readBandwidth"),
+                           InstanceMethod<&EngineWrap::close>("close"),
+                       });
+  }
+
+  explicit EngineWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<EngineWrap>(info) {
+    const Napi::Env env = info.Env();
+    engine_ = guarded(env, [&] { return std::make_unique<Engine>(to_spec(info[0].As<Napi::Object>())); });
+    settle_ = Settle::New(env, "tp-run engine", 0, 1, nullptr);
+    settle_.Unref(env);  // an idle engine does not keep the process alive; a pending call does, see submit()
+    thread_ = std::thread([this] { loop(); });
+  }
+
+  ~EngineWrap() override { stop(); }
+
+ private:
+  using Settle = Napi::TypedThreadSafeFunction<std::nullptr_t, Task, settle>;
+
+  Napi::Value submit(Napi::Env env, bool has_value, std::function<double()> work) {
+    open(env);
+    auto task = std::make_unique<Task>(env);
+    task->work = std::move(work);
+    task->has_value = has_value;
+    const Napi::Value promise = task->deferred.Promise();
+    settle_.Ref(env);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      queue_.push_back(std::move(task));
+    }
+    ready_.notify_one();
+    return promise;
+  }
+
+  void loop() {
+    for (;;) {
+      std::unique_ptr<Task> task;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        ready_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
+        if (queue_.empty()) return;
+        task = std::move(queue_.front());
+        queue_.pop_front();
+      }
+      try {
+        task->value = task->work();
+      } catch (const Error& error) {
+        task->error = error;
+      } catch (const std::exception& error) {
+        task->error = Error("TP_NATIVE", error.what());
+      }
+      if (settle_.NonBlockingCall(task.get()) == napi_ok) task.release();
+    }
+  }
+
+  void stop() {
+    if (!thread_.joinable()) return;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      stopping_ = true;
+    }
+    ready_.notify_one();
+    thread_.join();
+    settle_.Release();
+  }
+
+  void open(Napi::Env env) const {
+    if (!engine_) throw to_js(env, Error("TP_NATIVE", "the engine is closed"));
+  }
+
+  Napi::Value synthesize(const Napi::CallbackInfo& info) {
+    return guarded(info.Env(), [&] {
+      const std::string name = info[0].As<Napi::String>();
+      const Slice slice = to_slice(info[1].As<Napi::Object>());
+      const auto key = info[2].As<Napi::Array>();
+      const Synthetic source = {{key.Get(0u).As<Napi::Number>().Uint32Value(), key.Get(1u).As<Napi::Number>().Uint32Value()},
+                                info[3].As<Napi::Number>().FloatValue(),
+                                info[4].As<Napi::Number>().FloatValue()};
+      return submit(info.Env(), false, [this, name, slice, source] {
+        engine_->weights().synthesize(name, slice, source);
+        return 0.0;
+      });
+    });
+  }
+
+  Napi::Value read_tensor(const Napi::CallbackInfo& info) {
+    return guarded(info.Env(), [&] {
+      const std::string name = info[0].As<Napi::String>();
+      const Slice slice = to_slice(info[1].As<Napi::Object>());
+      const int fd = info[2].As<Napi::Number>().Int32Value();
+      const int64_t offset = info[3].As<Napi::Number>().Int64Value();
+      return submit(info.Env(), false, [this, name, slice, fd, offset] {
+        engine_->weights().read(name, slice, fd, offset);
+        return 0.0;
+      });
+    });
+  }
+
+  Napi::Value prepare(const Napi::CallbackInfo& info) {
+    return submit(info.Env(), false, [this] {
+      engine_->prepare();
+      return 0.0;
+    });
+  }
+
+  void begin(const Napi::CallbackInfo& info) {
+    open(info.Env());
+    guarded(info.Env(), [&] { engine_->begin(to_batch(info[0].As<Napi::Object>())); });
+  }
+
+  Napi::Value run(const Napi::CallbackInfo& info) {
+    const int from = info[0].As<Napi::Number>().Int32Value();
+    return submit(info.Env(), true, [this, from] { return static_cast<double>(engine_->run(from)); });
+  }
+
+  /// A Float32Array over the engine's own memory. One ArrayBuffer per address: V8 forbids two over the same memory.
+  Napi::Value view(Napi::Env env, float* memory, int64_t floats) {
+    auto& [reference, room] = views_[memory];
+    if (reference.IsEmpty() || room < floats) {
+      if (!reference.IsEmpty()) reference.Value().Detach();
+      reference = Napi::Persistent(Napi::ArrayBuffer::New(env, memory, static_cast<size_t>(floats) * sizeof(float)));
+      room = floats;
+    }
+    return Napi::Float32Array::New(env, static_cast<size_t>(floats), reference.Value(), 0);
+  }
+
+  Napi::Value sync_buffers(const Napi::CallbackInfo& info) {
+    const Napi::Env env = info.Env();
+    open(env);
+    return guarded(env, [&] {
+      const Engine::SyncBuffers sync = engine_->sync_buffers(info[0].As<Napi::Number>().Int32Value());
+      Napi::Object out = Napi::Object::New(env);
+      out.Set("send", view(env, sync.send, sync.send_floats));
+      out.Set("gathered", sync.gathered ? view(env, sync.gathered, sync.gathered_floats) : env.Null());
+      return out;
+    });
+  }
+
+  Napi::Value result(const Napi::CallbackInfo& info) {
+    const Napi::Env env = info.Env();
+    open(env);
+    const Engine::Result r = engine_->result();
+    const auto rows = static_cast<size_t>(r.rows);
+    const auto copy = [&](const float* from) {
+      auto array = Napi::Float32Array::New(env, rows);
+      std::copy_n(from, rows, array.Data());
+      return array;
+    };
+    auto tokens = Napi::Int32Array::New(env, rows);
+    std::copy_n(r.token, rows, tokens.Data());
+    Napi::Object out = Napi::Object::New(env);
+    out.Set("tokens", tokens);
+    out.Set("logprobs", copy(r.logprob));
+    out.Set("targetLogprobs", copy(r.target_logprob));
+    return out;
+  }
+
+  Napi::Value logits(const Napi::CallbackInfo& info) {
+    open(info.Env());
+    const auto floats = static_cast<size_t>(engine_->logits_floats());
+    auto out = Napi::Float32Array::New(info.Env(), floats);
+    std::copy_n(engine_->logits(), floats, out.Data());
+    return out;
+  }
+
+  Napi::Value read_buffer(const Napi::CallbackInfo& info) {
+    open(info.Env());
+    return guarded(info.Env(), [&] {
+      const std::vector<float> values = engine_->read_buffer(info[0].As<Napi::String>());
+      auto out = Napi::Float32Array::New(info.Env(), values.size());
+      std::copy(values.begin(), values.end(), out.Data());
+      return out;
+    });
+  }
+
+  void write_buffer(const Napi::CallbackInfo& info) {
+    open(info.Env());
+    guarded(info.Env(), [&] {
+      const auto values = info[1].As<Napi::Float32Array>();
+      engine_->write_buffer(info[0].As<Napi::String>(), values.Data(), values.ElementLength());
+    });
+  }
+
+  Napi::Value trace(const Napi::CallbackInfo& info) {
+    const Napi::Env env = info.Env();
+    open(env);
+    const auto& entries = engine_->trace();
+    Napi::Array out = Napi::Array::New(env, entries.size());
+    for (size_t i = 0; i < entries.size(); i++) {
+      const TraceEntry& entry = entries[i];
+      auto hashes = Napi::BigUint64Array::New(env, entry.hashes.size());
+      std::copy(entry.hashes.begin(), entry.hashes.end(), hashes.Data());
+      Napi::Object object = Napi::Object::New(env);
+      object.Set("stage", entry.stage);
+      object.Set("layer", entry.layer);
+      object.Set("parts", entry.parts);
+      object.Set("sharded", entry.sharded);
+      object.Set("hashes", hashes);
+      out.Set(static_cast<uint32_t>(i), object);
+    }
+    return out;
+  }
+
+  void plant_fault(const Napi::CallbackInfo& info) {
+    open(info.Env());
+    guarded(info.Env(), [&] {
+      engine_->plant_fault(info[0].IsObject() ? std::optional<Fault>(to_fault(info[0].As<Napi::Object>()))
+                                              : std::nullopt);
+    });
+  }
+
+  Napi::Value stats(const Napi::CallbackInfo& info) {
+    open(info.Env());
+    const Stats stats = engine_->take_stats();
+    Napi::Object out = Napi::Object::New(info.Env());
+    out.Set("weightBytes", stats.weight_bytes);
+    out.Set("cacheBytes", stats.cache_bytes);
+    out.Set("readBytes", stats.read_bytes);
+    out.Set("expertsRead", stats.experts_read);
+    return out;
+  }
+
+  Napi::Value read_bandwidth(const Napi::CallbackInfo& info) {
+    const double seconds = info[0].As<Napi::Number>().DoubleValue();
+    return submit(info.Env(), true, [this, seconds] { return engine_->read_bandwidth(seconds); });
+  }
+
+  void close(const Napi::CallbackInfo&) {
+    stop();
+    for (auto& [memory, entry] : views_)
+      if (!entry.first.IsEmpty()) entry.first.Value().Detach();
+    views_.clear();
+    engine_.reset();
+  }
+
+  std::unique_ptr<Engine> engine_;
+  std::map<float*, std::pair<Napi::Reference<Napi::ArrayBuffer>, int64_t>> views_;
+  Settle settle_;
+  std::mutex mutex_;
+  std::condition_variable ready_;
+  std::deque<std::unique_ptr<Task>> queue_;
+  bool stopping_ = false;
+  std::thread thread_;
+};
+
+}  // namespace
+
+Napi::Function define_engine(Napi::Env env) { return EngineWrap::define(env); }
+
+}  // namespace tp

@@ -1,0 +1,77 @@
+// What the addon exports: see interface Addon in src/native.ts.
+#include <napi.h>
+#include <poll.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <sstream>
+#include <thread>
+
+#include "base/random.h"
+#include "binding/engine_wrap.h"
+#include "ops/backend.h"
+
+#ifndef TP_RUN_VERSION
+#define TP_RUN_VERSION "0.0.0"
+#endif
+
+namespace tp {
+
+namespace {
+
+constexpr int kExitParentGone = 4;
+
+Napi::Value version(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  Napi::Array isas = Napi::Array::New(env);
+  std::istringstream names(cpu_isas());
+  for (std::string name; std::getline(names, name, ',');) isas.Set(isas.Length(), name);
+  Napi::Object out = Napi::Object::New(env);
+  out.Set("addon", TP_RUN_VERSION);
+  out.Set("cuda", env.Null());
+  out.Set("isa", isas);
+  return out;
+}
+
+/// A thread of its own, because the event loop may be inside a long call when the parent dies.
+void watch_parent(const Napi::CallbackInfo& info) {
+  const int fd = info[0].As<Napi::Number>().Int32Value();
+  std::thread([fd] {
+    for (;;) {
+      char byte;
+      const ssize_t got = read(fd, &byte, 1);
+      if (got > 0 || (got < 0 && errno == EINTR)) continue;
+      if (got < 0 && errno == EAGAIN) {  // Node makes its pipes non-blocking
+        pollfd wait = {fd, POLLIN, 0};
+        poll(&wait, 1, -1);
+        continue;
+      }
+      _exit(kExitParentGone);
+    }
+  }).detach();
+}
+
+void synthesize(const Napi::CallbackInfo& info) {
+  auto out = info[0].As<Napi::Uint16Array>();
+  const auto start = static_cast<uint64_t>(info[1].As<Napi::Number>().Int64Value());
+  const auto key = info[2].As<Napi::Array>();
+  const Synthetic source = {{key.Get(0u).As<Napi::Number>().Uint32Value(), key.Get(1u).As<Napi::Number>().Uint32Value()},
+                            info[3].As<Napi::Number>().FloatValue(),
+                            info[4].As<Napi::Number>().FloatValue()};
+  for (size_t i = 0; i < out.ElementLength(); i++) out[i] = synthetic_element(source, start + i);
+}
+
+Napi::Object initialise(Napi::Env env, Napi::Object exports) {
+  exports.Set("Engine", define_engine(env));
+  exports.Set("version", Napi::Function::New(env, version));
+  exports.Set("watchParent", Napi::Function::New(env, watch_parent));
+  exports.Set("synthesize", Napi::Function::New(env, synthesize));
+  return exports;
+}
+
+}  // namespace
+
+}  // namespace tp
+
+static Napi::Object Initialise(Napi::Env env, Napi::Object exports) { return tp::initialise(env, exports); }
+NODE_API_MODULE(tp_run, Initialise)

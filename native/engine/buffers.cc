@@ -1,0 +1,64 @@
+#include "engine/buffers.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace tp {
+
+Buffers::Buffers(const EngineSpec& spec, const Dims& d, Backend& backend) {
+  const size_t t = static_cast<size_t>(spec.limits.tokens), r = static_cast<size_t>(spec.limits.rows);
+  const auto floats = [&](size_t rows, size_t width) {
+    return static_cast<float*>(backend.allocate(rows * width * sizeof(float)));
+  };
+  const auto ints = [&](size_t count) { return static_cast<int*>(backend.allocate(count * sizeof(int))); };
+  size_t q_width = 0, kv_width = 0;
+  for (const LayerSpec& layer : spec.layers) {
+    q_width = std::max(q_width, static_cast<size_t>(layer.heads) * layer.head_dim);
+    kv_width = std::max(kv_width, static_cast<size_t>(layer.kv_heads) * layer.head_dim);
+  }
+  hidden = floats(t, d.hidden);
+  normed = floats(std::max(t, r), d.hidden);
+  q = floats(t, q_width);
+  kv = floats(t, 2 * kv_width);
+  attention = floats(t, q_width);
+  attn_sum = floats(t, d.hidden);
+  router_logits = floats(t, d.experts);
+  dense_in = floats(t, d.hidden);
+  expert_in = floats(t, d.hidden);
+  route_weight = floats(t, d.top_k);
+  route_index = ints(t * d.top_k);
+  expert_start = ints(static_cast<size_t>(d.experts) + 1);
+  assignment = ints(t * d.top_k);
+  dense_act = floats(t, d.inter);
+  expert_act = floats(t * d.top_k, d.moe_inter);
+  ffn_sum = floats(t, 2 * static_cast<size_t>(d.hidden));
+  logits = floats(r, d.local_vocab);
+  const size_t summary = static_cast<size_t>(d.leaves) * (kSummaryFloats + kCandidateFloats * d.candidates);
+  candidates = floats(r, summary);
+  gathered = d.size == 1 ? candidates : floats(r * d.size, summary);
+  token = ints(r);
+  logprob = floats(r, 1);
+  target_logprob = floats(r, 1);
+
+  std::vector<std::pair<std::pair<double, int>, int>> ropes;  // ((theta, dim), pairs)
+  for (const LayerSpec& layer : spec.layers) {
+    const auto rope = std::make_pair(std::make_pair(layer.rope_theta, layer.head_dim), layer.rotary_pairs);
+    auto found = std::find(ropes.begin(), ropes.end(), rope);
+    if (found == ropes.end()) {
+      found = ropes.insert(ropes.end(), rope);
+      cosine.push_back(floats(t, static_cast<size_t>(layer.rotary_pairs)));
+      sine.push_back(floats(t, static_cast<size_t>(layer.rotary_pairs)));
+    }
+    rope_of_layer.push_back(static_cast<int>(found - ropes.begin()));
+
+    // A ring must keep the window of the step's first token while its last token is already stored.
+    const int ring = layer.window + spec.limits.tokens - 1;
+    const int capacity = layer.window > 0 ? std::min(ring, spec.limits.positions) : spec.limits.positions;
+    const size_t bytes = static_cast<size_t>(spec.limits.sequences) * layer.kv_heads * capacity * layer.head_dim *
+                         (d.bfloat16 ? sizeof(Bf16) : sizeof(float));
+    caches.push_back({backend.allocate(bytes), backend.allocate(bytes), capacity});
+    cache_bytes += 2 * static_cast<double>(bytes);
+  }
+}
+
+}  // namespace tp

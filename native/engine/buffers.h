@@ -1,0 +1,54 @@
+// Every activation buffer of the program, with its shape, and the KV cache. Allocated once; fixed addresses.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "engine/spec.h"
+#include "ops/backend.h"
+
+namespace tp {
+
+/// T, R: most tokens and rows of a step; the sizes are those of Dims.
+struct Buffers {
+  Buffers(const EngineSpec& spec, const Dims& dims, Backend& backend);
+
+  float* hidden;         // (T, H) residual stream
+  float* normed;         // (T, H) scratch of qkv, route and logits
+  float* q;              // (T, heads * D)
+  float* kv;             // (T, 2 * kvHeads * D)
+  float* attention;      // (T, heads * D)
+  float* attn_sum;       // (T, H)
+  float* router_logits;  // (T, E)
+  float* dense_in;       // (T, H)
+  float* expert_in;      // (T, H)
+  float* route_weight;   // (T, K)
+  int* route_index;      // (T, K)
+  int* expert_start;     // (E + 1)
+  int* assignment;       // (T * K)
+  float* dense_act;      // (T, inter)
+  float* expert_act;     // (T, K, moeInter)
+  float* ffn_sum;        // (T, 2, H)
+  float* logits;         // (R, localVocab)
+  float* candidates;     // (R, leaves, 3 + 3 C) this rank's
+  float* gathered;       // (size, R, leaves, 3 + 3 C) of all ranks; the same memory as candidates when size is 1
+  int* token;            // (R) sampled
+  float* logprob;        // (R)
+  float* target_logprob; // (R)
+  std::vector<float*> cosine, sine;  // per distinct RoPE: (T, rotaryPairs)
+  std::vector<int> rope_of_layer;    // index into cosine and sine
+  std::vector<Cache> caches;         // per layer
+  double cache_bytes = 0;
+};
+
+/// A named buffer as rows of `width` floats, for syncs, traces and tests.
+struct View {
+  void* data;
+  int width;        // floats (or ints) of one row
+  bool per_row;     // R rows, else T
+  bool sharded;     // each rank holds its own virtual shards
+  int groups = 1;   // a row is `groups` repetitions of `leaves` shards (expert activations: K)
+  bool rounded = true;  // bfloat16-valued in bfloat16 runs
+};
+
+}  // namespace tp

@@ -1,0 +1,37 @@
+// The plan, checked once and resolved to calls: step i of the plan is call i here.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "engine/buffers.h"
+#include "engine/weights.h"
+
+namespace tp {
+
+class Program {
+ public:
+  enum class Sync { none, all_reduce, all_gather };
+
+  struct Call {
+    std::function<void()> run;  // empty for a sync point
+    Sync sync = Sync::none;
+    std::string stage;
+    int layer = -1;
+    std::vector<View> outputs;  // what this stage leaves behind that is complete: for traces and faults
+    double weight_bytes = 0;    // read whatever the input is
+    double expert_bytes = 0;    // read for every distinct expert
+  };
+
+  /// Throws TP_PLAN for a step that is unknown, misses a weight or has one of the wrong shape.
+  Program(const EngineSpec& spec, const Dims& dims, const Input& input, const Weights& weights, Buffers& buffers,
+          Backend& backend);
+
+  const std::vector<Call>& calls() const { return calls_; }
+
+ private:
+  std::vector<Call> calls_;
+};
+
+}  // namespace tp

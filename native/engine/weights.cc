@@ -1,0 +1,198 @@
+#include "engine/weights.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+
+#include "base/check.h"
+
+namespace tp {
+
+namespace {
+
+constexpr size_t kAlign = 64;
+constexpr int64_t kBounceBytes = int64_t{4} << 20;  // short runs are picked out of blocks of this size
+constexpr int64_t kDirectBytes = int64_t{64} << 10;  // runs at least this long are read where they belong
+constexpr int64_t kSkipBytes = 4096;                 // gaps shorter than a page cannot be skipped anyway
+
+struct Run {
+  int64_t source, target, count;  // elements
+};
+
+std::vector<Run> runs_of(const Slice& slice) {
+  std::vector<Run> runs;
+  for_each_run(slice, [&](int64_t source, int64_t target, int64_t count) { runs.push_back({source, target, count}); });
+  return runs;
+}
+
+/// Splits long runs, so that threads share even a tensor that is one run.
+std::vector<Run> pieces_of(const Slice& slice, int64_t most) {
+  std::vector<Run> pieces;
+  for (const Run& run : runs_of(slice))
+    for (int64_t done = 0; done < run.count; done += most)
+      pieces.push_back({run.source + done, run.target + done, std::min(most, run.count - done)});
+  return pieces;
+}
+
+void read_fully(int fd, void* into, int64_t bytes, int64_t offset) {
+  auto* at = static_cast<char*>(into);
+  while (bytes > 0) {
+    const ssize_t got = pread(fd, at, static_cast<size_t>(bytes), offset);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) fail("TP_WEIGHTS_READ", "reading %lld bytes at %lld: %s", static_cast<long long>(bytes),
+                      static_cast<long long>(offset), strerror(errno));
+    if (got == 0) fail("TP_WEIGHTS_READ", "the file ends at byte %lld, %lld bytes before the tensor does; did it change?",
+                       static_cast<long long>(offset), static_cast<long long>(bytes));
+    at += got;
+    offset += got;
+    bytes -= got;
+  }
+}
+
+}  // namespace
+
+void for_each_run(const Slice& slice, const std::function<void(int64_t, int64_t, int64_t)>& run) {
+  // The innermost axes that are whole, and the one before them, make one contiguous piece.
+  const int axes = static_cast<int>(slice.shape.size());
+  int inner = axes - 1;
+  int64_t below = 1;
+  while (inner > 0 && slice.start[inner] == 0 && slice.stop[inner] == slice.shape[inner]) below *= slice.shape[inner--];
+  const int64_t count = (slice.stop[inner] - slice.start[inner]) * below;
+  if (count == 0) return;
+
+  std::vector<int64_t> stride(axes, 1);
+  for (int i = axes - 2; i >= 0; i--) stride[i] = stride[i + 1] * slice.shape[i + 1];
+  std::vector<int64_t> at(slice.start.begin(), slice.start.begin() + inner);
+  int64_t target = 0;
+  for (;;) {
+    int64_t source = slice.start[inner] * stride[inner];
+    for (int i = 0; i < inner; i++) source += at[i] * stride[i];
+    run(source, target, count);
+    target += count;
+    int axis = inner - 1;
+    while (axis >= 0 && ++at[axis] == slice.stop[axis]) {
+      at[axis] = slice.start[axis];
+      axis--;
+    }
+    if (axis < 0) return;
+  }
+}
+
+Weights::Weights(const std::vector<TensorSpec>& specs, Backend& backend) : backend_(backend) {
+  std::vector<size_t> offsets;
+  for (const TensorSpec& spec : specs) {
+    Tensor tensor{spec.shape, nullptr, 1, false};
+    for (int64_t n : spec.shape) tensor.elements *= n;
+    offsets.push_back(bytes_);
+    bytes_ += (static_cast<size_t>(tensor.elements) * sizeof(Bf16) + kAlign - 1) / kAlign * kAlign;
+    if (!tensors_.emplace(spec.name, tensor).second) fail("TP_PLAN", "tensor %s is planned twice", spec.name.c_str());
+  }
+  memory_ = backend.allocate(bytes_);
+  for (size_t i = 0; i < specs.size(); i++)
+    tensors_[specs[i].name].data = reinterpret_cast<Bf16*>(static_cast<char*>(memory_) + offsets[i]);
+}
+
+Tensor& Weights::expect(const std::string& name, const Slice& slice) {
+  const auto found = tensors_.find(name);
+  if (found == tensors_.end()) fail("TP_PLAN", "tensor %s is not in the plan", name.c_str());
+  int64_t elements = 1;
+  for (size_t i = 0; i < slice.shape.size(); i++) {
+    if (slice.start[i] < 0 || slice.stop[i] > slice.shape[i] || slice.start[i] > slice.stop[i])
+      fail("TP_PLAN", "slice of %s: axis %zu is [%lld, %lld) of %lld", name.c_str(), i,
+           static_cast<long long>(slice.start[i]), static_cast<long long>(slice.stop[i]),
+           static_cast<long long>(slice.shape[i]));
+    elements *= slice.stop[i] - slice.start[i];
+  }
+  if (elements != found->second.elements)
+    fail("TP_PLAN", "slice of %s holds %lld elements, the plan says %lld", name.c_str(),
+         static_cast<long long>(elements), static_cast<long long>(found->second.elements));
+  return found->second;
+}
+
+void Weights::synthesize(const std::string& name, const Slice& slice, const Synthetic& source) {
+  Tensor& tensor = expect(name, slice);
+  const std::vector<Run> pieces = pieces_of(slice, int64_t{1} << 18);
+  backend_.parallel(static_cast<int>(pieces.size()), [&](int i, int) {
+    const Run piece = pieces[static_cast<size_t>(i)];
+    backend_.ops().synthesize(source, static_cast<uint64_t>(piece.source), static_cast<uint64_t>(piece.count),
+                              tensor.data + piece.target);
+  });
+  tensor.filled = true;
+}
+
+void Weights::read(const std::string& name, const Slice& slice, int fd, int64_t offset) {
+  Tensor& tensor = expect(name, slice);
+  const std::vector<Run> runs = runs_of(slice);
+  constexpr int64_t kSize = sizeof(Bf16);
+  const bool direct = runs.empty() || runs[0].count * kSize >= kDirectBytes ||
+                      (runs.size() > 1 && (runs[1].source - runs[0].source - runs[0].count) * kSize >= kSkipBytes);
+  const std::vector<Run> pieces = direct ? pieces_of(slice, kBounceBytes / kSize) : std::vector<Run>();
+
+  // Short runs: tasks of neighbouring runs whose span fits the bounce buffer.
+  std::vector<std::pair<size_t, size_t>> groups;
+  for (size_t first = 0; !direct && first < runs.size();) {
+    size_t last = first + 1;
+    while (last < runs.size() && (runs[last].source + runs[last].count - runs[first].source) * kSize <= kBounceBytes)
+      last++;
+    groups.emplace_back(first, last);
+    first = last;
+  }
+
+  // An exception may not cross the pool: the first one waits here.
+  std::exception_ptr error;
+  std::atomic<bool> failed{false};
+  const auto guarded = [&](auto&& work) {
+    try {
+      if (!failed.load(std::memory_order_relaxed)) work();
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
+  };
+  if (direct) {
+    backend_.parallel(static_cast<int>(pieces.size()), [&](int i, int) {
+      guarded([&] {
+        const Run& piece = pieces[static_cast<size_t>(i)];
+        read_fully(fd, tensor.data + piece.target, piece.count * kSize, offset + piece.source * kSize);
+      });
+    });
+  } else {
+    backend_.parallel(static_cast<int>(groups.size()), [&](int i, int thread) {
+      guarded([&] {
+        const auto [first, last] = groups[static_cast<size_t>(i)];
+        const int64_t from = runs[first].source;
+        const int64_t span = runs[last - 1].source + runs[last - 1].count - from;
+        const auto bounce = static_cast<Bf16*>(backend_.scratch(thread, static_cast<size_t>(span * kSize)));
+        read_fully(fd, bounce, span * kSize, offset + from * kSize);
+        for (size_t r = first; r < last; r++)
+          std::memcpy(tensor.data + runs[r].target, bounce + (runs[r].source - from),
+                      static_cast<size_t>(runs[r].count * kSize));
+      });
+    });
+  }
+  if (error) std::rethrow_exception(error);
+  tensor.filled = true;
+}
+
+const Bf16* Weights::get(const std::string& name, const std::vector<int64_t>& shape) const {
+  const auto found = tensors_.find(name);
+  if (found == tensors_.end()) fail("TP_PLAN", "tensor %s is not in the plan", name.c_str());
+  const auto text = [](const std::vector<int64_t>& s) {
+    std::string out = "[";
+    for (size_t i = 0; i < s.size(); i++) out += (i ? ", " : "") + std::to_string(s[i]);
+    return out + "]";
+  };
+  if (found->second.shape != shape)
+    fail("TP_PLAN", "tensor %s has shape %s, the op needs %s", name.c_str(), text(found->second.shape).c_str(),
+         text(shape).c_str());
+  return found->second.data;
+}
+
+void Weights::require_filled() const {
+  for (const auto& [name, tensor] : tensors_)
+    if (!tensor.filled) fail("TP_PLAN", "tensor %s was never loaded", name.c_str());
+}
+
+}  // namespace tp

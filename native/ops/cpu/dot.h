@@ -1,0 +1,89 @@
+// Dot products of weight rows with activations: the inner loop of every matrix op. Weights stream from memory once,
+// so a tile takes R rows and M tokens; the order of each sum does not depend on the tile it is computed in.
+#pragma once
+
+#include "base/tree.h"
+#include "ops/cpu/lanes.h"
+
+namespace tp::TP_ISA {
+
+/// acc[r][m] += weight row r . activation m over n elements, lane by lane.
+/// weight: rows `stride` apart; x: one pointer per token.
+template <int R, int M, class Weight>
+TP_INLINE void dot_tile(const Weight* weight, int64_t stride, const float* const* x, int n, Lanes (&acc)[R][M]) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int r = 0; r < R; r++) {
+      const Lanes w = load(weight + r * stride + i);
+      for (int m = 0; m < M; m++) acc[r][m] = fused(w, load(x[m] + i), acc[r][m]);
+    }
+  }
+  if (i == n) return;
+  for (int r = 0; r < R; r++) {
+    const Lanes w = load_tail(weight + r * stride + i, n - i);
+    for (int m = 0; m < M; m++) acc[r][m] = fused(w, load_tail(x[m] + i, n - i), acc[r][m]);
+  }
+}
+
+template <int R, int M>
+TP_INLINE void clear(Lanes (&acc)[R][M]) {
+  for (auto& row : acc)
+    for (Lanes& lanes : row) lanes = zero();
+}
+
+/// Rows and tokens of one tile: 4 x 1 for a single token, else 2 x up to 3; 12 accumulators fill the AVX2 registers.
+/// Calls tile(first row, first token) with compile-time sizes as template arguments.
+template <class Tile>
+TP_INLINE void for_tiles(int rows, int tokens, Tile&& tile) {
+  if (tokens == 1) {
+    int r = 0;
+    for (; r + 4 <= rows; r += 4) tile.template operator()<4, 1>(r, 0);
+    for (; r < rows; r++) tile.template operator()<1, 1>(r, 0);
+    return;
+  }
+  int r = 0;
+  for (; r + 2 <= rows; r += 2) {
+    int m = 0;
+    for (; m + 3 <= tokens; m += 3) tile.template operator()<2, 3>(r, m);
+    if (tokens - m == 2) tile.template operator()<2, 2>(r, m);
+    if (tokens - m == 1) tile.template operator()<2, 1>(r, m);
+  }
+  if (r == rows) return;
+  for (int m = 0; m < tokens; m++) tile.template operator()<1, 1>(r, m);
+}
+
+/// out(row, token, weight[row] . x[token]) for `rows` rows of n elements, `stride` apart.
+template <class Out>
+TP_INLINE void mat_vec(const Bf16* weight, int64_t stride, int rows, const float* const* x, int tokens, int n,
+                       Out&& out) {
+  for_tiles(rows, tokens, [&]<int R, int M>(int row, int token) {
+    Lanes acc[R][M];
+    clear(acc);
+    dot_tile(weight + row * stride, stride, x + token, n, acc);
+    for (int r = 0; r < R; r++)
+      for (int m = 0; m < M; m++) out(row + r, token + m, sum(acc[r][m]));
+  });
+}
+
+/// The same where the n elements of a row are `leaves` equal virtual shards: each summed on its own, then the tree.
+template <class Out>
+TP_INLINE void mat_vec_leaves(const Bf16* weight, int64_t stride, int rows, const float* const* x, int tokens, int n,
+                              int leaves, Out&& out) {
+  const int leaf = n / leaves;
+  for_tiles(rows, tokens, [&]<int R, int M>(int row, int token) {
+    float sums[R][M][kMaxLeaves];
+    for (int l = 0; l < leaves; l++) {
+      const float* shifted[M];
+      for (int m = 0; m < M; m++) shifted[m] = x[token + m] + l * leaf;
+      Lanes acc[R][M];
+      clear(acc);
+      dot_tile(weight + row * stride + l * leaf, stride, shifted, leaf, acc);
+      for (int r = 0; r < R; r++)
+        for (int m = 0; m < M; m++) sums[r][m][l] = sum(acc[r][m]);
+    }
+    for (int r = 0; r < R; r++)
+      for (int m = 0; m < M; m++) out(row + r, token + m, tree_sum(sums[r][m], leaves));
+  });
+}
+
+}  // namespace tp::TP_ISA

@@ -1,0 +1,44 @@
+#include "ops/cpu/cpu.h"
+
+namespace tp::TP_ISA {
+
+void synthesize(const Synthetic& source, uint64_t start, uint64_t count, Bf16* out) {
+  while (count > 0) {
+    // Within 2^32 elements the high half of the index is constant: the inner loop is 32-bit and vectorises.
+    const auto low = static_cast<uint32_t>(start);
+    const uint64_t left = (uint64_t{1} << 32) - low;
+    const uint64_t n = count < left ? count : left;
+    const uint32_t high = mix32(static_cast<uint32_t>(start >> 32) + source.key[1]);
+    for (uint64_t i = 0; i < n; i++) out[i] = synthetic_element_low(source, high, low + static_cast<uint32_t>(i));
+    start += n;
+    out += n;
+    count -= n;
+  }
+}
+
+uint64_t stream(const void* memory, uint64_t bytes) {
+  // Integer sums of whole cache lines: wide loads, nothing that could limit the rate but memory.
+  typedef uint64_t Line __attribute__((vector_size(64), may_alias, aligned(64)));
+  const Line* line = static_cast<const Line*>(memory);
+  Line a = {}, b = {}, c = {}, d = {};
+  const uint64_t lines = bytes / sizeof(Line) / 4 * 4;
+  for (uint64_t i = 0; i < lines; i += 4) {
+    __builtin_prefetch(line + i + 32);
+    __builtin_prefetch(line + i + 33);
+    __builtin_prefetch(line + i + 34);
+    __builtin_prefetch(line + i + 35);
+    a += line[i];
+    b += line[i + 1];
+    c += line[i + 2];
+    d += line[i + 3];
+  }
+  a += b + c + d;
+  return a[0] + a[1] + a[2] + a[3] + a[4] + a[5] + a[6] + a[7];
+}
+
+const Ops& ops() {
+  static const Ops table = {embed, qkv, attention, attn_out, route, gate_up, down, ffn_out, logits, sample, synthesize, stream};
+  return table;
+}
+
+}  // namespace tp::TP_ISA
