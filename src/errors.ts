@@ -27,12 +27,14 @@ const TABLE = {
   TP_FILE_UNREADABLE: [EXIT.input, (path: string, why: string) => `${path} cannot be read: ${why}`],
   TP_FILE_UNWRITABLE: [
     EXIT.input,
-    (path: string, why: string) => `${path} cannot be written: ${why}; choose a place with room and permission`,
+    (path: string, why: string) =>
+      `${path} cannot be written: ${why}; choose a place with room and permission`,
   ],
   TP_JSON: [EXIT.input, (path: string, why: string) => `${path} is not valid JSON: ${why}`],
   TP_FILE_CHANGED: [
     EXIT.input,
-    (path: string, why: string) => `${path} changed while it was read: ${why}; start again when it is at rest`,
+    (path: string, why: string) =>
+      `${path} changed while it was read: ${why}; start again when it is at rest`,
   ],
   TP_SAFETENSORS: [
     EXIT.input,
@@ -51,6 +53,20 @@ const TABLE = {
     EXIT.input,
     (name: string, expected: readonly number[], found: readonly number[], path: string) =>
       `tensor ${name} must have shape [${expected.join(', ')}] by config.json, but ${path} holds [${found.join(', ')}]`,
+  ],
+  TP_TOKENIZER: [EXIT.input, (path: string, why: string) => `tokenizer ${path} cannot be used: ${why}`],
+  TP_TOKENIZER_MISSING: [
+    EXIT.input,
+    (dir: string) =>
+      `${dir} has no tokenizer.json to read a text prompt with; give token ids by --prompt-ids`,
+  ],
+  TP_CHAT_TEMPLATE: [
+    EXIT.input,
+    (path: string, why: string) => `chat template ${path} cannot be used: ${why}`,
+  ],
+  TP_CHAT_TEMPLATE_MISSING: [
+    EXIT.input,
+    (dir: string) => `${dir} has no chat_template.jinja to lay out messages with; give a plain --prompt`,
   ],
   TP_TENSOR_DTYPE: [
     EXIT.input,
@@ -88,13 +104,11 @@ const TABLE = {
   ],
   TP_VARIABLE_UNKNOWN: [
     EXIT.input,
-    (name: string) => `${name} is set, but no flag of tp-run has this variable; unset it or see "tp-run --help"`,
+    (name: string) =>
+      `${name} is set, but no flag of tp-run has this variable; unset it or see "tp-run --help"`,
   ],
   TP_DEVICE: [EXIT.input, (why: string) => `--device cuda cannot be used: ${why}; use --device cpu or auto`],
-  TP_PROMPT_EMPTY: [
-    EXIT.input,
-    (where: string) => `${where} is empty: a prompt needs at least one token id`,
-  ],
+  TP_PROMPT_EMPTY: [EXIT.input, (where: string) => `${where} is empty: a prompt needs at least one token id`],
   TP_PROMPT_TOKEN: [
     EXIT.input,
     (id: number | string, where: string, vocab: number) =>
@@ -125,7 +139,8 @@ const TABLE = {
   ],
   TP_BIND: [
     EXIT.input,
-    (endpoint: string, why: string) => `cannot bind ${endpoint}: ${why}; set TMPDIR to a short writable folder`,
+    (endpoint: string, why: string) =>
+      `cannot bind ${endpoint}: ${why}; set TMPDIR to a short writable folder`,
   ],
   TP_COLLECTIVE_UNSUPPORTED: [
     EXIT.input,
