@@ -8,6 +8,7 @@
 
 #include "base/check.h"
 #include "base/random.h"
+#include "base/tree.h"
 
 namespace tp {
 
