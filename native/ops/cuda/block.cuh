@@ -15,6 +15,12 @@ __device__ inline void wait_for_inputs() { asm volatile("griddepcontrol.wait;" :
 /// Lets the next kernel start as blocks of this one end.
 __device__ inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
+// Named barriers: 0 is __syncthreads, 1 to 8 are a matrix op's groups.
+constexpr int kListed = 14, kBlock = 15;
+
+/// Waits for kThreads threads; a block may have more that do not take part.
+__device__ inline void meet_block() { asm volatile("bar.sync %0, %1;" ::"n"(kBlock), "n"(kThreads) : "memory"); }
+
 __device__ inline float warp_sum(float x) {
   for (int span = 16; span > 0; span /= 2) x += __shfl_xor_sync(~0u, x, span);
   return x;
@@ -36,13 +42,13 @@ __device__ inline void block_sums(float (&values)[N], float* room) {
     values[n] = warp_sum(values[n]);
     if (lane == 0) room[n * kWarps + warp] = values[n];
   }
-  __syncthreads();
+  meet_block();
   for (int n = 0; n < N; n++) {
     float x = room[n * kWarps + lane % kWarps];
     for (int span = kWarps / 2; span > 0; span /= 2) x += __shfl_xor_sync(~0u, x, span);
     values[n] = x;
   }
-  __syncthreads();
+  meet_block();
 }
 
 __device__ inline float inverse_rms(float squares, int n, float eps) {

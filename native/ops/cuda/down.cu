@@ -34,24 +34,29 @@ class Down {
 
   __device__ Down(const Parameters& p, const Place& place, float* exchange, char* memory)
       : p_(p), place_(place), exchange_(exchange, place, p.dense.segments), columns_(reinterpret_cast<Bf16*>(memory)),
-        list_(reinterpret_cast<Chosen*>(memory + p.column_bytes())),
+        chosen_(reinterpret_cast<int*>(memory + p.column_bytes())), list_(reinterpret_cast<Chosen*>(chosen_ + 4)),
         weight_(reinterpret_cast<float*>(memory + p.column_bytes() + p.list_bytes())) {
-    // The kernel before this one began when the router was done, so the choice may be read at once.
-    chosen_ = choose_list(list_, p.args.expert_start, p.args.assignment, p.experts, p.top_k, p.columns);
-    // Blocks are shared out by the bytes that the two kinds of tile read.
-    const int tiles = (p.hidden + kTileRows - 1) / kTileRows, blocks = gridDim.x, groups = place.groups / blocks;
-    const int64_t dense_work = p.dense.total, all = dense_work + static_cast<int64_t>(chosen_) * p.expert.total;
-    const int dense_blocks = max(1, min(blocks - 1, static_cast<int>((blocks * dense_work + all / 2) / all)));
-    const int first = blockIdx.x < dense_blocks ? 0 : dense_blocks;
-    step_ = (first ? blocks - dense_blocks : dense_blocks) * groups;
-    first_ = place.group * (step_ / groups) + blockIdx.x - first;
+    // Blocks are shared out by the bytes that the two kinds of tile read; each token brings another K experts at most.
+    const int blocks = gridDim.x, groups = place.groups / blocks;
+    const int64_t dense = p.dense.total;
+    const int64_t all = dense + static_cast<int64_t>(most_chosen(p.experts, p.top_k, p.columns.tokens)) * p.expert.total;
+    const int dense_blocks = max(1, min(blocks - 1, static_cast<int>((blocks * dense + all / 2) / all)));
+    experts_ = blockIdx.x >= dense_blocks;
+    step_ = (experts_ ? blocks - dense_blocks : dense_blocks) * groups;
+    first_ = place.group * (step_ / groups) + blockIdx.x - (experts_ ? dense_blocks : 0);
+    const int tiles = (p.hidden + kTileRows - 1) / kTileRows;
     tiles_ = first_ < tiles ? (tiles - first_ + step_ - 1) / step_ : 0;
-    experts_ = first > 0;
   }
 
+  /// The kernel before this one began when the router was done, so the choice may be read at once.
+  __device__ void early() {
+    if (experts_) choose_list(list_, chosen_, p_.args.expert_start, p_.args.assignment, p_.experts, p_.top_k, p_.columns);
+  }
+  __device__ void list() {}
+  __device__ bool all_known() const { return true; }
   __device__ int known() const { return tiles_; }
   __device__ int tiles() const { return tiles_; }
-  __device__ int parts() const { return experts_ ? chosen_ : 1; }
+  __device__ int parts() const { return experts_ ? *chosen_ : 1; }
   __device__ const Split& split() const { return experts_ ? p_.expert : p_.dense; }
   __device__ void load() {
     const int tokens = p_.columns.tokens, first = p_.columns.first, planes = p_.columns.planes;
@@ -74,7 +79,7 @@ class Down {
     const int slot = list_[at.part].slot[t];
     if (slot < 0) return nullptr;
     const int column = (t * p_.top_k + slot) * planes + place_.row % planes;
-    return reinterpret_cast<const uint4*>(columns_ + column * p_.expert.plane + p_.expert.place(place_.segment)) + place_.quarter;
+    return reinterpret_cast<const uint4*>(columns_ + column * p_.expert.plane + place_.segment * p_.expert.padded) + place_.quarter;
   }
   __device__ void finish(const Cursor& at, const float (&sums)[4]) {
     if (!experts_) {
@@ -91,7 +96,7 @@ class Down {
       sums_[i] = fused(weight, sums[i], sums_[i]);
       sums_[i + 2] = fused(weight, sums[i + 2], sums_[i + 2]);
     }
-    if (at.part + 1 < chosen_) return;
+    if (at.part + 1 < *chosen_) return;
     put(first_row(at), 1, sums_);
     for (float& sum : sums_) sum = 0;
   }
@@ -117,9 +122,10 @@ class Down {
   const Place& place_;
   Exchange exchange_;
   Bf16* columns_;
+  int* chosen_;  // length of the list
   Chosen* list_;
   float* weight_;  // (tokens, K)
-  int first_, step_, tiles_, chosen_;
+  int first_, step_, tiles_;
   bool experts_;  // else dense
   float sums_[4] = {};
 };

@@ -14,12 +14,13 @@ struct Chosen {
 inline __host__ __device__ int most_chosen(int experts, int top_k, int tokens) {
   return experts < top_k * tokens ? experts : top_k * tokens;
 }
+/// Room of a list, its length in front.
 inline __host__ __device__ int chosen_bytes(int experts, int top_k, int tokens) {
-  return (most_chosen(experts, top_k, tokens) * static_cast<int>(sizeof(Chosen)) + 15) / 16 * 16;
+  return 16 + (most_chosen(experts, top_k, tokens) * static_cast<int>(sizeof(Chosen)) + 15) / 16 * 16;
 }
 
-/// Fills `list` from the assignments sorted by expert; returns its length. All threads call it.
-__device__ inline int choose_list(Chosen* list, const int* expert_start, const int* assignment, int experts, int top_k,
+/// Fills `list` from the assignments sorted by expert, and `length`. kThreads threads call it.
+__device__ inline void choose_list(Chosen* list, int* length, const int* expert_start, const int* assignment, int experts, int top_k,
                                   const Columns& c) {
   __shared__ int counts[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -41,16 +42,16 @@ __device__ inline int choose_list(Chosen* list, const int* expert_start, const i
     }
     const unsigned voters = __ballot_sync(~0u, any);
     if (lane == 0) counts[warp] = __popc(voters);
-    __syncthreads();
+    meet_block();
     int at = done + __popc(voters & ((1u << lane) - 1));
     for (int w = 0; w < kWarps; w++) {
       if (w < warp) at += counts[w];
       done += counts[w];
     }
     if (any) list[at] = mine;
-    __syncthreads();
+    if (threadIdx.x == 0) *length = done;
+    meet_block();
   }
-  return done;
 }
 
 }  // namespace tp::cuda

@@ -27,17 +27,19 @@ class GateUp {
   __device__ GateUp(const Parameters& p, const Place& place, float* exchange, char* memory)
       : p_(p), place_(place), exchange_(exchange, place, p.split.segments), dense_(reinterpret_cast<Bf16*>(memory)),
         expert_(reinterpret_cast<Bf16*>(memory + p.plane_bytes())),
-        list_(reinterpret_cast<Chosen*>(memory + 2 * p.plane_bytes())), dense_tiles_((p.inter + kWidth - 1) / kWidth),
+        chosen_(reinterpret_cast<int*>(memory + 2 * p.plane_bytes())), list_(reinterpret_cast<Chosen*>(chosen_ + 4)), dense_tiles_((p.inter + kWidth - 1) / kWidth),
         expert_tiles_((p.moe_inter + kWidth - 1) / kWidth) {}
 
   __device__ int known() const { return place_.share(dense_tiles_); }
-  __device__ int tiles() const { return place_.share(dense_tiles_ + chosen_ * expert_tiles_); }
+  __device__ bool all_known() const { return false; }
+  __device__ int tiles() const { return place_.share(dense_tiles_ + *chosen_ * expert_tiles_); }
+  __device__ void early() {}
+  __device__ void list() { choose_list(list_, chosen_, p_.args.expert_start, p_.args.assignment, p_.experts, p_.top_k, p_.columns); }
   __device__ int parts() const { return 1; }
   __device__ const Split& split() const { return p_.split; }
   __device__ void load() {
     const int n = p_.split.total;
     const int64_t from = static_cast<int64_t>(p_.columns.first) * n;
-    chosen_ = choose_list(list_, p_.args.expert_start, p_.args.assignment, p_.experts, p_.top_k, p_.columns);
     load_columns(dense_, p_.split, p_.columns.tokens, p_.columns.planes, Plain{p_.args.dense_in + from, n});
     load_columns(expert_, p_.split, p_.columns.tokens, p_.columns.planes, Plain{p_.args.expert_in + from, n});
   }
@@ -89,8 +91,9 @@ class GateUp {
   const Place& place_;
   Exchange exchange_;
   Bf16 *dense_, *expert_;
+  int* chosen_;  // length of the list
   Chosen* list_;
-  int dense_tiles_, expert_tiles_, chosen_ = 0;
+  int dense_tiles_, expert_tiles_;
 };
 
 }  // namespace

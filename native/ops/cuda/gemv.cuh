@@ -3,14 +3,14 @@
 // A block of 16 warps stays on its multiprocessor and streams tiles of 16 weight rows through shared memory. The
 // columns (K) of a row are cut into segments, a warp takes one segment of a tile, and the warps of a tile form a group:
 // for sums that tensor parallelism splits a segment is a leaf, so one warp sums one leaf in an order that depends on its
-// length alone; else there are 8 segments. Segments meet in tree order.
+// length alone; else there are 8 segments, of every eighth cache line. Segments meet in tree order.
 //
 // Products are tensor-core products of bfloat16 with fp32 sums, up to 8 columns at once: one token is one column, or in
 // float32 runs three, because an fp32 value is exactly the sum of three bfloat16 planes. What a column holds never
 // changes what its neighbours compute, so a token's bits do not depend on the batch.
 //
-// Every warp has a ring of slots of its own, filled by the copy engine: boxes of 8 rows by `chunk` elements. The copies run
-// as far ahead as there is room, without a barrier between warps, and start before the kernel's inputs are there.
+// Every warp has a ring of slots of its own, which one more warp keeps filled by the copy engine: 16 rows by `chunk`
+// elements a slot, as far ahead as there is room, without a barrier between warps, before the inputs are there.
 #pragma once
 
 #include <climits>
@@ -23,54 +23,55 @@ namespace tp::cuda {
 constexpr int kTileRows = 16;
 constexpr int kColumns = 8;
 constexpr int kSegments = 8;  // of a row that tensor parallelism does not split
-constexpr int kUnit = 64;     // such segments are whole multiples of it: one cache line
+constexpr int kLine = 64;     // elements of a cache line
 constexpr int kMostChunk = 96, kMostSlots = 16;
 
-/// How rows of `total` elements are cut.
-struct Split {
-  int total;     // elements of a row
-  int segments;  // warps of a group; a power of two
-  int length;    // elements of a segment
-  int longer;    // this many first segments have kUnit elements more
-  int padded;    // room of a segment in shared memory: a multiple of 8
-  int plane;     // room of a column in shared memory; 64 bytes past a multiple of 128, so that columns use other banks
-  int chunk;     // elements of a row that one copy brings
-  bool aligned;  // every piece of 8 elements begins at a multiple of 16 bytes
+inline __host__ __device__ int least(int a, int b) { return a < b ? a : b; }
 
-  __host__ __device__ int start(int segment) const { return segment * length + min_of(segment, longer) * kUnit; }
-  __host__ __device__ int size(int segment) const {
-    const int left = total - start(segment), size = length + (segment < longer ? kUnit : 0);
-    return left < 0 ? 0 : min_of(left, size);
-  }
-  /// Where a segment's activations lie in shared memory.
-  __host__ __device__ int place(int segment) const { return segment * padded + min_of(segment, longer) * kUnit; }
+/// How rows of `total` elements are cut. All segments take the same number of chunks, the last may find nothing there.
+struct Split {
+  int total;          // elements of a row
+  int segments;       // warps of a group; a power of two
+  int length;         // elements of a leaf
+  int chunk, chunks;  // elements of a row in one slot; slots of a segment
+  int first, step;    // chunk c of segment s begins at first * s + step * c
+  int padded;         // and lies in shared memory at padded * s + step * c
+  int plane;          // room of a column; 64 bytes past a multiple of 128, so that columns use other banks
+  bool leaves;        // segments are leaves, neighbouring stretches of a row
+  bool aligned;       // every piece of 8 elements begins at a multiple of 16 bytes
+
+  __host__ __device__ int from(int segment, int c) const { return first * segment + step * c; }
+  /// Elements from chunk c on that belong to the segment.
+  __host__ __device__ int left(int segment, int c) const { return leaves ? length - step * c : total - from(segment, c); }
   __host__ __device__ int slot_bytes() const { return kTileRows * chunk * static_cast<int>(sizeof(Bf16)); }
-  static __host__ __device__ int min_of(int a, int b) { return a < b ? a : b; }
 };
 
-inline Split split_of(int total, int segments, int length, int longer) {
+inline Split split_whole(int total) {
   Split s{};
-  s.total = total;
-  s.segments = segments;
-  s.length = length;
-  s.longer = longer;
-  s.padded = (length + 7) / 8 * 8;
-  s.plane = (segments * s.padded + longer * kUnit + 63) / 64 * 64 + kMostChunk;
-  s.plane += (96 - s.plane % 64) % 64;
-  s.aligned = total % 8 == 0 && length % 8 == 0;
-  s.chunk = 64;
-  for (int chunk = kMostChunk; chunk > 32 && length % 64 != 0; chunk -= 8)
+  s.total = total, s.segments = kSegments, s.chunk = kLine;
+  s.step = kSegments * kLine, s.first = s.padded = kLine;
+  s.chunks = (total + s.step - 1) / s.step;
+  s.plane = (total + 63) / 64 * 64 + 32;
+  s.aligned = total % 8 == 0;
+  return s;
+}
+inline Split split_leaves(int total, int leaves) {
+  Split s{};
+  s.total = total, s.segments = leaves, s.leaves = true;
+  s.first = s.length = total / leaves;
+  s.padded = (s.length + 7) / 8 * 8;
+  s.aligned = s.length % 8 == 0;
+  s.chunk = kLine;
+  for (int chunk = kMostChunk; chunk > 32 && s.length % kLine != 0; chunk -= 8)
     if (s.padded % chunk == 0) {
       s.chunk = chunk;
       break;
     }
+  s.step = s.chunk;
+  s.chunks = (s.length + s.chunk - 1) / s.chunk;
+  s.plane = (leaves * s.padded + 63) / 64 * 64 + 32;
   return s;
 }
-inline Split split_whole(int total) {
-  const int units = (total + kUnit - 1) / kUnit;
-  return split_of(total, kSegments, units / kSegments * kUnit, units % kSegments);
-}
-inline Split split_leaves(int total, int leaves) { return split_of(total, leaves, total / leaves, 0); }
 
 inline Matrix matrix_of(const Bf16* data, int64_t rows, const Split& s) {
   return matrix_of(data, rows, s.total, s.chunk, s.aligned);
@@ -85,15 +86,12 @@ struct Columns {
 
 /// A warp's place. Warp w is segment w % segments of group w / segments of the block.
 struct Place {
-  int lane, row, quarter;    // of a tile: rows `row` and `row + 8`, elements 8 * quarter .. of every 32
-  int segment, group;        // in the block
-  int groups, global_group;  // in the grid
-  int thread;                // in the group
-  int threads;               // of the group
+  int warp, lane, row, quarter;  // of a tile: rows `row` and `row + 8`, elements 8 * quarter .. of every 32
+  int segment, group;            // in the block
+  int groups, global_group;      // in the grid
+  int thread, threads;           // in the group, of the group
 
-  __device__ explicit Place(int segments) {
-    const int warp = threadIdx.x / 32;
-    lane = threadIdx.x % 32;
+  __device__ Place(int segments, int warp_, int lane_) : warp(warp_), lane(lane_) {
     row = lane / 4;
     quarter = lane % 4;
     segment = warp % segments;
@@ -101,7 +99,7 @@ struct Place {
     groups = gridDim.x * (kWarps / segments);
     global_group = group * gridDim.x + blockIdx.x;
     threads = segments * 32;
-    thread = threadIdx.x % threads;
+    thread = segment * 32 + lane;
   }
   __device__ void meet() const {
     if (threads == 32)
@@ -109,7 +107,7 @@ struct Place {
     else
       asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "r"(threads) : "memory");
   }
-  /// How many of `tiles` tiles this group takes: its own number, then every `step`th.
+  /// How many of `tiles` tiles this group takes: its own number, then every `groups`th.
   __device__ int share(int tiles) const { return tiles <= global_group ? 0 : (tiles - global_group + groups - 1) / groups; }
 };
 
@@ -129,97 +127,89 @@ struct Cursor {
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-/// The warp's ring of weights. fill() and push() ask for the next pieces, pop() waits for the oldest.
+/// Waits until the phase of a barrier in shared memory with that parity is over. Gives up after minutes: what it waits for
+/// will not come, and a kernel that hangs would take the GPU with it.
+__device__ inline void wait_for(uint32_t barrier, uint32_t parity) {
+  uint32_t over = 0;
+  uint64_t begin = 0;
+  for (int tries = 0;; tries++) {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(over)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    if (over) return;
+    if (tries % 4096 != 4095) continue;
+    uint64_t now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    if (begin == 0) begin = now;
+    if (now - begin > 200'000'000'000ull) __trap();
+  }
+}
+
+/// One warp's ring of slots. Shared memory: two barriers (arrived, free) for every slot of every warp, then the slots.
 class Ring {
  public:
-  /// `memory`: kMostSlots arrival counters for every warp, then all warps' slots.
-  __device__ Ring(char* memory, const Place& place, int slots)
-      : arrivals_(shared_address(memory) + threadIdx.x / 32 * kMostSlots * 8), slots_(slots), memory_(memory) {
-    if (place.lane == 0) {
-      for (int i = 0; i < slots; i++) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(arrivals_ + i * 8) : "memory");
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    }
-    __syncwarp();
-  }
+  __device__ Ring(char* memory, int warp, int slots, int bytes)
+      : slots_(slots), bytes_(bytes), barriers_(shared_address(memory) + warp * kMostSlots * 16),
+        data_(memory + kWarps * kMostSlots * 16 + warp * slots * bytes) {}
 
-  /// Asks for pieces until the ring is full or the first `tiles` tiles are all asked for.
-  template <class Work>
-  __device__ void fill(const Work& work, const Place& place, int tiles) {
-    while (waiting_ < slots_ && next_.tile < tiles) push(work, place, tiles);
+  /// By one thread, before others use the ring.
+  __device__ void prepare() const {
+    for (int i = 0; i < 2 * slots_; i++) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barriers_ + i * 8) : "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
-  template <class Work>
-  __device__ void push(const Work& work, const Place& place, int tiles) {
-    if (next_.tile >= tiles) return;
-    const Split& s = work.split();
-    const int bytes = s.slot_bytes(), from = s.start(place.segment) + offset_;
-    char* const slot = slot_at(in_, bytes);
-    if (s.aligned) {
-      if (place.lane == 0) {
-        const Half low = work.low(next_), high = work.high(next_);
-        const uint32_t arrival = arrivals_ + in_ * 8;
-        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(arrival), "r"(bytes) : "memory");
-        copy(slot, low, from, arrival);
-        copy(slot + bytes / 2, high, from, arrival);
-      }
-    } else {
-      const Half low = work.low(next_), high = work.high(next_);
-      auto* const to = reinterpret_cast<Bf16*>(slot);
-      for (int i = place.lane; i < kTileRows * s.chunk; i += 32) {
-        const int row = i / s.chunk, k = from + i % s.chunk;
-        const Half& half = row < 8 ? low : high;
-        const int at = half.row + row % 8;
-        to[i] = k < s.total && at < half.matrix->rows ? half.matrix->data[static_cast<int64_t>(at) * s.total + k] : Bf16{0};
-      }
-    }
-    in_ = in_ + 1 == slots_ ? 0 : in_ + 1;
-    waiting_++;
-    offset_ += s.chunk;
-    if (offset_ < s.size(place.segment)) return;
-    offset_ = 0;
-    next_.advance(work.parts());
+  /// Asks for 16 rows from element k on, as soon as the next slot is free. By one thread.
+  __device__ void ask(const Half& low, const Half& high, int k) {
+    const uint32_t arrived = barriers_ + at_ * 16;
+    wait_for(arrived + 8, phase_ ^ 1);
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(arrived), "r"(bytes_) : "memory");
+    char* const slot = data_ + at_ * bytes_;
+    copy(slot, low, k, arrived);
+    copy(slot + bytes_ / 2, high, k, arrived);
+    advance();
   }
-  /// The oldest piece, 16 rows by `chunk`. The warp gives it back by release() when all lanes have read.
-  __device__ const Bf16* pop(const Split& s) {
-    if (s.aligned) {
-      const uint32_t arrival = arrivals_ + out_ * 8;
-      uint32_t here = 0;
-      for (int tries = 0; !here; tries++) {
-        asm volatile(
-            "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-            : "=r"(here)
-            : "r"(arrival), "r"(phase_)
-            : "memory");
-        if (tries > (1 << 24)) __trap();  // seconds: the copy never comes
-      }
-    } else {
-      __syncwarp();
-    }
-    return reinterpret_cast<const Bf16*>(slot_at(out_, s.slot_bytes()));
+  /// The oldest slot. The warp gives it back by release() when all lanes have read.
+  __device__ const Bf16* pop() const {
+    wait_for(barriers_ + at_ * 16, phase_);
+    return reinterpret_cast<const Bf16*>(data_ + at_ * bytes_);
   }
   __device__ void release() {
     __syncwarp();
-    if (++out_ == slots_) out_ = 0, phase_ ^= 1;
-    waiting_--;
+    if (threadIdx.x % 32 == 0)
+      asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barriers_ + at_ * 16 + 8) : "memory");
+    advance();
+  }
+  /// Fills the first slot element by element, where the copy engine cannot: rows that do not begin at 16 bytes.
+  __device__ const Bf16* gather(const Half& low, const Half& high, const Split& s, int k) const {
+    auto* const to = reinterpret_cast<Bf16*>(data_);
+    __syncwarp();
+    for (int i = threadIdx.x % 32; i < kTileRows * s.chunk; i += 32) {
+      const int row = i / s.chunk, element = k + i % s.chunk;
+      const Half& half = row < 8 ? low : high;
+      const int at = half.row + row % 8;
+      to[i] = element < s.total && at < half.matrix->rows ? half.matrix->data[static_cast<int64_t>(at) * s.total + element] : Bf16{0};
+    }
+    __syncwarp();
+    return to;
   }
 
  private:
-  __device__ char* slot_at(int slot, int bytes) const {
-    return memory_ + kWarps * kMostSlots * 8 + (threadIdx.x / 32 * slots_ + slot) * bytes;
+  __device__ void advance() {
+    if (++at_ == slots_) at_ = 0, phase_ ^= 1;
   }
-  static __device__ void copy(char* to, const Half& from, int k, uint32_t arrival) {
+  static __device__ void copy(char* to, const Half& from, int k, uint32_t arrived) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
             shared_address(to)),
-        "l"(&from.matrix->map), "r"(k), "r"(from.row), "r"(arrival)
+        "l"(&from.matrix->map), "r"(k), "r"(from.row), "r"(arrived)
         : "memory");
   }
 
-  Cursor next_;
-  uint32_t arrivals_, phase_ = 0;
-  int slots_, in_ = 0, out_ = 0, waiting_ = 0, offset_ = 0;
-  char* memory_;
+  int slots_, bytes_, at_ = 0;
+  uint32_t phase_ = 0, barriers_;
+  char* data_;
 };
-constexpr int kArrivalBytes = kWarps * kMostSlots * 8;
+constexpr int kBarrierBytes = kWarps * kMostSlots * 16;
 
 /// acc += 16 rows x 16 elements of weights times 16 elements x 8 columns.
 __device__ inline void multiply(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -234,9 +224,12 @@ __device__ inline void multiply_slot(float (&even)[4], float (&odd)[4], const Bf
                                      const Place& place) {
   const Bf16* const low = slot + place.row * chunk + place.quarter * 8;
   const Bf16* const high = low + 8 * chunk;
-  for (int k = 0; k < chunk; k += 32) {
+  const int end = least(left, chunk) - place.quarter * 8;
+#pragma unroll
+  for (int k = 0; k < kMostChunk; k += 32) {
+    if (k >= chunk) break;
     uint4 a = {0, 0, 0, 0}, b = {0, 0, 0, 0}, x = {0, 0, 0, 0};
-    if (k + place.quarter * 8 < min(left, chunk)) {
+    if (k < end) {
       a = *reinterpret_cast<const uint4*>(low + k);
       b = *reinterpret_cast<const uint4*>(high + k);
       if (column) x = column[k / 8];
@@ -246,27 +239,24 @@ __device__ inline void multiply_slot(float (&even)[4], float (&odd)[4], const Bf
   }
 }
 
-/// Multiplies every unit of `work` and hands it the 4 sums of this lane: (row, column 2 quarter), (row, 2 quarter + 1) and
-/// the same of row + 8. A unit is one tile, or one expert's part of a tile.
+/// The sums of one unit: (row, column 2 quarter), (row, 2 quarter + 1) and the same of row + 8.
 template <class Work>
-__device__ void multiply_all(Ring& ring, Work& work, const Place& place) {
-  const int tiles = work.tiles();
-  ring.fill(work, place, tiles);
+__device__ void multiply_unit(float (&sums)[4], Ring& ring, const Work& work, const Cursor& at, const Place& place) {
   const Split& s = work.split();
-  const int size = s.size(place.segment);
-  for (Cursor at; at.tile < tiles; at.advance(work.parts())) {
-    const uint4* column = work.column(at);
-    float even[4] = {}, odd[4] = {};
-    for (int k = 0; k == 0 || k < size; k += s.chunk) {
-      const Bf16* const slot = ring.pop(s);
-      multiply_slot(even, odd, slot, s.chunk, column, size - k, place);
+  const uint4* column = work.column(at);
+  float odd[4] = {};
+  for (float& sum : sums) sum = 0;
+  for (int c = 0; c < s.chunks; c++) {
+    if (s.aligned) {
+      multiply_slot(sums, odd, ring.pop(), s.chunk, column, s.left(place.segment, c), place);
       ring.release();
-      ring.push(work, place, tiles);
-      if (column) column += s.chunk / 8;
+    } else {
+      const Bf16* const slot = ring.gather(work.low(at), work.high(at), s, s.from(place.segment, c));
+      multiply_slot(sums, odd, slot, s.chunk, column, s.left(place.segment, c), place);
     }
-    for (int i = 0; i < 4; i++) even[i] += odd[i];
-    work.finish(at, even);
+    if (column) column += s.step / 8;
   }
+  for (int i = 0; i < 4; i++) sums[i] += odd[i];
 }
 
 /// Where the warps of a group lay their sums side by side: two turns of (segment, row, column).
@@ -334,104 +324,127 @@ __device__ void load_columns(Bf16* columns, const Split& s, int rows, int planes
   if (!s.aligned) {
     auto* const words = reinterpret_cast<uint4*>(columns);
     for (int i = threadIdx.x; i < rows * planes * s.plane / 8; i += kThreads) words[i] = make_uint4(0, 0, 0, 0);
-    __syncthreads();
+    meet_block();
     for (int i = threadIdx.x; i < rows * s.total; i += kThreads) {
       const int row = i / s.total, element = i % s.total;
       Bf16 plane[3];
       planes_of(source.one(row, element), planes, plane);
-      int segment = 0;
-      while (segment + 1 < s.segments && element >= s.start(segment + 1)) segment++;
-      const int at = s.place(segment) + element - s.start(segment);
+      const int at = s.leaves ? element / s.length * s.padded + element % s.length : element;
       for (int p = 0; p < planes; p++) columns[(row * planes + p) * s.plane + at] = plane[p];
     }
     return;
   }
-  // Whole pieces of 8; the room behind the last element is read too and must be finite.
-  const int pieces = s.plane / 8;
+  const int pieces = s.total / 8;
+#pragma unroll 4
   for (int i = threadIdx.x; i < rows * pieces; i += kThreads) {
     const int row = i / pieces, piece = i % pieces;
-    union {
-      Bf16 element[8];
-      uint4 all;
-    } out[3] = {};
-    if (8 * piece < s.total) {
-      float x[8];
-      source.eight(row, 8 * piece, x);
+    float x[8];
+    source.eight(row, 8 * piece, x);
+    for (int p = 0; p < planes; p++) {
+      uint32_t out[4];
 #pragma unroll
-      for (int j = 0; j < 8; j++) {
-        Bf16 plane[3];
-        planes_of(x[j], planes, plane);
-        for (int p = 0; p < 3; p++) out[p].element[j] = plane[p];
+      for (int j = 0; j < 4; j++) {
+        const Bf16 a = to_bf16(x[2 * j]), b = to_bf16(x[2 * j + 1]);
+        out[j] = a | static_cast<uint32_t>(b) << 16;
+        x[2 * j] -= to_float(a);
+        x[2 * j + 1] -= to_float(b);
       }
+      reinterpret_cast<uint4*>(columns + (row * planes + p) * s.plane)[piece] = make_uint4(out[0], out[1], out[2], out[3]);
     }
-    for (int p = 0; p < 3; p++)
-      if (p < planes) reinterpret_cast<uint4*>(columns + (row * planes + p) * s.plane)[piece] = out[p].all;
   }
 }
 
-/// The lane's own column of `columns`, at its quarter; null when the lane's column is not in use.
+/// The lane's own column of `columns`, at its segment and quarter; null when the lane's column is not in use.
 __device__ inline const uint4* column_of(const Bf16* columns, const Split& s, const Place& place, int used) {
   if (place.row >= used) return nullptr;
-  return reinterpret_cast<const uint4*>(columns + place.row * s.plane + s.place(place.segment)) + place.quarter;
+  return reinterpret_cast<const uint4*>(columns + place.row * s.plane + place.segment * s.padded) + place.quarter;
 }
 
-/// Rows on their way through an RMSNorm. `index` null: row r is row r.
-struct Normed {
-  const float* rows;
-  const int* index;
-  const Bf16* weight;
-  int n;
-  bool bfloat16;
-  const float* inverse;  // (rows) in shared memory
-
-  __device__ const float* row(int r) const { return rows + static_cast<int64_t>(index ? index[r] : r) * n; }
-  __device__ float one(int r, int i) const { return round_to(bfloat16, row(r)[i] * inverse[r] * to_float(weight[i])); }
-  __device__ void eight(int r, int i, float (&x)[8]) const {
-    Plain{row(r), 0}.eight(0, i, x);
-    const uint4 w = *reinterpret_cast<const uint4*>(weight + i);
-    const uint32_t pairs[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-    for (int j = 0; j < 8; j++)
-      x[j] = round_to(bfloat16, x[j] * inverse[r] * float_of(j % 2 ? pairs[j / 2] & 0xffff0000u : pairs[j / 2] << 16));
-  }
-};
-
-/// Columns of up to kColumns rows after their RMSNorm.
-__device__ inline void load_normed_columns(Bf16* columns, float* room, const Split& s, int rows, int planes, float eps,
-                                           Normed source) {
+/// Columns of up to kColumns rows after their RMSNorm. index null: row r is row r. `room`: kColumns * kWarps floats.
+/// A thread keeps its elements of all rows in registers, so that every row is read once and all at the same time.
+template <int Per>
+__device__ void load_normed_columns(Bf16* columns, float* room, const Split& s, int rows, int planes, float eps, const float* hidden,
+                                    const int* index, const Row<Per>& weight, bool bfloat16) {
+  Row<Per> row[kColumns];
   float squares[kColumns];
+  const int n = s.total;
+#pragma unroll
+  for (int r = 0; r < kColumns; r++)
+    if (r < rows) row[r].load(hidden + static_cast<int64_t>(index ? index[r] : r) * n, n);
+#pragma unroll
+  for (int r = 0; r < kColumns; r++) squares[r] = r < rows ? row[r].squares() : 0;
+  block_sums(squares, room);
 #pragma unroll
   for (int r = 0; r < kColumns; r++) {
-    squares[r] = 0;
     if (r >= rows) continue;
-    const float* const row = source.row(r);
-    for (int i = threadIdx.x; i < s.total; i += kThreads) squares[r] = fused(row[i], row[i], squares[r]);
-  }
-  block_sums(squares, room);
-  __shared__ float inverse[kColumns];
-  if (threadIdx.x == 0)
+    const float inverse = inverse_rms(squares[r], n, eps);
 #pragma unroll
-    for (int r = 0; r < kColumns; r++) inverse[r] = inverse_rms(squares[r], s.total, eps);
-  __syncthreads();
-  source.inverse = inverse;
-  load_columns(columns, s, rows, planes, source);
+    for (int j = 0; j < Per; j++) {
+      const int i = Row<Per>::index(j);
+      Bf16 plane[3];
+      planes_of(round_to(bfloat16, row[r].x[j] * inverse * weight.x[j]), planes, plane);
+      if (i >= s.plane) continue;  // past the last element zeros
+      columns[r * planes * s.plane + i] = plane[0];
+      if (planes == 1) continue;
+      columns[(r * planes + 1) * s.plane + i] = plane[1];
+      columns[(r * planes + 2) * s.plane + i] = plane[2];
+    }
+  }
 }
 
-/// A matrix op is a Work: made from its Parameters, this warp's place and shared memory, it says which weights its group
-/// multiplies (known() tiles of them before the inputs are there), loads the columns, and takes the sums.
+constexpr int kGemvThreads = kThreads + 32;  // the last warp keeps the rings filled
+
+/// A matrix op is a Work: made from its Parameters, a warp's place and shared memory, it says which weights the warp's group
+/// multiplies, loads the columns, and takes the sums. In this order, where `all` is the 16 warps and the one that fills:
+///   early()   the 16 warps: what can be done before the inputs are there
+///   known()   all: tiles known then
+///   list()    the 16 warps: with the inputs there, what it takes to know the others
+///   tiles()   all: all tiles, of parts() units each; low(), high(): a unit's weights
+///   load()    the 16 warps: the columns
+///   finish()  the 16 warps: the sums of a unit
 template <class Work>
-__global__ void __launch_bounds__(kThreads, 1) gemv(const __grid_constant__ typename Work::Parameters p, int slots) {
+__global__ void __launch_bounds__(kGemvThreads, 1) gemv(const __grid_constant__ typename Work::Parameters p, int slots) {
   extern __shared__ __align__(128) char shared[];
-  const Place place(p.segments());
-  auto* const exchange = reinterpret_cast<float*>(shared + kArrivalBytes + kWarps * slots * p.slot_bytes());
-  Ring ring(shared, place, slots);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bool fills = warp == kWarps;
+  const Place place(p.segments(), fills ? lane % kWarps : warp, fills ? 0 : lane);
+  Ring ring(shared, place.warp, slots, p.slot_bytes());
+  auto* const exchange = reinterpret_cast<float*>(shared + kBarrierBytes + kWarps * slots * p.slot_bytes());
   Work work(p, place, exchange, reinterpret_cast<char*>(exchange) + kExchangeBytes);
-  ring.fill(work, place, work.known());
+  if (fills && lane < kWarps) ring.prepare();
+  if (!fills) work.early();
+  __syncthreads();
+  if (fills) {
+    // One lane for every warp. All take the same number of slots a tile, so no lane waits for what another holds back.
+    const Split& s = work.split();
+    if (!s.aligned) return;
+    Cursor at;
+    const auto fill = [&](int tiles) {
+      if (lane < kWarps)
+        for (; at.tile < tiles; at.advance(work.parts())) {
+          const Half low = work.low(at), high = work.high(at);
+          for (int c = 0; c < s.chunks; c++) ring.ask(low, high, s.from(place.segment, c));
+        }
+      __syncwarp();
+    };
+    fill(work.known());
+    if (work.all_known()) return;
+    asm volatile("bar.sync %0, %1;" ::"n"(kListed), "n"(kGemvThreads) : "memory");
+    fill(work.tiles());
+    return;
+  }
   wait_for_inputs();
   let_next_start();
+  work.list();
+  if (work.split().aligned && !work.all_known()) asm volatile("bar.arrive %0, %1;" ::"n"(kListed), "n"(kGemvThreads) : "memory");
   work.load();
-  __syncthreads();
-  multiply_all(ring, work, place);
+  meet_block();
+  const int tiles = work.tiles();
+  for (Cursor at; at.tile < tiles; at.advance(work.parts())) {
+    float sums[4];
+    multiply_unit(sums, ring, work, at, place);
+    work.finish(at, sums);
+  }
 }
 
 /// Launches a matrix op for `tokens` tokens, in chunks that fit the columns and the shared memory.
@@ -440,20 +453,20 @@ template <class Work>
 void launch_gemv(CudaBackend& backend, const Dims& d, int tokens, typename Work::Parameters p) {
   const auto slots = [&](int count) {
     p.columns.tokens = count;
-    const int room = backend.shared_memory() - 1024 - p.bytes() - kExchangeBytes - kArrivalBytes;  // 1 KB: a kernel's own
-    return room < 0 ? 0 : Split::min_of(kMostSlots, room / (kWarps * p.slot_bytes()));
+    const int room = backend.shared_memory() - 2048 - p.bytes() - kExchangeBytes - kBarrierBytes;  // 2 KB: a kernel's own
+    return room < 0 ? 0 : least(kMostSlots, room / (kWarps * p.slot_bytes()));
   };
   p.columns = {0, 0, d.bfloat16 ? 1 : 3};
-  int most = kColumns / p.columns.planes < tokens ? kColumns / p.columns.planes : tokens;
+  int most = least(kColumns / p.columns.planes, tokens);
   while (most > 1 && slots(most) < 2) most--;
   if (slots(most) < 1)
     fail("TP_LIMIT", "the activations of one token need %d bytes of shared memory in one op, the GPU gives %d",
-         p.bytes() + kExchangeBytes + kArrivalBytes + kWarps * p.slot_bytes(), backend.shared_memory());
+         p.bytes() + kExchangeBytes + kBarrierBytes + kWarps * p.slot_bytes(), backend.shared_memory());
   for (int first = 0; first < tokens; first += most) {
-    const int count = slots(tokens - first < most ? tokens - first : most);
+    const int count = slots(least(tokens - first, most));
     p.columns.first = first;
-    backend.launch(gemv<Work>, dim3(static_cast<unsigned>(backend.processors())), kThreads,
-                   p.bytes() + kExchangeBytes + kArrivalBytes + kWarps * count * p.slot_bytes(), p, count);
+    backend.launch(gemv<Work>, dim3(static_cast<unsigned>(backend.processors())), kGemvThreads,
+                   p.bytes() + kExchangeBytes + kBarrierBytes + kWarps * count * p.slot_bytes(), p, count);
   }
 }
 

@@ -6,6 +6,7 @@ namespace tp::cuda {
 
 namespace {
 
+template <int Per>
 class Logits {
  public:
   struct Parameters {
@@ -23,18 +24,18 @@ class Logits {
 
   __device__ Logits(const Parameters& p, const Place& place, float* exchange, char* memory)
       : p_(p), place_(place), room_(exchange), exchange_(exchange, place, p.split.segments),
-        columns_(reinterpret_cast<Bf16*>(memory)) {
-    prefetch(p.args.norm, p.split.total * static_cast<int>(sizeof(Bf16)));
-  }
+        columns_(reinterpret_cast<Bf16*>(memory)) {}
 
   __device__ int tiles() const { return place_.share((p_.rows + kTileRows - 1) / kTileRows); }
   __device__ int known() const { return tiles(); }
+  __device__ bool all_known() const { return true; }
+  __device__ void early() { norm_.load(p_.args.norm, p_.split.total); }
+  __device__ void list() {}
   __device__ int parts() const { return 1; }
   __device__ const Split& split() const { return p_.split; }
   __device__ void load() {
-    load_normed_columns(columns_, room_, p_.split, p_.columns.tokens, p_.columns.planes, p_.eps,
-                        Normed{p_.args.hidden, p_.row + p_.columns.first, p_.args.norm, p_.split.total,
-                               p_.columns.planes == 1, nullptr});
+    load_normed_columns(columns_, room_, p_.split, p_.columns.tokens, p_.columns.planes, p_.eps, p_.args.hidden,
+                        p_.row + p_.columns.first, norm_, p_.columns.planes == 1);
   }
   __device__ int first_row(const Cursor& at) const { return (place_.global_group + at.tile * place_.groups) * kTileRows; }
   __device__ Half low(const Cursor& at) const { return {&p_.table, first_row(at)}; }
@@ -59,6 +60,7 @@ class Logits {
   float* room_;
   Exchange exchange_;
   Bf16* columns_;
+  Row<Per> norm_;
 };
 
 /// One row of one leaf a block: its maximum, the sum of exponentials, the target's logit and the best candidates.
@@ -125,8 +127,10 @@ void logits(const LogitsArgs& a, const Dims& d, const Input& in, Backend& backen
   if (in.rows == 0) return;
   CudaBackend& cuda = of(backend);
   const Split split = split_whole(d.hidden);
-  launch_gemv<Logits>(cuda, d, in.rows,
-                      {a, matrix_of(a.table, d.local_vocab, split), split, {}, in.row, d.local_vocab, d.eps, d.softcap});
+  with_row(d.hidden, [&]<int Per>() {
+    launch_gemv<Logits<Per>>(cuda, d, in.rows,
+                             {a, matrix_of(a.table, d.local_vocab, split), split, {}, in.row, d.local_vocab, d.eps, d.softcap});
+  });
   cuda.launch(summarise, dim3(static_cast<unsigned>(in.rows * d.leaves)), kThreads, 0, a.logits, a.candidates, d, in);
 }
 

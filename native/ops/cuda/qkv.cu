@@ -5,6 +5,7 @@ namespace tp::cuda {
 
 namespace {
 
+template <int Per>
 class Qkv {
  public:
   struct Parameters {
@@ -23,19 +24,19 @@ class Qkv {
   __device__ Qkv(const Parameters& p, const Place& place, float* exchange, char* memory)
       : p_(p), place_(place), room_(exchange), exchange_(exchange, place, p.split.segments),
         columns_(reinterpret_cast<Bf16*>(memory)), q_tiles_((p.q_rows() + kTileRows - 1) / kTileRows),
-        kv_tiles_((p.kv_rows() + kTileRows - 1) / kTileRows) {
-    prefetch(p.args.norm, p.split.total * static_cast<int>(sizeof(Bf16)));
-  }
+        kv_tiles_((p.kv_rows() + kTileRows - 1) / kTileRows) {}
 
   __device__ int tiles() const { return place_.share(q_tiles_ + (p_.args.v_weight ? 2 : 1) * kv_tiles_); }
   __device__ int known() const { return tiles(); }
+  __device__ bool all_known() const { return true; }
+  __device__ void early() { norm_.load(p_.args.norm, p_.split.total); }
+  __device__ void list() {}
   __device__ int parts() const { return 1; }
   __device__ const Split& split() const { return p_.split; }
   __device__ void load() {
-    const int n = p_.split.total;
     load_normed_columns(columns_, room_, p_.split, p_.columns.tokens, p_.columns.planes, p_.eps,
-                        Normed{p_.args.hidden + static_cast<int64_t>(p_.columns.first) * n, nullptr, p_.args.norm, n,
-                               p_.columns.planes == 1, nullptr});
+                        p_.args.hidden + static_cast<int64_t>(p_.columns.first) * p_.split.total, nullptr, norm_,
+                        p_.columns.planes == 1);
   }
   __device__ Half low(const Cursor& at) const {
     const Tile t = tile(at);
@@ -78,6 +79,7 @@ class Qkv {
   float* room_;
   Exchange exchange_;
   Bf16* columns_;
+  Row<Per> norm_;
   int q_tiles_, kv_tiles_;
 };
 
@@ -155,9 +157,11 @@ void qkv(const QkvArgs& a, const Dims& d, const Input& in, Backend& backend) {
   CudaBackend& cuda = of(backend);
   const Split split = split_whole(d.hidden);
   const int q_rows = a.heads.heads * a.heads.head_dim, kv_rows = a.heads.kv_heads * a.heads.head_dim;
-  launch_gemv<Qkv>(cuda, d, in.tokens,
-                   {a, matrix_of(a.q_weight, q_rows, split), matrix_of(a.k_weight, kv_rows, split),
-                    matrix_of(a.v_weight ? a.v_weight : a.k_weight, kv_rows, split), split, {}, d.eps});
+  with_row(d.hidden, [&]<int Per>() {
+    launch_gemv<Qkv<Per>>(cuda, d, in.tokens,
+                          {a, matrix_of(a.q_weight, q_rows, split), matrix_of(a.k_weight, kv_rows, split),
+                           matrix_of(a.v_weight ? a.v_weight : a.k_weight, kv_rows, split), split, {}, d.eps});
+  });
   const int tasks = in.tokens * (a.heads.heads + a.heads.kv_heads);
   cuda.launch(finish_heads, dim3(static_cast<unsigned>((tasks + kHeadWarps - 1) / kHeadWarps)), kHeadWarps * 32, 0,
               HeadParameters{a, in.slot, in.position, in.tokens, d.eps, d.bfloat16});

@@ -116,17 +116,6 @@ __device__ void sort_by_expert(const RouteArgs& a, const int* index, int count, 
   }
 }
 
-/// The router's tiles of one block; a tile is read again for every pass over columns.
-struct RouterTiles {
-  const RouteParameters& p;
-  int first, passes;
-  __device__ const Split& split() const { return p.split; }
-  __device__ int parts() const { return 1; }
-  __device__ int tile(const Cursor& at) const { return first + at.tile / passes * kCluster; }
-  __device__ Half low(const Cursor& at) const { return {&p.router, tile(at) * kTileRows}; }
-  __device__ Half high(const Cursor& at) const { return {&p.router, tile(at) * kTileRows + 8}; }
-};
-
 template <int Per>
 __global__ void __launch_bounds__(kThreads, 1) route_tokens(const __grid_constant__ RouteParameters p) {
   namespace cg = cooperative_groups;
@@ -135,49 +124,62 @@ __global__ void __launch_bounds__(kThreads, 1) route_tokens(const __grid_constan
   const cg::cluster_group cluster = cg::this_cluster();
   const int rank = static_cast<int>(cluster.block_rank());
   const int first = static_cast<int>(blockIdx.x) / kCluster * kCluster, tokens = min(kCluster, p.tokens - first);
-  const Place place(kSegments);
+  const Place place(kSegments, threadIdx.x / 32, threadIdx.x % 32);
   const bool multiplies = threadIdx.x < kSegments * 32;
-  // Shared memory: the ring of 8 warps, columns, exchange.
-  auto* const columns = reinterpret_cast<Bf16*>(shared + kArrivalBytes + kSegments * p.slots * p.split.slot_bytes());
-  auto* const exchange_room = reinterpret_cast<float*>(columns + kColumns * p.split.plane);
+  // Shared memory: the slots of 8 warps (in a ring's place for 16), columns, exchange.
+  const Split& split = p.split;
+  auto* const columns = reinterpret_cast<Bf16*>(shared + kBarrierBytes + kSegments * p.slots * split.slot_bytes());
+  auto* const exchange_room = reinterpret_cast<float*>(columns + kColumns * split.plane);
   Exchange exchange(exchange_room, place, kSegments);
-  const int planes = p.bfloat16 ? 1 : 3, most = kColumns / planes, passes = (tokens + most - 1) / most;
-  const int all_tiles = (p.experts + kTileRows - 1) / kTileRows;
-  const int units = rank < all_tiles ? (all_tiles - rank + kCluster - 1) / kCluster * passes : 0;
-  const RouterTiles work{p, rank, passes};
-  Ring ring(shared, place, p.slots);
-  if (multiplies) ring.fill(work, place, units);
+  const int tiles = (p.experts + kTileRows - 1) / kTileRows;
+  Ring asking(shared, place.warp, p.slots, split.slot_bytes()), taking = asking;
+  if (multiplies && place.lane == 0) asking.prepare();
+  __syncwarp();
+  // Every warp asks for its own pieces, as many as there are slots.
+  const auto ask = [&](int tile, int from) {
+    if (split.aligned && place.lane == 0 && tile < tiles)
+      for (int c = from; c < least(from + p.slots, split.chunks); c++)
+        asking.ask({&p.router, tile * kTileRows}, {&p.router, tile * kTileRows + 8}, split.from(place.segment, c));
+  };
+  if (multiplies) ask(rank, 0);
   const RouteNorms<Per> norms(p.args, p.split.total);
   wait_for_inputs();
   let_next_start();
   if (rank < tokens) token_norms(p, norms, first + rank, room);
   cluster.sync();
 
-  const int size = p.split.size(place.segment);
-  for (Cursor at; at.tile < units; at.advance(1)) {
-    const int from = at.tile % passes * most, count = min(most, tokens - from);
-    __syncthreads();
-    load_columns(columns, p.split, count, planes,
-                 Plain{p.args.normed + static_cast<int64_t>(first + from) * p.split.total, p.split.total});
-    __syncthreads();
-    if (!multiplies) continue;
-    const uint4* column = column_of(columns, p.split, place, count * planes);
-    float even[4] = {}, odd[4] = {};
-    for (int k = 0; k == 0 || k < size; k += p.split.chunk) {
-      const Bf16* const slot = ring.pop(p.split);
-      multiply_slot(even, odd, slot, p.split.chunk, column, size - k, place);
-      ring.release();
-      ring.push(work, place, units);
-      if (column) column += p.split.chunk / 8;
+  const int planes = p.bfloat16 ? 1 : 3, most = kColumns / planes;
+  bool asked = true;
+  for (int tile = rank; tile < tiles; tile += kCluster)
+    for (int from = 0; from < tokens; from += most) {
+      const int count = least(most, tokens - from);
+      meet_block();
+      load_columns(columns, split, count, planes, Plain{p.args.normed + static_cast<int64_t>(first + from) * split.total, split.total});
+      meet_block();
+      if (!multiplies) continue;
+      const uint4* column = column_of(columns, split, place, count * planes);
+      float even[4] = {}, odd[4] = {};
+      for (int c = 0; c < split.chunks; c++) {
+        if (c % p.slots == 0 && !asked) ask(tile, c);
+        asked = false;
+        if (split.aligned) {
+          multiply_slot(even, odd, taking.pop(), split.chunk, column, split.left(place.segment, c), place);
+          taking.release();
+        } else {
+          const Half low{&p.router, tile * kTileRows}, high{&p.router, tile * kTileRows + 8};
+          multiply_slot(even, odd, taking.gather(low, high, split, split.from(place.segment, c)), split.chunk, column,
+                        split.left(place.segment, c), place);
+        }
+        if (column) column += split.step / 8;
+      }
+      for (int i = 0; i < 4; i++) even[i] += odd[i];
+      exchange.give(place, even);
+      for (int i = place.thread; i < kTileRows * count; i += place.threads) {
+        const int row = tile * kTileRows + i % kTileRows, t = i / kTileRows;
+        if (row < p.experts)
+          p.args.router_logits[static_cast<int64_t>(first + from + t) * p.experts + row] = exchange.at(i % kTileRows, t, planes);
+      }
     }
-    for (int i = 0; i < 4; i++) even[i] += odd[i];
-    exchange.give(place, even);
-    for (int i = place.thread; i < kTileRows * count; i += place.threads) {
-      const int row = work.tile(at) * kTileRows + i % kTileRows, t = i / kTileRows;
-      if (row < p.experts)
-        p.args.router_logits[static_cast<int64_t>(first + from + t) * p.experts + row] = exchange.at(i % kTileRows, t, planes);
-    }
-  }
   cluster.sync();
   if (rank < tokens && threadIdx.x < 32)
     choose(p.args.router_logits + static_cast<int64_t>(first + rank) * p.experts, exchange_room, p, first + rank);
@@ -207,9 +209,9 @@ void route(const RouteArgs& a, const Dims& d, const Input& in, Backend& backend)
   const Split split = split_whole(d.hidden);
   const bool one_cluster = in.tokens <= kCluster;
   // Room for a whole tile, if there is that much.
-  const size_t fixed = kArrivalBytes + kColumns * split.plane * sizeof(Bf16) + kExchangeBytes;
-  const int room = (cuda.shared_memory() - 1024 - static_cast<int>(fixed)) / (kSegments * split.slot_bytes());
-  const int slots = Split::min_of(Split::min_of(room, kMostSlots), (split.length + kUnit + split.chunk - 1) / split.chunk);
+  const size_t fixed = kBarrierBytes + kColumns * split.plane * sizeof(Bf16) + kExchangeBytes;
+  const int room = (cuda.shared_memory() - 2048 - static_cast<int>(fixed)) / (kSegments * split.slot_bytes());
+  const int slots = least(least(room, kMostSlots), split.chunks);
   if (slots < 1) fail("TP_LIMIT", "hidden size: %d, too large for the router's shared memory", d.hidden);
   const int clusters = (in.tokens + kCluster - 1) / kCluster;
   const RouteParameters p{a, matrix_of(a.router, d.experts, split), split, in.tokens, d.experts, d.top_k, slots, d.eps,
