@@ -7,6 +7,7 @@
 
 namespace tp::cuda {
 
+static_assert(kAttentionWarps == kGroup);
 constexpr int kPad = 32;  // elements behind a key or query row, so that neighbouring rows use other banks
 
 struct TensorRoom {
@@ -62,25 +63,24 @@ __global__ void __launch_bounds__(kAttentionThreads) attend_tensor(const __grid_
   const int64_t cache = (static_cast<int64_t>(p.slot[sight.token]) * h.kv_heads + sight.kv_head) * capacity * dim;
   const auto* const k = static_cast<const Bf16*>(p.args.cache.k) + cache;
   const auto* const v = static_cast<const Bf16*>(p.args.cache.v) + cache;
-  const int pieces = dim / 8;
   int done = 0;
   for (int chunk = blockIdx.x; chunk < sight.visible; chunk += gridDim.x) {
     const int from = sight.from(chunk), count = sight.count(chunk);
     __syncthreads();
-    for (int i = threadIdx.x; i < count * pieces; i += kAttentionThreads) {
-      const int j = i / pieces, piece = i % pieces;
-      copy_16(keys + j * row_of_keys + piece * 8, k + static_cast<int64_t>((from + j) % capacity) * dim + piece * 8);
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
-    for (int i = threadIdx.x; i < count * pieces; i += kAttentionThreads) {
-      const int j = i / pieces, piece = i % pieces;
-      copy_16(values + j * dim + piece * 8, v + static_cast<int64_t>((from + j) % capacity) * dim + piece * 8);
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    // A warp takes a row; the cache may be a ring.
+    const int at = from % capacity;
+    const auto bring = [&](Bf16* to, const Bf16* cache_rows, int pitch) {
+      for (int j = warp; j < count; j += kAttentionWarps) {
+        const Bf16* const row = cache_rows + static_cast<int64_t>(at + j < capacity ? at + j : at + j - capacity) * dim;
+        for (int i = lane * 8; i < dim; i += 256) copy_16(to + j * pitch + i, row + i);
+      }
+      asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    bring(keys, k, row_of_keys);
+    bring(values, v, dim);
     if (done == 0) {
       const float* const q = p.args.q + (static_cast<int64_t>(sight.token) * h.heads + sight.first_head) * dim;
-      for (int i = threadIdx.x; i < kGroup * dim; i += kAttentionThreads)
-        queries[i / dim * row_of_keys + i % dim] = i / dim < heads ? to_bf16(q[i]) : Bf16{0};
+      for (int i = lane; i < dim; i += 32) queries[warp * row_of_keys + i] = warp < heads ? to_bf16(q[warp * dim + i]) : Bf16{0};
     }
     asm volatile("cp.async.wait_group 1;" ::: "memory");
     __syncthreads();

@@ -15,6 +15,7 @@ class AttnOut {
     Columns columns;
     int rows;
     __host__ __device__ int segments() const { return split.segments; }
+    __host__ __device__ bool all_aligned() const { return split.aligned; }
     __host__ __device__ int slot_bytes() const { return split.slot_bytes(); }
     __host__ __device__ int bytes() const { return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16)); }
   };
@@ -34,8 +35,7 @@ class AttnOut {
                  Plain{p_.attention + static_cast<int64_t>(p_.columns.first) * p_.split.total, p_.split.total});
   }
   __device__ int first_row(const Cursor& at) const { return (place_.global_group + at.tile * place_.groups) * kTileRows; }
-  __device__ Half low(const Cursor& at) const { return {&p_.weight, first_row(at)}; }
-  __device__ Half high(const Cursor& at) const { return {&p_.weight, first_row(at) + 8}; }
+  __device__ Tile rows(const Cursor& at) const { return {{&p_.weight, first_row(at)}, {}}; }
   __device__ const uint4* column(const Cursor&) const {
     return column_of(columns_, p_.split, place_, p_.columns.tokens * p_.columns.planes);
   }

@@ -13,7 +13,7 @@ class Down {
     Matrix down, experts_down;
     Split dense, expert;
     Columns columns;
-    int hidden, experts, top_k;
+    int hidden, experts, top_k, assignments;
     __host__ __device__ int segments() const { return dense.segments; }
     __host__ __device__ int dense_bytes() const {
       return columns.tokens * columns.planes * dense.plane * static_cast<int>(sizeof(Bf16));
@@ -22,6 +22,7 @@ class Down {
       return columns.tokens * top_k * columns.planes * expert.plane * static_cast<int>(sizeof(Bf16));
     }
     __host__ __device__ int list_bytes() const { return chosen_bytes(experts, top_k, columns.tokens); }
+    __host__ __device__ bool all_aligned() const { return dense.aligned && expert.aligned; }
     __host__ __device__ int slot_bytes() const {
       return dense.slot_bytes() > expert.slot_bytes() ? dense.slot_bytes() : expert.slot_bytes();
     }
@@ -50,7 +51,7 @@ class Down {
 
   /// The kernel before this one began when the router was done, so the choice may be read at once.
   __device__ void early() {
-    if (experts_) choose_list(list_, chosen_, p_.args.expert_start, p_.args.assignment, p_.experts, p_.top_k, p_.columns);
+    if (experts_) choose_list(list_, chosen_, p_.args.expert_start, p_.args.assignment, p_.assignments, p_.experts, p_.top_k, p_.columns);
   }
   __device__ void list() {}
   __device__ bool all_known() const { return true; }
@@ -69,8 +70,10 @@ class Down {
                  Plain{p_.args.expert_act + static_cast<int64_t>(first) * p_.top_k * p_.expert.total, p_.expert.total});
     for (int i = threadIdx.x; i < tokens * p_.top_k; i += kThreads) weight_[i] = p_.args.route_weight[first * p_.top_k + i];
   }
-  __device__ Half low(const Cursor& at) const { return half(at, 0); }
-  __device__ Half high(const Cursor& at) const { return half(at, 8); }
+  __device__ Tile rows(const Cursor& at) const {
+    if (!experts_) return {{&p_.down, first_row(at)}, {}};
+    return {{&p_.experts_down, list_[at.part].expert * p_.hidden + first_row(at)}, {}};
+  }
   __device__ const uint4* column(const Cursor& at) const {
     const int planes = p_.columns.planes;
     if (!experts_) return column_of(columns_, p_.dense, place_, p_.columns.tokens * planes);
@@ -103,11 +106,6 @@ class Down {
 
  private:
   __device__ int first_row(const Cursor& at) const { return (first_ + at.tile * step_) * kTileRows; }
-  __device__ Half half(const Cursor& at, int below) const {
-    const int row = first_row(at) + below;
-    if (!experts_) return {&p_.down, row};
-    return {&p_.experts_down, list_[at.part].expert * p_.hidden + row};
-  }
   __device__ void put(int first, int which, const float (&sums)[4]) {
     exchange_.give(place_, sums);
     for (int i = place_.thread; i < kTileRows * p_.columns.tokens; i += place_.threads) {
@@ -136,7 +134,7 @@ void down(const DownArgs& a, const Dims& d, const Input& in, Backend& backend) {
   const Split dense = split_leaves(d.inter, d.leaves), expert = split_leaves(d.moe_inter, d.leaves);
   launch_gemv<Down>(of(backend), d, in.tokens,
                     {a, matrix_of(a.down, d.hidden, dense), matrix_of(a.expert_down, int64_t{d.experts} * d.hidden, expert), dense,
-                     expert, {}, d.hidden, d.experts, d.top_k});
+                     expert, {}, d.hidden, d.experts, d.top_k, in.tokens * d.top_k});
 }
 
 }  // namespace tp::cuda

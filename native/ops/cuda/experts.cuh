@@ -20,25 +20,28 @@ inline __host__ __device__ int chosen_bytes(int experts, int top_k, int tokens) 
 }
 
 /// Fills `list` from the assignments sorted by expert, and `length`. kThreads threads call it.
-__device__ inline void choose_list(Chosen* list, int* length, const int* expert_start, const int* assignment, int experts, int top_k,
-                                  const Columns& c) {
+/// all: assignments of the step, of which those of the columns' tokens count.
+__device__ inline void choose_list(Chosen* list, int* length, const int* expert_start, const int* assignment, int all, int experts,
+                                   int top_k, const Columns& c) {
   __shared__ int counts[kWarps];
+  __shared__ int sorted[kColumns * 32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const bool few = all <= kColumns * 32;  // then they come in the same trip as the starts
+  if (few && static_cast<int>(threadIdx.x) < all) sorted[threadIdx.x] = __ldcg(assignment + threadIdx.x);
   int done = 0;
   for (int first = 0; first < experts; first += kThreads) {
     const int e = first + threadIdx.x;
+    const int begin = e < experts ? __ldcg(expert_start + e) : 0, end = e < experts ? __ldcg(expert_start + e + 1) : 0;
+    meet_block();
     Chosen mine = {e, {-1, -1, -1, -1, -1, -1, -1, -1}};
     bool any = false;
-    if (e < experts) {
-      const int end = __ldcg(expert_start + e + 1);
-      for (int i = __ldcg(expert_start + e); i < end; i++) {
-        const int a = __ldcg(assignment + i), t = a / top_k - c.first;
-        if (t < 0 || t >= c.tokens) continue;
-        any = true;
+    for (int i = begin; i < end; i++) {
+      const int a = few ? sorted[i] : __ldcg(assignment + i), t = a / top_k - c.first;
+      if (t < 0 || t >= c.tokens) continue;
+      any = true;
 #pragma unroll
-        for (int column = 0; column < kColumns; column++)
-          if (column == t) mine.slot[column] = static_cast<signed char>(a % top_k);
-      }
+      for (int column = 0; column < kColumns; column++)
+        if (column == t) mine.slot[column] = static_cast<signed char>(a % top_k);
     }
     const unsigned voters = __ballot_sync(~0u, any);
     if (lane == 0) counts[warp] = __popc(voters);

@@ -15,8 +15,9 @@ class GateUp {
     Matrix gate, up, experts_gate_up;
     Split split;
     Columns columns;
-    int inter, moe_inter, experts, top_k;
+    int inter, moe_inter, experts, top_k, assignments;
     __host__ __device__ int segments() const { return split.segments; }
+    __host__ __device__ bool all_aligned() const { return split.aligned; }
     __host__ __device__ int slot_bytes() const { return split.slot_bytes(); }
     __host__ __device__ int plane_bytes() const {
       return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16));
@@ -34,7 +35,7 @@ class GateUp {
   __device__ bool all_known() const { return false; }
   __device__ int tiles() const { return place_.share(dense_tiles_ + *chosen_ * expert_tiles_); }
   __device__ void early() {}
-  __device__ void list() { choose_list(list_, chosen_, p_.args.expert_start, p_.args.assignment, p_.experts, p_.top_k, p_.columns); }
+  __device__ void list() { choose_list(list_, chosen_, p_.args.expert_start, p_.args.assignment, p_.assignments, p_.experts, p_.top_k, p_.columns); }
   __device__ int parts() const { return 1; }
   __device__ const Split& split() const { return p_.split; }
   __device__ void load() {
@@ -43,22 +44,18 @@ class GateUp {
     load_columns(dense_, p_.split, p_.columns.tokens, p_.columns.planes, Plain{p_.args.dense_in + from, n});
     load_columns(expert_, p_.split, p_.columns.tokens, p_.columns.planes, Plain{p_.args.expert_in + from, n});
   }
-  __device__ Half low(const Cursor& at) const {
-    const Tile t = tile(at);
-    if (t.chosen < 0) return {&p_.gate, t.first};
-    return {&p_.experts_gate_up, list_[t.chosen].expert * 2 * p_.moe_inter + t.first};
-  }
-  __device__ Half high(const Cursor& at) const {
-    const Tile t = tile(at);
-    if (t.chosen < 0) return {&p_.up, t.first};
-    return {&p_.experts_gate_up, (list_[t.chosen].expert * 2 + 1) * p_.moe_inter + t.first};
+  __device__ Tile rows(const Cursor& at) const {
+    const Target t = target(at);
+    if (t.chosen < 0) return {{&p_.gate, t.first}, {&p_.up, t.first}};
+    const int first = list_[t.chosen].expert * 2 * p_.moe_inter + t.first;
+    return {{&p_.experts_gate_up, first}, {&p_.experts_gate_up, first + p_.moe_inter}};
   }
   __device__ const uint4* column(const Cursor& at) const {
-    return column_of(tile(at).chosen < 0 ? dense_ : expert_, p_.split, place_, p_.columns.tokens * p_.columns.planes);
+    return column_of(target(at).chosen < 0 ? dense_ : expert_, p_.split, place_, p_.columns.tokens * p_.columns.planes);
   }
   __device__ void finish(const Cursor& at, const float (&sums)[4]) {
     exchange_.give(place_, sums);
-    const Tile to = tile(at);
+    const Target to = target(at);
     const bool bfloat16 = p_.columns.planes == 1;
     for (int i = place_.thread; i < kWidth * p_.columns.tokens; i += place_.threads) {
       const int row = i % kWidth, t = i / kWidth, column = to.first + row;
@@ -77,11 +74,11 @@ class GateUp {
   }
 
  private:
-  struct Tile {
+  struct Target {
     int chosen;  // index into the list, -1: the dense MLP
     int first;   // column of the activation
   };
-  __device__ Tile tile(const Cursor& at) const {
+  __device__ Target target(const Cursor& at) const {
     const int i = place_.global_group + at.tile * place_.groups, j = i - dense_tiles_;
     if (j < 0) return {-1, i * kWidth};
     return {j / expert_tiles_, j % expert_tiles_ * kWidth};
@@ -101,9 +98,9 @@ class GateUp {
 void gate_up(const GateUpArgs& a, const Dims& d, const Input& in, Backend& backend) {
   const Split split = split_whole(d.hidden);
   launch_gemv<GateUp>(of(backend), d, in.tokens,
-                      {a, matrix_of(a.gate, d.inter, split), matrix_of(a.up, d.inter, split),
-                       matrix_of(a.expert_gate_up, int64_t{d.experts} * 2 * d.moe_inter, split), split, {}, d.inter, d.moe_inter,
-                       d.experts, d.top_k});
+                      {a, matrix_of(a.gate, d.inter, split, kWidth), matrix_of(a.up, d.inter, split, kWidth),
+                       matrix_of(a.expert_gate_up, int64_t{d.experts} * 2 * d.moe_inter, split, kWidth), split, {}, d.inter, d.moe_inter,
+                       d.experts, d.top_k, in.tokens * d.top_k});
 }
 
 }  // namespace tp::cuda

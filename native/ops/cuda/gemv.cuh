@@ -9,8 +9,8 @@
 // float32 runs three, because an fp32 value is exactly the sum of three bfloat16 planes. What a column holds never
 // changes what its neighbours compute, so a token's bits do not depend on the batch.
 //
-// Every warp has a ring of slots of its own, which one more warp keeps filled by the copy engine: 16 rows by `chunk`
-// elements a slot, as far ahead as there is room, without a barrier between warps, before the inputs are there.
+// Every group has a ring of slots that one more warp keeps filled by the copy engine: a slot is one segment's next stretch of
+// the tile's 16 rows. The copies run as far ahead as there is room and start before the kernel's inputs are there.
 #pragma once
 
 #include <climits>
@@ -23,21 +23,22 @@ namespace tp::cuda {
 constexpr int kTileRows = 16;
 constexpr int kColumns = 8;
 constexpr int kSegments = 8;  // of a row that tensor parallelism does not split
-constexpr int kLine = 64;     // elements of a cache line
-constexpr int kMostChunk = 96, kMostSlots = 16;
+constexpr int kMostChunk = 256;
+constexpr int kMostSlots = 32, kBlockSlots = 256;  // of a group, of a block
 
 inline __host__ __device__ int least(int a, int b) { return a < b ? a : b; }
 
-/// How rows of `total` elements are cut. All segments take the same number of chunks, the last may find nothing there.
+/// How rows of `total` elements are cut. Chunk c of segment s is box c * segments + s of a unit.
 struct Split {
   int total;          // elements of a row
   int segments;       // warps of a group; a power of two
   int length;         // elements of a leaf
-  int chunk, chunks;  // elements of a row in one slot; slots of a segment
+  int chunk, chunks;  // elements of a row in one slot, a multiple of 32; slots of a segment
+  int boxes;          // slots of a unit
   int first, step;    // chunk c of segment s begins at first * s + step * c
   int padded;         // and lies in shared memory at padded * s + step * c
   int plane;          // room of a column; 64 bytes past a multiple of 128, so that columns use other banks
-  bool leaves;        // segments are leaves, neighbouring stretches of a row
+  bool leaves;        // segments are leaves, neighbouring stretches of a row; else they are every eighth chunk
   bool aligned;       // every piece of 8 elements begins at a multiple of 16 bytes
 
   __host__ __device__ int from(int segment, int c) const { return first * segment + step * c; }
@@ -48,9 +49,10 @@ struct Split {
 
 inline Split split_whole(int total) {
   Split s{};
-  s.total = total, s.segments = kSegments, s.chunk = kLine;
-  s.step = kSegments * kLine, s.first = s.padded = kLine;
+  s.total = total, s.segments = kSegments, s.chunk = s.first = s.padded = kMostChunk;
+  s.step = kSegments * kMostChunk;
   s.chunks = (total + s.step - 1) / s.step;
+  s.boxes = (total + kMostChunk - 1) / kMostChunk;
   s.plane = (total + 63) / 64 * 64 + 32;
   s.aligned = total % 8 == 0;
   return s;
@@ -61,20 +63,16 @@ inline Split split_leaves(int total, int leaves) {
   s.first = s.length = total / leaves;
   s.padded = (s.length + 7) / 8 * 8;
   s.aligned = s.length % 8 == 0;
-  s.chunk = kLine;
-  for (int chunk = kMostChunk; chunk > 32 && s.length % kLine != 0; chunk -= 8)
-    if (s.padded % chunk == 0) {
-      s.chunk = chunk;
-      break;
-    }
-  s.step = s.chunk;
-  s.chunks = (s.length + s.chunk - 1) / s.chunk;
+  s.chunks = (s.length + kMostChunk - 1) / kMostChunk;
+  s.chunk = s.step = ((s.length + s.chunks - 1) / s.chunks + 31) / 32 * 32;
+  s.boxes = s.chunks * s.segments;
   s.plane = (leaves * s.padded + 63) / 64 * 64 + 32;
   return s;
 }
 
-inline Matrix matrix_of(const Bf16* data, int64_t rows, const Split& s) {
-  return matrix_of(data, rows, s.total, s.chunk, s.aligned);
+/// `box`: rows that one copy brings, a tile's 16 or half of them.
+inline Matrix matrix_of(const Bf16* data, int64_t rows, const Split& s, int box = kTileRows) {
+  return matrix_of(data, rows, s.total, s.chunk, box, s.aligned);
 }
 
 /// Tokens as columns.
@@ -111,10 +109,15 @@ struct Place {
   __device__ int share(int tiles) const { return tiles <= global_group ? 0 : (tiles - global_group + groups - 1) / groups; }
 };
 
-/// Eight neighbouring rows of a matrix; the upper or the lower half of a tile.
-struct Half {
+/// Neighbouring rows of a matrix.
+struct Rows {
   const Matrix* matrix;
-  int row;
+  int first;
+};
+
+/// The 16 rows of a tile: neighbours, or, when `high` has a matrix, 8 and 8.
+struct Tile {
+  Rows low, high;
 };
 
 /// Where a walk through the units of a group stands: a tile, and of an expert tile the expert.
@@ -146,62 +149,60 @@ __device__ inline void wait_for(uint32_t barrier, uint32_t parity) {
   }
 }
 
-/// One warp's ring of slots. Shared memory: two barriers (arrived, free) for every slot of every warp, then the slots.
+/// A group's ring of slots, as one thread or warp walks through it. Shared memory: two barriers (arrived, free) for every
+/// slot of the block, then the slots.
 class Ring {
  public:
-  __device__ Ring(char* memory, int warp, int slots, int bytes)
-      : slots_(slots), bytes_(bytes), barriers_(shared_address(memory) + warp * kMostSlots * 16),
-        data_(memory + kWarps * kMostSlots * 16 + warp * slots * bytes) {}
+  __device__ Ring(char* memory, int group, int slots, int bytes)
+      : slots_(slots), bytes_(bytes), barriers_(shared_address(memory) + group * slots * 16),
+        data_(memory + kBlockSlots * 16 + group * slots * bytes) {}
 
   /// By one thread, before others use the ring.
   __device__ void prepare() const {
     for (int i = 0; i < 2 * slots_; i++) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barriers_ + i * 8) : "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
-  /// Asks for 16 rows from element k on, as soon as the next slot is free. By one thread.
-  __device__ void ask(const Half& low, const Half& high, int k) {
-    const uint32_t arrived = barriers_ + at_ * 16;
-    wait_for(arrived + 8, phase_ ^ 1);
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(arrived), "r"(bytes_) : "memory");
-    char* const slot = data_ + at_ * bytes_;
-    copy(slot, low, k, arrived);
-    copy(slot + bytes_ / 2, high, k, arrived);
-    advance();
+  __device__ void skip(int slots) {
+    for (at_ += slots; at_ >= slots_; at_ -= slots_) phase_ ^= 1;
   }
-  /// The oldest slot. The warp gives it back by release() when all lanes have read.
-  __device__ const Bf16* pop() const {
+  /// Asks for a tile's rows from element k on, as soon as the slot is free, and goes on. By one thread.
+  __device__ void ask(const Tile& tile, const Split& s, int k) {
+    const uint32_t arrived = barriers_ + at_ * 16, slot = shared_address(data_ + at_ * bytes_);
+    wait_for(arrived + 8, phase_ ^ 1);
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(arrived), "r"(s.slot_bytes()) : "memory");
+    copy(slot, tile.low, k, arrived);
+    if (tile.high.matrix) copy(slot + s.slot_bytes() / 2, tile.high, k, arrived);
+    skip(1);
+  }
+  /// The slot, when it is there. The warp gives it back by release() when all lanes have read.
+  __device__ const Bf16* take() const {
     wait_for(barriers_ + at_ * 16, phase_);
     return reinterpret_cast<const Bf16*>(data_ + at_ * bytes_);
   }
-  __device__ void release() {
+  __device__ void release() const {
     __syncwarp();
     if (threadIdx.x % 32 == 0)
       asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barriers_ + at_ * 16 + 8) : "memory");
-    advance();
   }
-  /// Fills the first slot element by element, where the copy engine cannot: rows that do not begin at 16 bytes.
-  __device__ const Bf16* gather(const Half& low, const Half& high, const Split& s, int k) const {
-    auto* const to = reinterpret_cast<Bf16*>(data_);
+  /// Fills slot `own` element by element, where the copy engine cannot: rows that do not begin at 16 bytes.
+  __device__ const Bf16* gather(int own, const Tile& tile, const Split& s, int k) const {
+    auto* const to = reinterpret_cast<Bf16*>(data_ + own * bytes_);
     __syncwarp();
     for (int i = threadIdx.x % 32; i < kTileRows * s.chunk; i += 32) {
       const int row = i / s.chunk, element = k + i % s.chunk;
-      const Half& half = row < 8 ? low : high;
-      const int at = half.row + row % 8;
-      to[i] = element < s.total && at < half.matrix->rows ? half.matrix->data[static_cast<int64_t>(at) * s.total + element] : Bf16{0};
+      const Rows& rows = tile.high.matrix && row >= 8 ? tile.high : tile.low;
+      const int at = rows.first + (tile.high.matrix ? row % 8 : row);
+      to[i] = element < s.total && at < rows.matrix->rows ? rows.matrix->data[static_cast<int64_t>(at) * s.total + element] : Bf16{0};
     }
     __syncwarp();
     return to;
   }
 
  private:
-  __device__ void advance() {
-    if (++at_ == slots_) at_ = 0, phase_ ^= 1;
-  }
-  static __device__ void copy(char* to, const Half& from, int k, uint32_t arrived) {
+  static __device__ void copy(uint32_t to, const Rows& from, int k, uint32_t arrived) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-            shared_address(to)),
-        "l"(&from.matrix->map), "r"(k), "r"(from.row), "r"(arrived)
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+        "l"(&from.matrix->map), "r"(k), "r"(from.first), "r"(arrived)
         : "memory");
   }
 
@@ -209,7 +210,7 @@ class Ring {
   uint32_t phase_ = 0, barriers_;
   char* data_;
 };
-constexpr int kBarrierBytes = kWarps * kMostSlots * 16;
+constexpr int kBarrierBytes = kBlockSlots * 16;
 
 /// acc += 16 rows x 16 elements of weights times 16 elements x 8 columns.
 __device__ inline void multiply(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -224,12 +225,11 @@ __device__ inline void multiply_slot(float (&even)[4], float (&odd)[4], const Bf
                                      const Place& place) {
   const Bf16* const low = slot + place.row * chunk + place.quarter * 8;
   const Bf16* const high = low + 8 * chunk;
-  const int end = least(left, chunk) - place.quarter * 8;
-#pragma unroll
-  for (int k = 0; k < kMostChunk; k += 32) {
-    if (k >= chunk) break;
+  const int end = least(left, chunk), mine = end - place.quarter * 8;
+#pragma unroll 4
+  for (int k = 0; k < end; k += 32) {
     uint4 a = {0, 0, 0, 0}, b = {0, 0, 0, 0}, x = {0, 0, 0, 0};
-    if (k < end) {
+    if (k < mine) {
       a = *reinterpret_cast<const uint4*>(low + k);
       b = *reinterpret_cast<const uint4*>(high + k);
       if (column) x = column[k / 8];
@@ -239,24 +239,29 @@ __device__ inline void multiply_slot(float (&even)[4], float (&odd)[4], const Bf
   }
 }
 
-/// The sums of one unit: (row, column 2 quarter), (row, 2 quarter + 1) and the same of row + 8.
+/// The sums of one unit: (row, column 2 quarter), (row, 2 quarter + 1) and the same of row + 8. `ring` stands at the unit's
+/// first box and goes on to the next unit's.
 template <class Work>
 __device__ void multiply_unit(float (&sums)[4], Ring& ring, const Work& work, const Cursor& at, const Place& place) {
   const Split& s = work.split();
   const uint4* column = work.column(at);
+  Ring here = ring;
+  here.skip(place.segment);
   float odd[4] = {};
   for (float& sum : sums) sum = 0;
-  for (int c = 0; c < s.chunks; c++) {
+  for (int c = 0; c < s.chunks && s.left(place.segment, c) > 0; c++) {
+    const int left = s.left(place.segment, c);
     if (s.aligned) {
-      multiply_slot(sums, odd, ring.pop(), s.chunk, column, s.left(place.segment, c), place);
-      ring.release();
+      multiply_slot(sums, odd, here.take(), s.chunk, column, left, place);
+      here.release();
+      here.skip(s.segments);
     } else {
-      const Bf16* const slot = ring.gather(work.low(at), work.high(at), s, s.from(place.segment, c));
-      multiply_slot(sums, odd, slot, s.chunk, column, s.left(place.segment, c), place);
+      multiply_slot(sums, odd, here.gather(place.segment, work.rows(at), s, s.from(place.segment, c)), s.chunk, column, left, place);
     }
     if (column) column += s.step / 8;
   }
   for (int i = 0; i < 4; i++) sums[i] += odd[i];
+  ring.skip(s.boxes);
 }
 
 /// Where the warps of a group lay their sums side by side: two turns of (segment, row, column).
@@ -334,22 +339,26 @@ __device__ void load_columns(Bf16* columns, const Split& s, int rows, int planes
     }
     return;
   }
-  const int pieces = s.total / 8;
+  // A thread takes the same piece of every row, or of every `together`th where rows are short.
+  const int pieces = s.total / 8, together = max(1, kThreads / pieces);
+  const int start = together > 1 ? threadIdx.x % pieces : threadIdx.x, row0 = together > 1 ? threadIdx.x / pieces : 0;
+  if (row0 >= together) return;
+  for (int piece = start; piece < pieces; piece += kThreads) {
 #pragma unroll 4
-  for (int i = threadIdx.x; i < rows * pieces; i += kThreads) {
-    const int row = i / pieces, piece = i % pieces;
-    float x[8];
-    source.eight(row, 8 * piece, x);
-    for (int p = 0; p < planes; p++) {
-      uint32_t out[4];
+    for (int row = row0; row < rows; row += together) {
+      float x[8];
+      source.eight(row, 8 * piece, x);
+      for (int p = 0; p < planes; p++) {
+        uint32_t out[4];
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const Bf16 a = to_bf16(x[2 * j]), b = to_bf16(x[2 * j + 1]);
-        out[j] = a | static_cast<uint32_t>(b) << 16;
-        x[2 * j] -= to_float(a);
-        x[2 * j + 1] -= to_float(b);
+        for (int j = 0; j < 4; j++) {
+          const Bf16 a = to_bf16(x[2 * j]), b = to_bf16(x[2 * j + 1]);
+          out[j] = a | static_cast<uint32_t>(b) << 16;
+          x[2 * j] -= to_float(a);
+          x[2 * j + 1] -= to_float(b);
+        }
+        reinterpret_cast<uint4*>(columns + (row * planes + p) * s.plane)[piece] = make_uint4(out[0], out[1], out[2], out[3]);
       }
-      reinterpret_cast<uint4*>(columns + (row * planes + p) * s.plane)[piece] = make_uint4(out[0], out[1], out[2], out[3]);
     }
   }
 }
@@ -399,7 +408,7 @@ constexpr int kGemvThreads = kThreads + 32;  // the last warp keeps the rings fi
 ///   early()   the 16 warps: what can be done before the inputs are there
 ///   known()   all: tiles known then
 ///   list()    the 16 warps: with the inputs there, what it takes to know the others
-///   tiles()   all: all tiles, of parts() units each; low(), high(): a unit's weights
+///   tiles()   all: all tiles, of parts() units each; rows(): a unit's weights
 ///   load()    the 16 warps: the columns
 ///   finish()  the 16 warps: the sums of a unit
 template <class Work>
@@ -407,23 +416,24 @@ __global__ void __launch_bounds__(kGemvThreads, 1) gemv(const __grid_constant__ 
   extern __shared__ __align__(128) char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool fills = warp == kWarps;
-  const Place place(p.segments(), fills ? lane % kWarps : warp, fills ? 0 : lane);
-  Ring ring(shared, place.warp, slots, p.slot_bytes());
-  auto* const exchange = reinterpret_cast<float*>(shared + kBarrierBytes + kWarps * slots * p.slot_bytes());
+  const int groups = kWarps / p.segments();
+  // The filling warp's lane i stands for the first warp of group i.
+  const Place place(p.segments(), fills ? lane % groups * p.segments() : warp, fills ? 0 : lane);
+  Ring ring(shared, place.group, slots, p.slot_bytes());
+  auto* const exchange = reinterpret_cast<float*>(shared + kBarrierBytes + groups * slots * p.slot_bytes());
   Work work(p, place, exchange, reinterpret_cast<char*>(exchange) + kExchangeBytes);
-  if (fills && lane < kWarps) ring.prepare();
+  if (fills && lane < groups) ring.prepare();
   if (!fills) work.early();
   __syncthreads();
   if (fills) {
-    // One lane for every warp. All take the same number of slots a tile, so no lane waits for what another holds back.
     const Split& s = work.split();
     if (!s.aligned) return;
     Cursor at;
     const auto fill = [&](int tiles) {
-      if (lane < kWarps)
+      if (lane < groups)
         for (; at.tile < tiles; at.advance(work.parts())) {
-          const Half low = work.low(at), high = work.high(at);
-          for (int c = 0; c < s.chunks; c++) ring.ask(low, high, s.from(place.segment, c));
+          const Tile tile = work.rows(at);
+          for (int box = 0; box < s.boxes; box++) ring.ask(tile, s, s.from(box % s.segments, box / s.segments));
         }
       __syncwarp();
     };
@@ -451,22 +461,24 @@ __global__ void __launch_bounds__(kGemvThreads, 1) gemv(const __grid_constant__ 
 /// p.bytes(): shared memory of the Work for p.columns.
 template <class Work>
 void launch_gemv(CudaBackend& backend, const Dims& d, int tokens, typename Work::Parameters p) {
+  const int groups = kWarps / p.segments();
   const auto slots = [&](int count) {
     p.columns.tokens = count;
     const int room = backend.shared_memory() - 2048 - p.bytes() - kExchangeBytes - kBarrierBytes;  // 2 KB: a kernel's own
-    return room < 0 ? 0 : least(kMostSlots, room / (kWarps * p.slot_bytes()));
+    return room < 0 ? 0 : least(least(kMostSlots, kBlockSlots / groups), room / (groups * p.slot_bytes()));
   };
+  const int needed = p.all_aligned() ? 1 : p.segments();  // else every warp gathers in a slot of its own
   p.columns = {0, 0, d.bfloat16 ? 1 : 3};
   int most = least(kColumns / p.columns.planes, tokens);
-  while (most > 1 && slots(most) < 2) most--;
-  if (slots(most) < 1)
+  while (most > 1 && slots(most) < needed) most--;
+  if (slots(most) < needed)
     fail("TP_LIMIT", "the activations of one token need %d bytes of shared memory in one op, the GPU gives %d",
-         p.bytes() + kExchangeBytes + kBarrierBytes + kWarps * p.slot_bytes(), backend.shared_memory());
+         p.bytes() + kExchangeBytes + kBarrierBytes + groups * needed * p.slot_bytes(), backend.shared_memory());
   for (int first = 0; first < tokens; first += most) {
     const int count = slots(least(tokens - first, most));
     p.columns.first = first;
     backend.launch(gemv<Work>, dim3(static_cast<unsigned>(backend.processors())), kGemvThreads,
-                   p.bytes() + kExchangeBytes + kBarrierBytes + kWarps * count * p.slot_bytes(), p, count);
+                   p.bytes() + kExchangeBytes + kBarrierBytes + groups * count * p.slot_bytes(), p, count);
   }
 }
 

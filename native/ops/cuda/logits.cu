@@ -18,6 +18,7 @@ class Logits {
     int rows;
     float eps, softcap;
     __host__ __device__ int segments() const { return split.segments; }
+    __host__ __device__ bool all_aligned() const { return split.aligned; }
     __host__ __device__ int slot_bytes() const { return split.slot_bytes(); }
     __host__ __device__ int bytes() const { return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16)); }
   };
@@ -38,8 +39,7 @@ class Logits {
                         p_.row + p_.columns.first, norm_, p_.columns.planes == 1);
   }
   __device__ int first_row(const Cursor& at) const { return (place_.global_group + at.tile * place_.groups) * kTileRows; }
-  __device__ Half low(const Cursor& at) const { return {&p_.table, first_row(at)}; }
-  __device__ Half high(const Cursor& at) const { return {&p_.table, first_row(at) + 8}; }
+  __device__ Tile rows(const Cursor& at) const { return {{&p_.table, first_row(at)}, {}}; }
   __device__ const uint4* column(const Cursor&) const {
     return column_of(columns_, p_.split, place_, p_.columns.tokens * p_.columns.planes);
   }

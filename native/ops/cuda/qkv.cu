@@ -15,6 +15,7 @@ class Qkv {
     Columns columns;
     float eps;
     __host__ __device__ int segments() const { return split.segments; }
+    __host__ __device__ bool all_aligned() const { return split.aligned; }
     __host__ __device__ int slot_bytes() const { return split.slot_bytes(); }
     __host__ __device__ int bytes() const { return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16)); }
     __host__ __device__ int q_rows() const { return args.heads.heads * args.heads.head_dim; }
@@ -38,19 +39,15 @@ class Qkv {
                         p_.args.hidden + static_cast<int64_t>(p_.columns.first) * p_.split.total, nullptr, norm_,
                         p_.columns.planes == 1);
   }
-  __device__ Half low(const Cursor& at) const {
-    const Tile t = tile(at);
-    return {t.weight, t.first};
-  }
-  __device__ Half high(const Cursor& at) const {
-    const Tile t = tile(at);
-    return {t.weight, t.first + 8};
+  __device__ Tile rows(const Cursor& at) const {
+    const Target t = target(at);
+    return {{t.weight, t.first}, {}};
   }
   __device__ const uint4* column(const Cursor&) const {
     return column_of(columns_, p_.split, place_, p_.columns.tokens * p_.columns.planes);
   }
   __device__ void finish(const Cursor& at, const float (&sums)[4]) {
-    const Tile to = tile(at);
+    const Target to = target(at);
     exchange_.give(place_, sums);
     for (int i = place_.thread; i < kTileRows * p_.columns.tokens; i += place_.threads) {
       const int row = to.first + i % kTileRows, t = i / kTileRows;
@@ -61,12 +58,12 @@ class Qkv {
   }
 
  private:
-  struct Tile {
+  struct Target {
     const Matrix* weight;
     float* out;
     int first, rows, stride;
   };
-  __device__ Tile tile(const Cursor& at) const {
+  __device__ Target target(const Cursor& at) const {
     const int i = place_.global_group + at.tile * place_.groups, kv = p_.kv_rows();
     if (i < q_tiles_) return {&p_.q, p_.args.q, i * kTileRows, p_.q_rows(), p_.q_rows()};
     const int first = (i - q_tiles_) % kv_tiles_ * kTileRows;

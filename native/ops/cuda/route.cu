@@ -126,20 +126,20 @@ __global__ void __launch_bounds__(kThreads, 1) route_tokens(const __grid_constan
   const int first = static_cast<int>(blockIdx.x) / kCluster * kCluster, tokens = min(kCluster, p.tokens - first);
   const Place place(kSegments, threadIdx.x / 32, threadIdx.x % 32);
   const bool multiplies = threadIdx.x < kSegments * 32;
-  // Shared memory: the slots of 8 warps (in a ring's place for 16), columns, exchange.
+  // Shared memory: rings of 8 warps, columns, exchange.
   const Split& split = p.split;
   auto* const columns = reinterpret_cast<Bf16*>(shared + kBarrierBytes + kSegments * p.slots * split.slot_bytes());
   auto* const exchange_room = reinterpret_cast<float*>(columns + kColumns * split.plane);
   Exchange exchange(exchange_room, place, kSegments);
   const int tiles = (p.experts + kTileRows - 1) / kTileRows;
+  // A ring for every warp, which asks for its own pieces, as many as there are slots.
   Ring asking(shared, place.warp, p.slots, split.slot_bytes()), taking = asking;
   if (multiplies && place.lane == 0) asking.prepare();
   __syncwarp();
-  // Every warp asks for its own pieces, as many as there are slots.
   const auto ask = [&](int tile, int from) {
     if (split.aligned && place.lane == 0 && tile < tiles)
-      for (int c = from; c < least(from + p.slots, split.chunks); c++)
-        asking.ask({&p.router, tile * kTileRows}, {&p.router, tile * kTileRows + 8}, split.from(place.segment, c));
+      for (int c = from; c < least(from + p.slots, split.chunks) && split.left(place.segment, c) > 0; c++)
+        asking.ask({{&p.router, tile * kTileRows}, {}}, split, split.from(place.segment, c));
   };
   if (multiplies) ask(rank, 0);
   const RouteNorms<Per> norms(p.args, p.split.total);
@@ -159,15 +159,16 @@ __global__ void __launch_bounds__(kThreads, 1) route_tokens(const __grid_constan
       if (!multiplies) continue;
       const uint4* column = column_of(columns, split, place, count * planes);
       float even[4] = {}, odd[4] = {};
-      for (int c = 0; c < split.chunks; c++) {
+      for (int c = 0; c < split.chunks && split.left(place.segment, c) > 0; c++) {
         if (c % p.slots == 0 && !asked) ask(tile, c);
         asked = false;
         if (split.aligned) {
-          multiply_slot(even, odd, taking.pop(), split.chunk, column, split.left(place.segment, c), place);
+          multiply_slot(even, odd, taking.take(), split.chunk, column, split.left(place.segment, c), place);
           taking.release();
+          taking.skip(1);
         } else {
-          const Half low{&p.router, tile * kTileRows}, high{&p.router, tile * kTileRows + 8};
-          multiply_slot(even, odd, taking.gather(low, high, split, split.from(place.segment, c)), split.chunk, column,
+          const Tile rows{{&p.router, tile * kTileRows}, {}};
+          multiply_slot(even, odd, taking.gather(0, rows, split, split.from(place.segment, c)), split.chunk, column,
                         split.left(place.segment, c), place);
         }
         if (column) column += split.step / 8;
