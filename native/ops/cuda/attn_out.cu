@@ -15,7 +15,7 @@ class AttnOut {
     Columns columns;
     int rows;
     __host__ __device__ int segments() const { return split.segments; }
-    __host__ __device__ bool all_aligned() const { return split.aligned; }
+    __host__ __device__ int least_slots() const { return split.least_slots(); }
     __host__ __device__ int slot_bytes() const { return split.slot_bytes(); }
     __host__ __device__ int bytes() const { return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16)); }
   };

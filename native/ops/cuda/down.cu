@@ -22,7 +22,9 @@ class Down {
       return columns.tokens * top_k * columns.planes * expert.plane * static_cast<int>(sizeof(Bf16));
     }
     __host__ __device__ int list_bytes() const { return chosen_bytes(experts, top_k, columns.tokens); }
-    __host__ __device__ bool all_aligned() const { return dense.aligned && expert.aligned; }
+    __host__ __device__ int least_slots() const {
+      return dense.least_slots() > expert.least_slots() ? dense.least_slots() : expert.least_slots();
+    }
     __host__ __device__ int slot_bytes() const {
       return dense.slot_bytes() > expert.slot_bytes() ? dense.slot_bytes() : expert.slot_bytes();
     }

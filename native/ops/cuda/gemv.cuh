@@ -9,8 +9,8 @@
 // float32 runs three, because an fp32 value is exactly the sum of three bfloat16 planes. What a column holds never
 // changes what its neighbours compute, so a token's bits do not depend on the batch.
 //
-// Every group has a ring of slots that one more warp keeps filled by the copy engine: a slot is one segment's next stretch of
-// the tile's 16 rows. The copies run as far ahead as there is room and start before the kernel's inputs are there.
+// Every group has a ring of slots that one more warp keeps filled by the copy engine: a slot is a box of the tile's 16 rows by
+// up to 256 elements. The copies run as far ahead as there is room and start before the kernel's inputs are there.
 #pragma once
 
 #include <climits>
@@ -23,36 +23,31 @@ namespace tp::cuda {
 constexpr int kTileRows = 16;
 constexpr int kColumns = 8;
 constexpr int kSegments = 8;  // of a row that tensor parallelism does not split
-constexpr int kMostChunk = 256;
+constexpr int kMostWidth = 256;
 constexpr int kMostSlots = 32, kBlockSlots = 256;  // of a group, of a block
 
 inline __host__ __device__ int least(int a, int b) { return a < b ? a : b; }
 
-/// How rows of `total` elements are cut. Chunk c of segment s is box c * segments + s of a unit.
+/// How rows of `total` elements are cut.
 struct Split {
-  int total;          // elements of a row
-  int segments;       // warps of a group; a power of two
-  int length;         // elements of a leaf
-  int chunk, chunks;  // elements of a row in one slot, a multiple of 32; slots of a segment
-  int boxes;          // slots of a unit
-  int first, step;    // chunk c of segment s begins at first * s + step * c
-  int padded;         // and lies in shared memory at padded * s + step * c
-  int plane;          // room of a column; 64 bytes past a multiple of 128, so that columns use other banks
-  bool leaves;        // segments are leaves, neighbouring stretches of a row; else they are every eighth chunk
-  bool aligned;       // every piece of 8 elements begins at a multiple of 16 bytes
+  int total;         // elements of a row
+  int segments;      // warps of a group; a power of two
+  int length;        // elements of a leaf
+  int width, boxes;  // elements of a row in one slot, a multiple of 32; slots of a unit
+  int padded;        // room of a leaf in shared memory: a multiple of 8
+  int plane;         // room of a column; 64 bytes past a multiple of 128, so that columns use other banks
+  bool leaves;       // segments are leaves, neighbouring stretches of a row; else segment s is every eighth box from s on
+  bool aligned;      // every piece of 8 elements begins at a multiple of 16 bytes
 
-  __host__ __device__ int from(int segment, int c) const { return first * segment + step * c; }
-  /// Elements from chunk c on that belong to the segment.
-  __host__ __device__ int left(int segment, int c) const { return leaves ? length - step * c : total - from(segment, c); }
-  __host__ __device__ int slot_bytes() const { return kTileRows * chunk * static_cast<int>(sizeof(Bf16)); }
+  __host__ __device__ int slot_bytes() const { return kTileRows * width * static_cast<int>(sizeof(Bf16)); }
+  /// The copy engine brings the boxes; else every warp gathers in a slot of its own.
+  __host__ __device__ int least_slots() const { return aligned ? 2 : segments; }
 };
 
 inline Split split_whole(int total) {
   Split s{};
-  s.total = total, s.segments = kSegments, s.chunk = s.first = s.padded = kMostChunk;
-  s.step = kSegments * kMostChunk;
-  s.chunks = (total + s.step - 1) / s.step;
-  s.boxes = (total + kMostChunk - 1) / kMostChunk;
+  s.total = total, s.segments = kSegments, s.width = kMostWidth;
+  s.boxes = (total + kMostWidth - 1) / kMostWidth;
   s.plane = (total + 63) / 64 * 64 + 32;
   s.aligned = total % 8 == 0;
   return s;
@@ -60,19 +55,18 @@ inline Split split_whole(int total) {
 inline Split split_leaves(int total, int leaves) {
   Split s{};
   s.total = total, s.segments = leaves, s.leaves = true;
-  s.first = s.length = total / leaves;
+  s.length = total / leaves;
   s.padded = (s.length + 7) / 8 * 8;
   s.aligned = s.length % 8 == 0;
-  s.chunks = (s.length + kMostChunk - 1) / kMostChunk;
-  s.chunk = s.step = ((s.length + s.chunks - 1) / s.chunks + 31) / 32 * 32;
-  s.boxes = s.chunks * s.segments;
+  s.boxes = (total + kMostWidth - 1) / kMostWidth;
+  s.width = ((total + s.boxes - 1) / s.boxes + 31) / 32 * 32;
   s.plane = (leaves * s.padded + 63) / 64 * 64 + 32;
   return s;
 }
 
 /// `box`: rows that one copy brings, a tile's 16 or half of them.
 inline Matrix matrix_of(const Bf16* data, int64_t rows, const Split& s, int box = kTileRows) {
-  return matrix_of(data, rows, s.total, s.chunk, box, s.aligned);
+  return matrix_of(data, rows, s.total, s.width, box, s.aligned);
 }
 
 /// Tokens as columns.
@@ -157,13 +151,16 @@ class Ring {
       : slots_(slots), bytes_(bytes), barriers_(shared_address(memory) + group * slots * 16),
         data_(memory + kBlockSlots * 16 + group * slots * bytes) {}
 
-  /// By one thread, before others use the ring.
-  __device__ void prepare() const {
-    for (int i = 0; i < 2 * slots_; i++) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barriers_ + i * 8) : "memory");
+  /// By one thread, before others use the ring. Every slot is given back by `takers` warps.
+  __device__ void prepare(int takers) const {
+    for (int i = 0; i < slots_; i++)
+      asm volatile("mbarrier.init.shared.b64 [%0], 1; mbarrier.init.shared.b64 [%1], %2;" ::"r"(barriers_ + i * 16),
+                   "r"(barriers_ + i * 16 + 8), "r"(takers)
+                   : "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
-  __device__ void skip(int slots) {
-    for (at_ += slots; at_ >= slots_; at_ -= slots_) phase_ ^= 1;
+  __device__ void advance() {
+    if (++at_ == slots_) at_ = 0, phase_ ^= 1;
   }
   /// Asks for a tile's rows from element k on, as soon as the slot is free, and goes on. By one thread.
   __device__ void ask(const Tile& tile, const Split& s, int k) {
@@ -172,9 +169,9 @@ class Ring {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(arrived), "r"(s.slot_bytes()) : "memory");
     copy(slot, tile.low, k, arrived);
     if (tile.high.matrix) copy(slot + s.slot_bytes() / 2, tile.high, k, arrived);
-    skip(1);
+    advance();
   }
-  /// The slot, when it is there. The warp gives it back by release() when all lanes have read.
+  /// The slot, when it is there. Every warp of the group takes every slot and gives it back by release().
   __device__ const Bf16* take() const {
     wait_for(barriers_ + at_ * 16, phase_);
     return reinterpret_cast<const Bf16*>(data_ + at_ * bytes_);
@@ -188,8 +185,8 @@ class Ring {
   __device__ const Bf16* gather(int own, const Tile& tile, const Split& s, int k) const {
     auto* const to = reinterpret_cast<Bf16*>(data_ + own * bytes_);
     __syncwarp();
-    for (int i = threadIdx.x % 32; i < kTileRows * s.chunk; i += 32) {
-      const int row = i / s.chunk, element = k + i % s.chunk;
+    for (int i = threadIdx.x % 32; i < kTileRows * s.width; i += 32) {
+      const int row = i / s.width, element = k + i % s.width;
       const Rows& rows = tile.high.matrix && row >= 8 ? tile.high : tile.low;
       const int at = rows.first + (tile.high.matrix ? row % 8 : row);
       to[i] = element < s.total && at < rows.matrix->rows ? rows.matrix->data[static_cast<int64_t>(at) * s.total + element] : Bf16{0};
@@ -220,48 +217,74 @@ __device__ inline void multiply(float (&acc)[4], uint32_t a0, uint32_t a1, uint3
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-/// acc += one slot of weights times a column's elements; `left` of them are in the segment.
-__device__ inline void multiply_slot(float (&even)[4], float (&odd)[4], const Bf16* slot, int chunk, const uint4* column, int left,
-                                     const Place& place) {
-  const Bf16* const low = slot + place.row * chunk + place.quarter * 8;
-  const Bf16* const high = low + 8 * chunk;
-  const int end = least(left, chunk), mine = end - place.quarter * 8;
-#pragma unroll 4
-  for (int k = 0; k < end; k += 32) {
+/// A lane's two sums for the steps of one unit; each step is 32 elements of the segment.
+struct Sums {
+  float even[4] = {}, odd[4] = {};
+
+  /// `low`: the lane's piece of row `row`; `high`: of row + 8; `x`: of its column, null without one.
+  __device__ void step(const Bf16* low, const Bf16* high, const uint4* x_piece, bool inside) {
     uint4 a = {0, 0, 0, 0}, b = {0, 0, 0, 0}, x = {0, 0, 0, 0};
-    if (k < mine) {
-      a = *reinterpret_cast<const uint4*>(low + k);
-      b = *reinterpret_cast<const uint4*>(high + k);
-      if (column) x = column[k / 8];
+    if (inside) {
+      a = *reinterpret_cast<const uint4*>(low);
+      b = *reinterpret_cast<const uint4*>(high);
+      if (x_piece) x = *x_piece;
     }
     multiply(even, a.x, b.x, a.y, b.y, x.x, x.y);
     multiply(odd, a.z, b.z, a.w, b.w, x.z, x.w);
   }
-}
-
-/// The sums of one unit: (row, column 2 quarter), (row, 2 quarter + 1) and the same of row + 8. `ring` stands at the unit's
-/// first box and goes on to the next unit's.
-template <class Work>
-__device__ void multiply_unit(float (&sums)[4], Ring& ring, const Work& work, const Cursor& at, const Place& place) {
-  const Split& s = work.split();
-  const uint4* column = work.column(at);
-  Ring here = ring;
-  here.skip(place.segment);
-  float odd[4] = {};
-  for (float& sum : sums) sum = 0;
-  for (int c = 0; c < s.chunks && s.left(place.segment, c) > 0; c++) {
-    const int left = s.left(place.segment, c);
-    if (s.aligned) {
-      multiply_slot(sums, odd, here.take(), s.chunk, column, left, place);
-      here.release();
-      here.skip(s.segments);
-    } else {
-      multiply_slot(sums, odd, here.gather(place.segment, work.rows(at), s, s.from(place.segment, c)), s.chunk, column, left, place);
-    }
-    if (column) column += s.step / 8;
+  /// A slot from its first element on; `left` elements are in the segment.
+  __device__ void slot(const Bf16* slot, int width, const uint4* column, int left, const Place& place) {
+    const Bf16* const low = slot + place.row * width + place.quarter * 8;
+    const int end = least(left, width), mine = end - place.quarter * 8;
+#pragma unroll 4
+    for (int k = 0; k < end; k += 32) step(low + k, low + 8 * width + k, column ? column + k / 8 : nullptr, k < mine);
   }
-  for (int i = 0; i < 4; i++) sums[i] += odd[i];
-  ring.skip(s.boxes);
+};
+
+/// The sums of one unit: (row, column 2 quarter), (row, 2 quarter + 1) and the same of row + 8.
+template <class Work>
+__device__ void multiply_unit(float (&out)[4], Ring& ring, const Work& work, const Cursor& at, const Place& place) {
+  const Split& s = work.split();
+  const uint4* const column = work.column(at);
+  Sums sums;
+  if (!s.aligned) {
+    const int first = s.leaves ? place.segment * s.length : place.segment * s.width;
+    const int end = s.leaves ? first + s.length : s.total, step = s.leaves ? s.width : kSegments * s.width;
+    for (int k = first; k < end; k += step)
+      sums.slot(ring.gather(place.segment, work.rows(at), s, k), s.width, column ? column + (k - first) / 8 : nullptr, end - k, place);
+  } else if (!s.leaves) {
+    for (int box = 0; box < s.boxes; box++) {
+      const Bf16* const slot = ring.take();
+      if (box % kSegments == place.segment)
+        sums.slot(slot, s.width, column ? column + (box - place.segment) * s.width / 8 : nullptr, s.total - box * s.width, place);
+      ring.release();
+      ring.advance();
+    }
+  } else {
+    // A leaf may begin and end within boxes, and a step may lie in two: a box is given back when the next one is there.
+    const int first = place.segment * s.length, end = first + s.length;
+    const Bf16* before = nullptr;
+    Ring last = ring;
+    int k = first;
+    for (int box = 0; box < s.boxes; box++) {
+      const Bf16* const slot = ring.take();
+      const int begin = box * s.width;
+#pragma unroll 2
+      for (; k < end && least(k + 32, end) <= begin + s.width; k += 32) {
+        const int mine = k + place.quarter * 8;
+        const Bf16* const low = (mine >= begin ? slot + mine - begin : before + mine - begin + s.width) + place.row * s.width;
+        sums.step(low, low + 8 * s.width, column ? column + (k - first) / 8 : nullptr, mine < end);
+      }
+      if (before) {
+        last.release();
+        last.advance();
+      }
+      before = slot;
+      ring.advance();
+    }
+    last.release();
+  }
+  for (int i = 0; i < 4; i++) out[i] = sums.even[i] + sums.odd[i];
 }
 
 /// Where the warps of a group lay their sums side by side: two turns of (segment, row, column).
@@ -366,7 +389,7 @@ __device__ void load_columns(Bf16* columns, const Split& s, int rows, int planes
 /// The lane's own column of `columns`, at its segment and quarter; null when the lane's column is not in use.
 __device__ inline const uint4* column_of(const Bf16* columns, const Split& s, const Place& place, int used) {
   if (place.row >= used) return nullptr;
-  return reinterpret_cast<const uint4*>(columns + place.row * s.plane + place.segment * s.padded) + place.quarter;
+  return reinterpret_cast<const uint4*>(columns + place.row * s.plane + place.segment * (s.leaves ? s.padded : s.width)) + place.quarter;
 }
 
 /// Columns of up to kColumns rows after their RMSNorm. index null: row r is row r. `room`: kColumns * kWarps floats.
@@ -401,10 +424,11 @@ __device__ void load_normed_columns(Bf16* columns, float* room, const Split& s, 
   }
 }
 
-constexpr int kGemvThreads = kThreads + 32;  // the last warp keeps the rings filled
+constexpr int kFillers = 4;  // warps that keep the rings filled
+constexpr int kGemvThreads = kThreads + kFillers * 32;
 
 /// A matrix op is a Work: made from its Parameters, a warp's place and shared memory, it says which weights the warp's group
-/// multiplies, loads the columns, and takes the sums. In this order, where `all` is the 16 warps and the one that fills:
+/// multiplies, loads the columns, and takes the sums. In this order, where `all` is the 16 warps and those that fill:
 ///   early()   the 16 warps: what can be done before the inputs are there
 ///   known()   all: tiles known then
 ///   list()    the 16 warps: with the inputs there, what it takes to know the others
@@ -415,14 +439,16 @@ template <class Work>
 __global__ void __launch_bounds__(kGemvThreads, 1) gemv(const __grid_constant__ typename Work::Parameters p, int slots) {
   extern __shared__ __align__(128) char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const bool fills = warp == kWarps;
+  const bool fills = warp >= kWarps;
   const int groups = kWarps / p.segments();
-  // The filling warp's lane i stands for the first warp of group i.
-  const Place place(p.segments(), fills ? lane % groups * p.segments() : warp, fills ? 0 : lane);
+  // Lane i of filling warp j stands for the first warp of group j + kFillers * i.
+  const int filled = warp - kWarps + kFillers * lane;
+  const bool asks = fills && filled < groups;
+  const Place place(p.segments(), fills ? filled % groups * p.segments() : warp, fills ? 0 : lane);
   Ring ring(shared, place.group, slots, p.slot_bytes());
   auto* const exchange = reinterpret_cast<float*>(shared + kBarrierBytes + groups * slots * p.slot_bytes());
   Work work(p, place, exchange, reinterpret_cast<char*>(exchange) + kExchangeBytes);
-  if (fills && lane < groups) ring.prepare();
+  if (asks) ring.prepare(p.segments());
   if (!fills) work.early();
   __syncthreads();
   if (fills) {
@@ -430,10 +456,10 @@ __global__ void __launch_bounds__(kGemvThreads, 1) gemv(const __grid_constant__ 
     if (!s.aligned) return;
     Cursor at;
     const auto fill = [&](int tiles) {
-      if (lane < groups)
+      if (asks)
         for (; at.tile < tiles; at.advance(work.parts())) {
           const Tile tile = work.rows(at);
-          for (int box = 0; box < s.boxes; box++) ring.ask(tile, s, s.from(box % s.segments, box / s.segments));
+          for (int box = 0; box < s.boxes; box++) ring.ask(tile, s, box * s.width);
         }
       __syncwarp();
     };
@@ -467,7 +493,7 @@ void launch_gemv(CudaBackend& backend, const Dims& d, int tokens, typename Work:
     const int room = backend.shared_memory() - 2048 - p.bytes() - kExchangeBytes - kBarrierBytes;  // 2 KB: a kernel's own
     return room < 0 ? 0 : least(least(kMostSlots, kBlockSlots / groups), room / (groups * p.slot_bytes()));
   };
-  const int needed = p.all_aligned() ? 1 : p.segments();  // else every warp gathers in a slot of its own
+  const int needed = p.least_slots();
   p.columns = {0, 0, d.bfloat16 ? 1 : 3};
   int most = least(kColumns / p.columns.planes, tokens);
   while (most > 1 && slots(most) < needed) most--;
