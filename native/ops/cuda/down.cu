@@ -6,6 +6,12 @@ namespace tp::cuda {
 
 namespace {
 
+/// What every column takes from one chosen expert.
+struct Shares {
+  int row[kColumns];       // row of the activations in shared memory, -1 without a share
+  float weight[kColumns];  // routing weight of the column's token
+};
+
 class Down {
  public:
   struct Parameters {
@@ -22,23 +28,20 @@ class Down {
       return columns.tokens * top_k * columns.planes * expert.plane * static_cast<int>(sizeof(Bf16));
     }
     __host__ __device__ int list_bytes() const { return chosen_bytes(experts, top_k, columns.tokens); }
-    __host__ __device__ int least_slots() const {
-      return dense.least_slots() > expert.least_slots() ? dense.least_slots() : expert.least_slots();
-    }
     __host__ __device__ int slot_bytes() const {
       return dense.slot_bytes() > expert.slot_bytes() ? dense.slot_bytes() : expert.slot_bytes();
     }
     /// A block takes tiles of one kind.
     __host__ __device__ int column_bytes() const { return dense_bytes() > expert_bytes() ? dense_bytes() : expert_bytes(); }
     __host__ __device__ int bytes() const {
-      return column_bytes() + list_bytes() + columns.tokens * top_k * static_cast<int>(sizeof(float));
+      return column_bytes() + list_bytes() + most_chosen(experts, top_k, columns.tokens) * static_cast<int>(sizeof(Shares));
     }
   };
 
   __device__ Down(const Parameters& p, const Place& place, float* exchange, char* memory)
       : p_(p), place_(place), exchange_(exchange, place, p.dense.segments), columns_(reinterpret_cast<Bf16*>(memory)),
         chosen_(reinterpret_cast<int*>(memory + p.column_bytes())), list_(reinterpret_cast<Chosen*>(chosen_ + 4)),
-        weight_(reinterpret_cast<float*>(memory + p.column_bytes() + p.list_bytes())) {
+        shares_(reinterpret_cast<Shares*>(memory + p.column_bytes() + p.list_bytes())) {
     // Blocks are shared out by the bytes that the two kinds of tile read; each token brings another K experts at most.
     const int blocks = gridDim.x, groups = place.groups / blocks;
     const int64_t dense = p.dense.total;
@@ -70,38 +73,44 @@ class Down {
     }
     load_columns(columns_, p_.expert, tokens * p_.top_k, planes,
                  Plain{p_.args.expert_act + static_cast<int64_t>(first) * p_.top_k * p_.expert.total, p_.expert.total});
-    for (int i = threadIdx.x; i < tokens * p_.top_k; i += kThreads) weight_[i] = p_.args.route_weight[first * p_.top_k + i];
+    for (int i = threadIdx.x; i < *chosen_ * kColumns; i += kThreads) {
+      const int part = i / kColumns, column = i % kColumns, t = p_.columns.token_of(column);
+      const int slot = t < tokens ? list_[part].slot[t] : -1;
+      shares_[part].row[column] = slot < 0 ? -1 : (t * p_.top_k + slot) * planes + p_.columns.plane_of(column);
+      shares_[part].weight[column] = slot < 0 ? 0 : p_.args.route_weight[(first + t) * p_.top_k + slot];
+    }
   }
   __device__ Tile rows(const Cursor& at) const {
     if (!experts_) return {{&p_.down, first_row(at)}, {}};
     return {{&p_.experts_down, list_[at.part].expert * p_.hidden + first_row(at)}, {}};
   }
-  __device__ const uint4* column(const Cursor& at) const {
-    const int planes = p_.columns.planes;
-    if (!experts_) return column_of(columns_, p_.dense, place_, p_.columns.tokens * planes);
-    const int t = place_.row / planes;
-    if (t >= p_.columns.tokens) return nullptr;
-    const int slot = list_[at.part].slot[t];
-    if (slot < 0) return nullptr;
-    const int column = (t * p_.top_k + slot) * planes + place_.row % planes;
-    return reinterpret_cast<const uint4*>(columns_ + column * p_.expert.plane + place_.segment * p_.expert.padded) + place_.quarter;
+  __device__ void enter(const Cursor& at) {
+    if (!experts_) return;
+    const Shares& shares = shares_[at.part];
+    row_ = shares.row[place_.row];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      share_[i] = shares.row[2 * place_.quarter + i] >= 0;
+      weight_[i] = shares.weight[2 * place_.quarter + i];
+    }
+  }
+  __device__ const uint4* column() const {
+    if (!experts_) return column_of(columns_, p_.dense, place_, p_.columns.tokens * p_.columns.planes);
+    if (row_ < 0) return nullptr;
+    return reinterpret_cast<const uint4*>(columns_ + row_ * p_.expert.plane + place_.segment * p_.expert.padded) + place_.quarter;
   }
   __device__ void finish(const Cursor& at, const float (&sums)[4]) {
     if (!experts_) {
       put(first_row(at), 0, sums);
       return;
     }
-    const Chosen& chosen = list_[at.part];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const int t = (2 * place_.quarter + i) / p_.columns.planes;
-      const int slot = t < p_.columns.tokens ? chosen.slot[t] : -1;
-      if (slot < 0) continue;
-      const float weight = weight_[t * p_.top_k + slot];
-      sums_[i] = fused(weight, sums[i], sums_[i]);
-      sums_[i + 2] = fused(weight, sums[i + 2], sums_[i + 2]);
+      if (!share_[i]) continue;
+      sums_[i] = fused(weight_[i], sums[i], sums_[i]);
+      sums_[i + 2] = fused(weight_[i], sums[i + 2], sums_[i + 2]);
     }
-    if (at.part + 1 < *chosen_) return;
+    if (at.part + 1 < parts()) return;
     put(first_row(at), 1, sums_);
     for (float& sum : sums_) sum = 0;
   }
@@ -124,9 +133,13 @@ class Down {
   Bf16* columns_;
   int* chosen_;  // length of the list
   Chosen* list_;
-  float* weight_;  // (tokens, K)
+  Shares* shares_;  // of every chosen expert
   int first_, step_, tiles_;
   bool experts_;  // else dense
+  // Of the unit: the lane's row of activations, and what the two columns of its sums take.
+  int row_ = -1;
+  bool share_[2] = {};
+  float weight_[2] = {};
   float sums_[4] = {};
 };
 

@@ -17,7 +17,6 @@ class GateUp {
     Columns columns;
     int inter, moe_inter, experts, top_k, assignments;
     __host__ __device__ int segments() const { return split.segments; }
-    __host__ __device__ int least_slots() const { return split.least_slots(); }
     __host__ __device__ int slot_bytes() const { return split.slot_bytes(); }
     __host__ __device__ int plane_bytes() const {
       return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16));
@@ -50,12 +49,13 @@ class GateUp {
     const int first = list_[t.chosen].expert * 2 * p_.moe_inter + t.first;
     return {{&p_.experts_gate_up, first}, {&p_.experts_gate_up, first + p_.moe_inter}};
   }
-  __device__ const uint4* column(const Cursor& at) const {
-    return column_of(target(at).chosen < 0 ? dense_ : expert_, p_.split, place_, p_.columns.tokens * p_.columns.planes);
+  __device__ void enter(const Cursor& at) { now_ = target(at); }
+  __device__ const uint4* column() const {
+    return column_of(now_.chosen < 0 ? dense_ : expert_, p_.split, place_, p_.columns.tokens * p_.columns.planes);
   }
-  __device__ void finish(const Cursor& at, const float (&sums)[4]) {
+  __device__ void finish(const Cursor&, const float (&sums)[4]) {
     exchange_.give(place_, sums);
-    const Target to = target(at);
+    const Target to = now_;
     const bool bfloat16 = p_.columns.planes == 1;
     for (int i = place_.thread; i < kWidth * p_.columns.tokens; i += place_.threads) {
       const int row = i % kWidth, t = i / kWidth, column = to.first + row;
@@ -91,6 +91,7 @@ class GateUp {
   int* chosen_;  // length of the list
   Chosen* list_;
   int dense_tiles_, expert_tiles_;
+  Target now_;
 };
 
 }  // namespace

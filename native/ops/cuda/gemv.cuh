@@ -9,8 +9,9 @@
 // float32 runs three, because an fp32 value is exactly the sum of three bfloat16 planes. What a column holds never
 // changes what its neighbours compute, so a token's bits do not depend on the batch.
 //
-// Every group has a ring of slots that one more warp keeps filled by the copy engine: a slot is a box of the tile's 16 rows by
-// up to 256 elements. The copies run as far ahead as there is room and start before the kernel's inputs are there.
+// Every warp has a ring of slots of its own, a slot being the tile's 16 rows by `chunk` elements, and four more warps do
+// nothing but keep the rings filled by the copy engine. The copies run as far ahead as there is room, without a barrier
+// between warps, and start before the kernel's inputs are there.
 #pragma once
 
 #include <climits>
@@ -23,31 +24,33 @@ namespace tp::cuda {
 constexpr int kTileRows = 16;
 constexpr int kColumns = 8;
 constexpr int kSegments = 8;  // of a row that tensor parallelism does not split
-constexpr int kMostWidth = 256;
-constexpr int kMostSlots = 32, kBlockSlots = 256;  // of a group, of a block
+constexpr int kMostChunk = 96, kMostSlots = 16;
 
 inline __host__ __device__ int least(int a, int b) { return a < b ? a : b; }
 
-/// How rows of `total` elements are cut.
+/// How rows of `total` elements are cut. All segments take the same number of chunks; the last may find nothing there.
 struct Split {
-  int total;         // elements of a row
-  int segments;      // warps of a group; a power of two
-  int length;        // elements of a leaf
-  int width, boxes;  // elements of a row in one slot, a multiple of 32; slots of a unit
-  int padded;        // room of a leaf in shared memory: a multiple of 8
-  int plane;         // room of a column; 64 bytes past a multiple of 128, so that columns use other banks
-  bool leaves;       // segments are leaves, neighbouring stretches of a row; else segment s is every eighth box from s on
-  bool aligned;      // every piece of 8 elements begins at a multiple of 16 bytes
+  int total;          // elements of a row
+  int segments;       // warps of a group; a power of two
+  int length;         // elements of a leaf
+  int chunk, chunks;  // elements of a row in one slot, a multiple of 32; slots of a segment
+  int first, step;    // chunk c of segment s begins at first * s + step * c
+  int padded;         // and lies in shared memory at padded * s + step * c
+  int plane;          // room of a column; 64 bytes past a multiple of 128, so that columns use other banks
+  bool leaves;        // segments are leaves, neighbouring stretches of a row; else they are every eighth chunk
+  bool aligned;       // every piece of 8 elements begins at a multiple of 16 bytes, so the copy engine can bring it
 
-  __host__ __device__ int slot_bytes() const { return kTileRows * width * static_cast<int>(sizeof(Bf16)); }
-  /// The copy engine brings the boxes; else every warp gathers in a slot of its own.
-  __host__ __device__ int least_slots() const { return aligned ? 2 : segments; }
+  __host__ __device__ int from(int segment, int c) const { return first * segment + step * c; }
+  /// Elements from chunk c on that belong to the segment.
+  __host__ __device__ int left(int segment, int c) const { return leaves ? length - step * c : total - from(segment, c); }
+  __host__ __device__ int slot_bytes() const { return kTileRows * chunk * static_cast<int>(sizeof(Bf16)); }
 };
 
 inline Split split_whole(int total) {
   Split s{};
-  s.total = total, s.segments = kSegments, s.width = kMostWidth;
-  s.boxes = (total + kMostWidth - 1) / kMostWidth;
+  s.total = total, s.segments = kSegments, s.chunk = s.first = s.padded = 64;  // a cache line
+  s.step = kSegments * s.chunk;
+  s.chunks = (total + s.step - 1) / s.step;
   s.plane = (total + 63) / 64 * 64 + 32;
   s.aligned = total % 8 == 0;
   return s;
@@ -55,18 +58,19 @@ inline Split split_whole(int total) {
 inline Split split_leaves(int total, int leaves) {
   Split s{};
   s.total = total, s.segments = leaves, s.leaves = true;
-  s.length = total / leaves;
+  s.first = s.length = total / leaves;
   s.padded = (s.length + 7) / 8 * 8;
   s.aligned = s.length % 8 == 0;
-  s.boxes = (total + kMostWidth - 1) / kMostWidth;
-  s.width = ((total + s.boxes - 1) / s.boxes + 31) / 32 * 32;
+  const int most = s.length % 64 == 0 ? 64 : kMostChunk, count = (s.length + most - 1) / most;
+  s.chunk = s.step = ((s.length + count - 1) / count + 31) / 32 * 32;
+  s.chunks = (s.length + s.chunk - 1) / s.chunk;
   s.plane = (leaves * s.padded + 63) / 64 * 64 + 32;
   return s;
 }
 
 /// `box`: rows that one copy brings, a tile's 16 or half of them.
 inline Matrix matrix_of(const Bf16* data, int64_t rows, const Split& s, int box = kTileRows) {
-  return matrix_of(data, rows, s.total, s.width, box, s.aligned);
+  return matrix_of(data, rows, s.total, s.chunk, box, s.aligned);
 }
 
 /// Tokens as columns.
@@ -74,6 +78,9 @@ struct Columns {
   int first;   // first token
   int tokens;  // tokens in this launch
   int planes;  // columns of a token: 1, or 3 in float32 runs
+
+  __device__ int token_of(int column) const { return planes == 1 ? column : column / 3; }
+  __device__ int plane_of(int column) const { return planes == 1 ? 0 : column % 3; }
 };
 
 /// A warp's place. Warp w is segment w % segments of group w / segments of the block.
@@ -143,50 +150,48 @@ __device__ inline void wait_for(uint32_t barrier, uint32_t parity) {
   }
 }
 
-/// A group's ring of slots, as one thread or warp walks through it. Shared memory: two barriers (arrived, free) for every
-/// slot of the block, then the slots.
+/// One warp's ring of slots, as the thread that fills or the warp that takes walks through it. Shared memory: two barriers
+/// (arrived, free) for every slot of every warp, then the slots.
 class Ring {
  public:
-  __device__ Ring(char* memory, int group, int slots, int bytes)
-      : slots_(slots), bytes_(bytes), barriers_(shared_address(memory) + group * slots * 16),
-        data_(memory + kBlockSlots * 16 + group * slots * bytes) {}
+  __device__ Ring(char* memory, int warp, int slots, int bytes)
+      : slots_(slots), bytes_(bytes), barriers_(shared_address(memory) + warp * kMostSlots * 16),
+        data_(memory + kWarps * kMostSlots * 16 + warp * slots * bytes) {}
 
-  /// By one thread, before others use the ring. Every slot is given back by `takers` warps.
-  __device__ void prepare(int takers) const {
-    for (int i = 0; i < slots_; i++)
-      asm volatile("mbarrier.init.shared.b64 [%0], 1; mbarrier.init.shared.b64 [%1], %2;" ::"r"(barriers_ + i * 16),
-                   "r"(barriers_ + i * 16 + 8), "r"(takers)
-                   : "memory");
+  /// By one thread, before others use the ring.
+  __device__ void prepare() const {
+    for (int i = 0; i < 2 * slots_; i++) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barriers_ + i * 8) : "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
   __device__ void advance() {
     if (++at_ == slots_) at_ = 0, phase_ ^= 1;
   }
   /// Asks for a tile's rows from element k on, as soon as the slot is free, and goes on. By one thread.
-  __device__ void ask(const Tile& tile, const Split& s, int k) {
-    const uint32_t arrived = barriers_ + at_ * 16, slot = shared_address(data_ + at_ * bytes_);
+  __device__ void ask(const Tile& tile, int k, int bytes) {
+    const uint32_t arrived = barriers_ + at_ * 16, slot = shared_address(data_) + at_ * bytes_;
     wait_for(arrived + 8, phase_ ^ 1);
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(arrived), "r"(s.slot_bytes()) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(arrived), "r"(bytes) : "memory");
     copy(slot, tile.low, k, arrived);
-    if (tile.high.matrix) copy(slot + s.slot_bytes() / 2, tile.high, k, arrived);
+    if (tile.high.matrix) copy(slot + bytes / 2, tile.high, k, arrived);
     advance();
   }
-  /// The slot, when it is there. Every warp of the group takes every slot and gives it back by release().
+  /// The oldest slot, when it is there. The warp gives it back by release() when all lanes have read.
   __device__ const Bf16* take() const {
     wait_for(barriers_ + at_ * 16, phase_);
     return reinterpret_cast<const Bf16*>(data_ + at_ * bytes_);
   }
-  __device__ void release() const {
+  __device__ void release() {
     __syncwarp();
     if (threadIdx.x % 32 == 0)
       asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barriers_ + at_ * 16 + 8) : "memory");
+    advance();
   }
-  /// Fills slot `own` element by element, where the copy engine cannot: rows that do not begin at 16 bytes.
-  __device__ const Bf16* gather(int own, const Tile& tile, const Split& s, int k) const {
-    auto* const to = reinterpret_cast<Bf16*>(data_ + own * bytes_);
+  /// Fills the first slot element by element, where the copy engine cannot: rows that do not begin at 16 bytes.
+  __device__ const Bf16* gather(const Tile& tile, const Split& s, int k) const {
+    auto* const to = reinterpret_cast<Bf16*>(data_);
     __syncwarp();
-    for (int i = threadIdx.x % 32; i < kTileRows * s.width; i += 32) {
-      const int row = i / s.width, element = k + i % s.width;
+    for (int i = threadIdx.x % 32; i < kTileRows * s.chunk; i += 32) {
+      const int row = i / s.chunk, element = k + i % s.chunk;
       const Rows& rows = tile.high.matrix && row >= 8 ? tile.high : tile.low;
       const int at = rows.first + (tile.high.matrix ? row % 8 : row);
       to[i] = element < s.total && at < rows.matrix->rows ? rows.matrix->data[static_cast<int64_t>(at) * s.total + element] : Bf16{0};
@@ -207,7 +212,7 @@ class Ring {
   uint32_t phase_ = 0, barriers_;
   char* data_;
 };
-constexpr int kBarrierBytes = kBlockSlots * 16;
+constexpr int kBarrierBytes = kWarps * kMostSlots * 16;
 
 /// acc += 16 rows x 16 elements of weights times 16 elements x 8 columns.
 __device__ inline void multiply(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -217,75 +222,36 @@ __device__ inline void multiply(float (&acc)[4], uint32_t a0, uint32_t a1, uint3
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-/// A lane's two sums for the steps of one unit; each step is 32 elements of the segment.
+/// A lane's sums of a unit: (row, column 2 quarter), (row, 2 quarter + 1) and the same of row + 8. Two of each, taken by turns.
 struct Sums {
   float even[4] = {}, odd[4] = {};
 
-  /// `low`: the lane's piece of row `row`; `high`: of row + 8; `x`: of its column, null without one.
-  __device__ void step(const Bf16* low, const Bf16* high, const uint4* x_piece, bool inside) {
-    uint4 a = {0, 0, 0, 0}, b = {0, 0, 0, 0}, x = {0, 0, 0, 0};
-    if (inside) {
-      a = *reinterpret_cast<const uint4*>(low);
-      b = *reinterpret_cast<const uint4*>(high);
-      if (x_piece) x = *x_piece;
+  /// A slot times a column's elements (null: the lane's column is not in use); `left` of them are in the segment.
+  __device__ void add(const Bf16* slot, int chunk, const uint4* column, int left, const Place& place) {
+    constexpr int kSteps = kMostChunk / 32;
+    const Bf16* const low = slot + place.row * chunk + place.quarter * 8;
+    const Bf16* const high = low + 8 * chunk;
+    const int end = least(left, chunk), mine = end - place.quarter * 8;
+    uint4 a[kSteps], b[kSteps], x[kSteps];
+#pragma unroll
+    for (int i = 0; i < kSteps; i++) {
+      a[i] = b[i] = x[i] = make_uint4(0, 0, 0, 0);
+      if (i * 32 >= mine) continue;
+      a[i] = *reinterpret_cast<const uint4*>(low + i * 32);
+      b[i] = *reinterpret_cast<const uint4*>(high + i * 32);
+      if (column) x[i] = column[i * 4];
     }
-    multiply(even, a.x, b.x, a.y, b.y, x.x, x.y);
-    multiply(odd, a.z, b.z, a.w, b.w, x.z, x.w);
+#pragma unroll
+    for (int i = 0; i < kSteps; i++) {
+      if (i * 32 >= end) continue;
+      multiply(even, a[i].x, b[i].x, a[i].y, b[i].y, x[i].x, x[i].y);
+      multiply(odd, a[i].z, b[i].z, a[i].w, b[i].w, x[i].z, x[i].w);
+    }
   }
-  /// A slot from its first element on; `left` elements are in the segment.
-  __device__ void slot(const Bf16* slot, int width, const uint4* column, int left, const Place& place) {
-    const Bf16* const low = slot + place.row * width + place.quarter * 8;
-    const int end = least(left, width), mine = end - place.quarter * 8;
-#pragma unroll 4
-    for (int k = 0; k < end; k += 32) step(low + k, low + 8 * width + k, column ? column + k / 8 : nullptr, k < mine);
+  __device__ void join() {
+    for (int i = 0; i < 4; i++) even[i] += odd[i];
   }
 };
-
-/// The sums of one unit: (row, column 2 quarter), (row, 2 quarter + 1) and the same of row + 8.
-template <class Work>
-__device__ void multiply_unit(float (&out)[4], Ring& ring, const Work& work, const Cursor& at, const Place& place) {
-  const Split& s = work.split();
-  const uint4* const column = work.column(at);
-  Sums sums;
-  if (!s.aligned) {
-    const int first = s.leaves ? place.segment * s.length : place.segment * s.width;
-    const int end = s.leaves ? first + s.length : s.total, step = s.leaves ? s.width : kSegments * s.width;
-    for (int k = first; k < end; k += step)
-      sums.slot(ring.gather(place.segment, work.rows(at), s, k), s.width, column ? column + (k - first) / 8 : nullptr, end - k, place);
-  } else if (!s.leaves) {
-    for (int box = 0; box < s.boxes; box++) {
-      const Bf16* const slot = ring.take();
-      if (box % kSegments == place.segment)
-        sums.slot(slot, s.width, column ? column + (box - place.segment) * s.width / 8 : nullptr, s.total - box * s.width, place);
-      ring.release();
-      ring.advance();
-    }
-  } else {
-    // A leaf may begin and end within boxes, and a step may lie in two: a box is given back when the next one is there.
-    const int first = place.segment * s.length, end = first + s.length;
-    const Bf16* before = nullptr;
-    Ring last = ring;
-    int k = first;
-    for (int box = 0; box < s.boxes; box++) {
-      const Bf16* const slot = ring.take();
-      const int begin = box * s.width;
-#pragma unroll 2
-      for (; k < end && least(k + 32, end) <= begin + s.width; k += 32) {
-        const int mine = k + place.quarter * 8;
-        const Bf16* const low = (mine >= begin ? slot + mine - begin : before + mine - begin + s.width) + place.row * s.width;
-        sums.step(low, low + 8 * s.width, column ? column + (k - first) / 8 : nullptr, mine < end);
-      }
-      if (before) {
-        last.release();
-        last.advance();
-      }
-      before = slot;
-      ring.advance();
-    }
-    last.release();
-  }
-  for (int i = 0; i < 4; i++) out[i] = sums.even[i] + sums.odd[i];
-}
 
 /// Where the warps of a group lay their sums side by side: two turns of (segment, row, column).
 class Exchange {
@@ -389,7 +355,7 @@ __device__ void load_columns(Bf16* columns, const Split& s, int rows, int planes
 /// The lane's own column of `columns`, at its segment and quarter; null when the lane's column is not in use.
 __device__ inline const uint4* column_of(const Bf16* columns, const Split& s, const Place& place, int used) {
   if (place.row >= used) return nullptr;
-  return reinterpret_cast<const uint4*>(columns + place.row * s.plane + place.segment * (s.leaves ? s.padded : s.width)) + place.quarter;
+  return reinterpret_cast<const uint4*>(columns + place.row * s.plane + place.segment * s.padded) + place.quarter;
 }
 
 /// Columns of up to kColumns rows after their RMSNorm. index null: row r is row r. `room`: kColumns * kWarps floats.
@@ -434,32 +400,34 @@ constexpr int kGemvThreads = kThreads + kFillers * 32;
 ///   list()    the 16 warps: with the inputs there, what it takes to know the others
 ///   tiles()   all: all tiles, of parts() units each; rows(): a unit's weights
 ///   load()    the 16 warps: the columns
-///   finish()  the 16 warps: the sums of a unit
+///   enter()   the 16 warps: goes to a unit; column(): the lane's column there
+///   finish()  the 16 warps: the sums of the unit
 template <class Work>
 __global__ void __launch_bounds__(kGemvThreads, 1) gemv(const __grid_constant__ typename Work::Parameters p, int slots) {
   extern __shared__ __align__(128) char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool fills = warp >= kWarps;
-  const int groups = kWarps / p.segments();
-  // Lane i of filling warp j stands for the first warp of group j + kFillers * i.
+  // Lane i of filling warp j stands for warp j + kFillers * i.
   const int filled = warp - kWarps + kFillers * lane;
-  const bool asks = fills && filled < groups;
-  const Place place(p.segments(), fills ? filled % groups * p.segments() : warp, fills ? 0 : lane);
-  Ring ring(shared, place.group, slots, p.slot_bytes());
-  auto* const exchange = reinterpret_cast<float*>(shared + kBarrierBytes + groups * slots * p.slot_bytes());
+  const bool asks = fills && filled < kWarps;
+  const Place place(p.segments(), fills ? filled % kWarps : warp, fills ? 0 : lane);
+  Ring ring(shared, place.warp, slots, p.slot_bytes());
+  auto* const exchange = reinterpret_cast<float*>(shared + kBarrierBytes + kWarps * slots * p.slot_bytes());
   Work work(p, place, exchange, reinterpret_cast<char*>(exchange) + kExchangeBytes);
-  if (asks) ring.prepare(p.segments());
+  if (asks) ring.prepare();
   if (!fills) work.early();
   __syncthreads();
+  const Split s = work.split();
   if (fills) {
-    const Split& s = work.split();
+    // All segments have the same number of slots in a tile, so no lane waits for what another one holds back.
     if (!s.aligned) return;
     Cursor at;
     const auto fill = [&](int tiles) {
       if (asks)
         for (; at.tile < tiles; at.advance(work.parts())) {
           const Tile tile = work.rows(at);
-          for (int box = 0; box < s.boxes; box++) ring.ask(tile, s, box * s.width);
+          int k = s.from(place.segment, 0);
+          for (int c = 0; c < s.chunks; c++, k += s.step) ring.ask(tile, k, s.slot_bytes());
         }
       __syncwarp();
     };
@@ -472,14 +440,26 @@ __global__ void __launch_bounds__(kGemvThreads, 1) gemv(const __grid_constant__ 
   wait_for_inputs();
   let_next_start();
   work.list();
-  if (work.split().aligned && !work.all_known()) asm volatile("bar.arrive %0, %1;" ::"n"(kListed), "n"(kGemvThreads) : "memory");
+  if (s.aligned && !work.all_known()) asm volatile("bar.arrive %0, %1;" ::"n"(kListed), "n"(kGemvThreads) : "memory");
   work.load();
   meet_block();
-  const int tiles = work.tiles();
-  for (Cursor at; at.tile < tiles; at.advance(work.parts())) {
-    float sums[4];
-    multiply_unit(sums, ring, work, at, place);
-    work.finish(at, sums);
+  const int tiles = work.tiles(), parts = work.parts();
+  for (Cursor at; at.tile < tiles; at.advance(parts)) {
+    work.enter(at);
+    const uint4* column = work.column();
+    Sums sums;
+    int left = s.left(place.segment, 0);
+    for (int c = 0; c < s.chunks; c++, left -= s.step) {
+      if (s.aligned) {
+        sums.add(ring.take(), s.chunk, column, left, place);
+        ring.release();
+      } else {
+        sums.add(ring.gather(work.rows(at), s, s.from(place.segment, c)), s.chunk, column, left, place);
+      }
+      if (column) column += s.step / 8;
+    }
+    sums.join();
+    work.finish(at, sums.even);
   }
 }
 
@@ -487,24 +467,22 @@ __global__ void __launch_bounds__(kGemvThreads, 1) gemv(const __grid_constant__ 
 /// p.bytes(): shared memory of the Work for p.columns.
 template <class Work>
 void launch_gemv(CudaBackend& backend, const Dims& d, int tokens, typename Work::Parameters p) {
-  const int groups = kWarps / p.segments();
   const auto slots = [&](int count) {
     p.columns.tokens = count;
     const int room = backend.shared_memory() - 2048 - p.bytes() - kExchangeBytes - kBarrierBytes;  // 2 KB: a kernel's own
-    return room < 0 ? 0 : least(least(kMostSlots, kBlockSlots / groups), room / (groups * p.slot_bytes()));
+    return room < 0 ? 0 : least(kMostSlots, room / (kWarps * p.slot_bytes()));
   };
-  const int needed = p.least_slots();
   p.columns = {0, 0, d.bfloat16 ? 1 : 3};
   int most = least(kColumns / p.columns.planes, tokens);
-  while (most > 1 && slots(most) < needed) most--;
-  if (slots(most) < needed)
+  while (most > 1 && slots(most) < 2) most--;
+  if (slots(most) < 1)
     fail("TP_LIMIT", "the activations of one token need %d bytes of shared memory in one op, the GPU gives %d",
-         p.bytes() + kExchangeBytes + kBarrierBytes + groups * needed * p.slot_bytes(), backend.shared_memory());
+         p.bytes() + kExchangeBytes + kBarrierBytes + kWarps * p.slot_bytes(), backend.shared_memory());
   for (int first = 0; first < tokens; first += most) {
     const int count = slots(least(tokens - first, most));
     p.columns.first = first;
     backend.launch(gemv<Work>, dim3(static_cast<unsigned>(backend.processors())), kGemvThreads,
-                   p.bytes() + kExchangeBytes + kBarrierBytes + groups * count * p.slot_bytes(), p, count);
+                   p.bytes() + kExchangeBytes + kBarrierBytes + kWarps * count * p.slot_bytes(), p, count);
   }
 }
 

@@ -18,7 +18,6 @@ class Logits {
     int rows;
     float eps, softcap;
     __host__ __device__ int segments() const { return split.segments; }
-    __host__ __device__ int least_slots() const { return split.least_slots(); }
     __host__ __device__ int slot_bytes() const { return split.slot_bytes(); }
     __host__ __device__ int bytes() const { return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16)); }
   };
@@ -40,7 +39,8 @@ class Logits {
   }
   __device__ int first_row(const Cursor& at) const { return (place_.global_group + at.tile * place_.groups) * kTileRows; }
   __device__ Tile rows(const Cursor& at) const { return {{&p_.table, first_row(at)}, {}}; }
-  __device__ const uint4* column(const Cursor&) const {
+  __device__ void enter(const Cursor&) {}
+  __device__ const uint4* column() const {
     return column_of(columns_, p_.split, place_, p_.columns.tokens * p_.columns.planes);
   }
   __device__ void finish(const Cursor& at, const float (&sums)[4]) {

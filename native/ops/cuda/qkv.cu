@@ -15,7 +15,6 @@ class Qkv {
     Columns columns;
     float eps;
     __host__ __device__ int segments() const { return split.segments; }
-    __host__ __device__ int least_slots() const { return split.least_slots(); }
     __host__ __device__ int slot_bytes() const { return split.slot_bytes(); }
     __host__ __device__ int bytes() const { return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16)); }
     __host__ __device__ int q_rows() const { return args.heads.heads * args.heads.head_dim; }
@@ -43,7 +42,8 @@ class Qkv {
     const Target t = target(at);
     return {{t.weight, t.first}, {}};
   }
-  __device__ const uint4* column(const Cursor&) const {
+  __device__ void enter(const Cursor&) {}
+  __device__ const uint4* column() const {
     return column_of(columns_, p_.split, place_, p_.columns.tokens * p_.columns.planes);
   }
   __device__ void finish(const Cursor& at, const float (&sums)[4]) {

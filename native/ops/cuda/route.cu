@@ -132,17 +132,16 @@ __global__ void __launch_bounds__(kThreads, 1) route_tokens(const __grid_constan
   auto* const exchange_room = reinterpret_cast<float*>(columns + kColumns * split.plane);
   Exchange exchange(exchange_room, place, kSegments);
   const int tiles = (p.experts + kTileRows - 1) / kTileRows;
-  // A ring for every warp, which asks for its own boxes, as many as there are slots.
+  // A ring for every warp, which asks for its own pieces, as many as there are slots.
   Ring asking(shared, place.warp, p.slots, split.slot_bytes()), taking = asking;
-  if (multiplies && place.lane == 0) asking.prepare(1);
+  if (multiplies && place.lane == 0) asking.prepare();
   __syncwarp();
-  const int first_box = place.segment, own = kSegments * p.slots;
   const auto ask = [&](int tile, int from) {
     if (split.aligned && place.lane == 0 && tile < tiles)
-      for (int box = from; box < least(from + own, split.boxes); box += kSegments)
-        asking.ask({{&p.router, tile * kTileRows}, {}}, split, box * split.width);
+      for (int c = from; c < least(from + p.slots, split.chunks); c++)
+        asking.ask({{&p.router, tile * kTileRows}, {}}, split.from(place.segment, c), split.slot_bytes());
   };
-  if (multiplies) ask(rank, first_box);
+  if (multiplies) ask(rank, 0);
   const RouteNorms<Per> norms(p.args, p.split.total);
   wait_for_inputs();
   let_next_start();
@@ -160,21 +159,20 @@ __global__ void __launch_bounds__(kThreads, 1) route_tokens(const __grid_constan
       if (!multiplies) continue;
       const uint4* const column = column_of(columns, split, place, count * planes);
       Sums sums;
-      for (int box = first_box; box < split.boxes; box += kSegments) {
-        if ((box - first_box) % own == 0 && !asked) ask(tile, box);
+      for (int c = 0; c < split.chunks; c++) {
+        if (c % p.slots == 0 && !asked) ask(tile, c);
         asked = false;
-        const uint4* const x = column ? column + (box - first_box) * split.width / 8 : nullptr;
-        const Bf16* const slot = split.aligned
-                                     ? taking.take()
-                                     : taking.gather(0, {{&p.router, tile * kTileRows}, {}}, split, box * split.width);
-        sums.slot(slot, split.width, x, split.total - box * split.width, place);
-        if (!split.aligned) continue;
-        taking.release();
-        taking.advance();
+        const uint4* const x = column ? column + c * split.step / 8 : nullptr;
+        const int left = split.left(place.segment, c);
+        if (split.aligned) {
+          sums.add(taking.take(), split.chunk, x, left, place);
+          taking.release();
+        } else {
+          sums.add(taking.gather({{&p.router, tile * kTileRows}, {}}, split, split.from(place.segment, c)), split.chunk, x, left, place);
+        }
       }
-      float even[4];
-      for (int i = 0; i < 4; i++) even[i] = sums.even[i] + sums.odd[i];
-      exchange.give(place, even);
+      sums.join();
+      exchange.give(place, sums.even);
       for (int i = place.thread; i < kTileRows * count; i += place.threads) {
         const int row = tile * kTileRows + i % kTileRows, t = i / kTileRows;
         if (row < p.experts)
@@ -212,7 +210,7 @@ void route(const RouteArgs& a, const Dims& d, const Input& in, Backend& backend)
   // Room for a whole tile, if there is that much.
   const size_t fixed = kBarrierBytes + kColumns * split.plane * sizeof(Bf16) + kExchangeBytes;
   const int room = (cuda.shared_memory() - 2048 - static_cast<int>(fixed)) / (kSegments * split.slot_bytes());
-  const int slots = least(least(room, kMostSlots), (split.boxes + kSegments - 1) / kSegments);
+  const int slots = least(least(room, kMostSlots), split.chunks);
   if (slots < 1) fail("TP_LIMIT", "hidden size: %d, too large for the router's shared memory", d.hidden);
   const int clusters = (in.tokens + kCluster - 1) / kCluster;
   const RouteParameters p{a, matrix_of(a.router, d.experts, split), split, in.tokens, d.experts, d.top_k, slots, d.eps,
