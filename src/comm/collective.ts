@@ -12,6 +12,8 @@ export interface Collective {
   allReduce(buffer: Float32Array): Promise<void>;
   /** Fills `gathered` with every rank's `send`, rank-major: gathered.length = ranks * send.length. */
   gather(send: Float32Array, gathered: Float32Array): Promise<void>;
+  /** From now on a partner that stays away for `timeoutMs` is TP_COLLECTIVE_TIMEOUT; before, waiting has no end. */
+  limit(timeoutMs: number): void;
   /** The operation under way and whom it waits for; a launcher asks this of a silent rank. */
   pending(): { op: string; partner: number } | null;
   close(): void;

@@ -1,0 +1,128 @@
+// A rank's whole life, from the first instruction to the last.
+
+import { hostname } from 'node:os';
+import { pairEndpoint } from '../comm/bootstrap.js';
+import type { Collective } from '../comm/collective.js';
+import { localCollective } from '../comm/local.js';
+import { ZmqCollective } from '../comm/zmq.js';
+import { EXIT, fail } from '../errors.js';
+import { makePlan, type Plan } from '../model/plan.js';
+import { loadWeights, weightBytes } from '../model/weights.js';
+import { type EngineSpec, fromNative, native } from '../native.js';
+import { runJob } from './decode.js';
+import type { Job, RunSpec } from './job.js';
+import { Life, type Place, type RunJob } from './life.js';
+import { openModel } from './open.js';
+import { parseJob, parseSetup, type Setup } from './wire.js';
+
+/** The pipe whose other end the launcher holds: it closes when the launcher is gone. */
+const DEATH_PIPE = 3;
+
+/** Lives the life of one rank; resolves with the process's exit code. */
+export async function runRank(place: Place): Promise<number> {
+  const life = new Life(place);
+  try {
+    await live(life);
+    return EXIT.ok;
+  } catch (error) {
+    return await life.lastWords(fromNative(error));
+  } finally {
+    life.control.close();
+  }
+}
+
+async function live(life: Life): Promise<void> {
+  life.enter('addon');
+  native().watchParent(DEATH_PIPE);
+
+  life.enter('connect');
+  const { place } = life;
+  const { rank, ranks } = place;
+  const zmq = await ZmqCollective.bind(rank, ranks, (partner) => pairEndpoint(place.control, rank, partner));
+  const { spec, collective: name, peers } = await meet(life, zmq.endpoints);
+
+  life.enter('device');
+  const model = openModel(spec.model);
+  const plan = makePlan(model.config, rank, ranks);
+  const engine = new (native().Engine)(engineSpec(spec, plan));
+
+  life.enter('collective');
+  zmq.connect(peers);
+  const collective: Collective = name === 'local' ? localCollective : zmq;
+  await collective.allReduce(new Float32Array(1)); // returns when everybody is there
+
+  life.enter('weights');
+  const total = weightBytes(plan);
+  await loadWeights(engine, plan, model.source, (done) => life.progress(done, total));
+  model.close();
+  await engine.prepare();
+
+  life.enter('warm-up');
+  const run: RunJob = (job, report) => runJob(engine, collective, plan, spec, job, report);
+  await run(WARM_UP, async () => {});
+  const { weightBytes: resident, cacheBytes } = engine.stats();
+  collective.limit(spec.stepTimeoutMs);
+
+  await life.ready({ weightBytes: resident, cacheBytes });
+  await serve(life, collective, run);
+  collective.close();
+  engine.close();
+}
+
+/** One token through every layer: pages are touched and caches warm before anything is timed. */
+const WARM_UP: Job = {
+  kind: 'score',
+  sequences: [{ promptIds: [0], maxTokens: 0, sequence: 0 }],
+  keepLogits: false,
+  fault: null,
+};
+
+/** Says hello and waits for the launcher to have heard all ranks. */
+async function meet(
+  life: Life,
+  endpoints: Record<string, string>,
+): Promise<Setup & { peers: Record<string, string> }> {
+  const { control, place } = life;
+  const { addon: version } = native().version();
+  const { pid } = process;
+  await control.send({ type: 'hello', rank: place.rank, pid, host: hostname(), version, endpoints });
+  const message = await control.receive();
+  if (message.type !== 'setup') throw fail('TP_MESSAGE_BAD', 'the launcher', `${message.type} before setup`);
+  return { ...parseSetup(message.body), peers: message.peers };
+}
+
+/** Does jobs, one at a time, and answers questions meanwhile, until the launcher says stop. */
+async function serve(life: Life, collective: Collective, run: RunJob): Promise<void> {
+  let failed!: (error: unknown) => void;
+  const failure = new Promise<never>((_, reject) => {
+    failed = reject;
+  });
+  for (;;) {
+    const message = await Promise.race([life.control.receive(), failure]);
+    if (message.type === 'stop') return;
+    if (message.type === 'where') await life.answer(collective.pending());
+    if (message.type === 'job') life.work(parseJob(message.body), run).catch(failed);
+  }
+}
+
+function engineSpec(spec: RunSpec, plan: Plan): EngineSpec {
+  const { device, dtype, isa, threads, limits, trace } = spec;
+  const { rank, size, model, layers, steps } = plan;
+  const tensors = plan.tensors.map(({ name, shape }) => ({ name, shape }));
+  const collective = size === 1 ? 'local' : 'host';
+  return {
+    device,
+    dtype,
+    collective,
+    isa,
+    threads,
+    rank,
+    size,
+    model,
+    layers,
+    tensors,
+    steps,
+    limits,
+    trace,
+  };
+}
