@@ -114,6 +114,7 @@ class Meeting {
       name: 'local',
       allReduce: (buffer) => meet(buffer, null),
       gather: (send, gathered) => meet(send, gathered),
+      limit: () => {},
       pending: () => null,
       close: () => {},
     };
