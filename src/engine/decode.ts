@@ -4,8 +4,11 @@
 import type { Collective } from '../comm/collective.js';
 import type { Plan } from '../model/plan.js';
 import { type Batch, fromNative, type NativeEngine, type NativeStep } from '../native.js';
+import { benchAllReduce } from './bench-allreduce.js';
 import type {
   GenerateJob,
+  Job,
+  JobResult,
   PlantedFault,
   RowReport,
   RunSpec,
