@@ -41,9 +41,9 @@ const FLAGS = {
   isa: choice(['auto', 'generic', 'avx2', 'avx512'], RUN, 'CPU instructions', 'auto'),
   threads: whole(1, 1024, RUN, 'compute threads of a rank', null, 'cores / ranks'),
   batch: whole(1, 256, RUN, 'sequences decoded together', 8),
-  prefillChunk: whole(1, 8192, RUN, 'prompt tokens processed together', 64),
+  prefillChunk: whole(1, 8192, RUN, 'prompt tokens processed together, at least the batch', 64),
   maxModelLen: whole(1, 2 ** 31 - 1, RUN, 'longest context', null, 'of the model'),
-  initTimeout: real(0, 86_400, true, RUN, 'seconds for each stage of starting up', 300),
+  initTimeout: real(0, 86_400, true, RUN, 'seconds without progress while starting up', 120),
   stepTimeout: real(0, 86_400, true, RUN, 'seconds for one step', 120),
   logDir: text(RUN, 'a folder for one log file per rank', null, 'none'),
 
