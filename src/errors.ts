@@ -162,7 +162,7 @@ const TABLE = {
   ],
   // --- engine ---
   TP_WORKER_WORDS: [EXIT.input, () => '"worker" is what a launcher starts for each rank; use generate'],
-  TP_WORKER_DIED: [EXIT.worker, (who: string, how: string) => `${who} ${how}`],
+  TP_WORKER_DIED: [EXIT.worker, (who: string, how: string) => `${who}: ${how}`],
   TP_STAGE_TIMEOUT: [
     EXIT.worker,
     (missing: string, stage: string, ms: number) =>

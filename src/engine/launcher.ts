@@ -4,7 +4,7 @@ import { mkdirSync } from 'node:fs';
 import { hostname } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { newRunId, Rendezvous } from '../comm/bootstrap.js';
+import { newRunId, Rendezvous, removeStale } from '../comm/bootstrap.js';
 import { type Choice, chooseCollective } from '../comm/collective.js';
 import { ControlServer } from '../comm/control.js';
 import type { LauncherMessage, WorkerMessage } from '../comm/messages.js';
@@ -86,6 +86,7 @@ class Launcher implements Run {
   async start(): Promise<void> {
     try {
       this.#rendezvous = new Rendezvous();
+      await removeStale();
       this.#server = await ControlServer.bind(this.#rendezvous.control, this.#id, this.#spec.ranks);
       if (!this.#supervisor.over) this.#startRanks(this.#server);
     } catch (error) {
@@ -186,7 +187,7 @@ class Launcher implements Run {
         state.job = null;
         return this.#execution?.result(rank, parseResult(message.body, rank));
       case 'at':
-        return this.#watch?.answer(rank, message);
+        return this.#watch?.answer(rank, { doing: message.doing, waits: message.waitsFor !== null });
       case 'error':
         return this.#onError(state, message);
     }
@@ -202,8 +203,9 @@ class Launcher implements Run {
 
   #onError(state: RankState, { code, text, exitCode }: WorkerMessage & { type: 'error' }): void {
     const { rank } = state;
-    // of ranks that wait for each other, the one that nobody hears from is to blame
+    // it waited for another rank, which may wait itself: ask them all before blaming one
     if (code === 'TP_COLLECTIVE_TIMEOUT') {
+      this.#watch?.answer(rank, { doing: text, waits: true });
       this.#watch?.inquire();
       return;
     }
@@ -214,7 +216,9 @@ class Launcher implements Run {
   }
 
   #onExit(state: RankState, exit: Exit): void {
-    const how = `${describeExit(exit)} ${describePlace(state)}`;
+    const hint =
+      exit.signal === 'SIGKILL' ? ' (if nobody sent it, the kernel did, for lack of memory: see dmesg)' : '';
+    const how = `${describeExit(exit)} ${describePlace(state)}${hint}`;
     const error = fail('TP_WORKER_DIED', `rank ${state.rank} on ${state.host}`, how);
     this.#supervisor.fail(new RankFailure(error, [state.rank]), exit.at);
   }

@@ -13,10 +13,11 @@ interface Limits {
   stepTimeoutMs: number;
 }
 
-/** A rank's answer to `where`: the rank that it waits for, null while it computes. */
+/** What a rank says when it is asked where it is. */
 interface Answer {
   doing: string;
-  waitsFor: number | null;
+  /** Held up by another rank, not busy itself. */
+  waits: boolean;
 }
 
 /** Looks at the ranks again and again until `stop`; calls `onLate` once. */
@@ -48,6 +49,7 @@ export class Watch {
     clearInterval(this.#timer);
   }
 
+  /** A rank's word on itself, asked for or not. */
   answer(rank: number, answer: Answer): void {
     this.#answers.set(rank, answer);
   }
@@ -56,7 +58,6 @@ export class Watch {
   inquire(): void {
     if (this.#asking) return;
     this.#asking = true;
-    this.#answers.clear();
     for (const { rank } of this.#ranks) this.#ask(rank);
     setTimeout(() => this.#onLate(this.#stepTimeout()), ANSWER_MS);
   }
@@ -89,7 +90,7 @@ export class Watch {
 
   #stepTimeout(): Error {
     const silent = this.#ranks.filter((r) => r.process.exit === null && !this.#answers.has(r.rank));
-    const busy = this.#ranks.filter((r) => this.#answers.get(r.rank)?.waitsFor === null);
+    const busy = this.#ranks.filter((r) => this.#answers.get(r.rank)?.waits === false);
     const lagging = [silent, busy, this.#ranks].find((some) => some.length)!;
     const how = silent.length ? ' (no answer: stopped or stuck)' : '';
     const others = [...this.#answers].map(([rank, { doing }]) => `rank ${rank}: ${doing}`);
