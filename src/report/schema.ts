@@ -161,3 +161,17 @@ export const AllReduceBench = z.strictObject({
   provenance: Provenance,
 });
 export type AllReduceBench = z.infer<typeof AllReduceBench>;
+
+export const DoctorResult = z.strictObject({
+  schema: z.literal('tp-run/doctor/1'),
+  can_run: z.boolean(),
+  findings: z.array(
+    z.strictObject({
+      what: z.string(),
+      /** fail: tp-run cannot run here */
+      status: z.enum(['ok', 'note', 'fail']),
+      text: z.string(),
+    }),
+  ),
+});
+export type DoctorResult = z.infer<typeof DoctorResult>;
