@@ -1,5 +1,5 @@
-// The Engine class of src/native.ts. Work runs on the engine's own thread, one call after another; the main thread
-// only converts. Off-thread code touches plain C++ values alone.
+// The Engine class of src/native.ts. Work runs on the engine's own thread, one call after another; the main
+// thread only converts. Off-thread code touches plain C++ values alone.
 #include "binding/engine_wrap.h"
 
 #include <condition_variable>
@@ -51,7 +51,8 @@ void settle(Napi::Env env, Napi::Function, std::nullptr_t*, Task* task) {
   if (task->error)
     task->deferred.Reject(to_js(env, *task->error).Value());
   else
-    task->deferred.Resolve(task->has_value ? Napi::Value(Napi::Number::New(env, task->value)) : env.Undefined());
+    task->deferred.Resolve(task->has_value ? Napi::Value(Napi::Number::New(env, task->value))
+                                           : env.Undefined());
 }
 
 class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
@@ -146,9 +147,10 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
       const std::string name = info[0].As<Napi::String>();
       const Slice slice = to_slice(info[1].As<Napi::Object>());
       const auto key = info[2].As<Napi::Array>();
-      const Synthetic source = {{key.Get(0u).As<Napi::Number>().Uint32Value(), key.Get(1u).As<Napi::Number>().Uint32Value()},
-                                info[3].As<Napi::Number>().FloatValue(),
-                                info[4].As<Napi::Number>().FloatValue()};
+      const Synthetic source = {
+          {key.Get(0u).As<Napi::Number>().Uint32Value(), key.Get(1u).As<Napi::Number>().Uint32Value()},
+          info[3].As<Napi::Number>().FloatValue(),
+          info[4].As<Napi::Number>().FloatValue()};
       return submit(info.Env(), false, [this, name, slice, source] {
         engine_->weights().synthesize(name, slice, source);
         return 0.0;
@@ -186,12 +188,14 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
     return submit(info.Env(), true, [this, from] { return static_cast<double>(engine_->run(from)); });
   }
 
-  /// A Float32Array over the engine's own memory. One ArrayBuffer per address: V8 forbids two over the same memory.
+  /// A Float32Array over the engine's own memory. One ArrayBuffer per address: V8 forbids two over the same
+  /// memory.
   Napi::Value view(Napi::Env env, float* memory, int64_t floats) {
     auto& [reference, room] = views_[memory];
     if (reference.IsEmpty() || room < floats) {
       if (!reference.IsEmpty()) reference.Value().Detach();
-      reference = Napi::Persistent(Napi::ArrayBuffer::New(env, memory, static_cast<size_t>(floats) * sizeof(float)));
+      reference =
+          Napi::Persistent(Napi::ArrayBuffer::New(env, memory, static_cast<size_t>(floats) * sizeof(float)));
       room = floats;
     }
     return Napi::Float32Array::New(env, static_cast<size_t>(floats), reference.Value(), 0);

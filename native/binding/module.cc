@@ -55,9 +55,10 @@ void synthesize(const Napi::CallbackInfo& info) {
   auto out = info[0].As<Napi::Uint16Array>();
   const auto start = static_cast<uint64_t>(info[1].As<Napi::Number>().Int64Value());
   const auto key = info[2].As<Napi::Array>();
-  const Synthetic source = {{key.Get(0u).As<Napi::Number>().Uint32Value(), key.Get(1u).As<Napi::Number>().Uint32Value()},
-                            info[3].As<Napi::Number>().FloatValue(),
-                            info[4].As<Napi::Number>().FloatValue()};
+  const Synthetic source = {
+      {key.Get(0u).As<Napi::Number>().Uint32Value(), key.Get(1u).As<Napi::Number>().Uint32Value()},
+      info[3].As<Napi::Number>().FloatValue(),
+      info[4].As<Napi::Number>().FloatValue()};
   for (size_t i = 0; i < out.ElementLength(); i++) out[i] = synthetic_element(source, start + i);
 }
 

@@ -54,8 +54,8 @@ Buffers::Buffers(const EngineSpec& spec, const Dims& d, Backend& backend) {
     // A ring must keep the window of the step's first token while its last token is already stored.
     const int ring = layer.window + spec.limits.tokens - 1;
     const int capacity = layer.window > 0 ? std::min(ring, spec.limits.positions) : spec.limits.positions;
-    const size_t bytes = static_cast<size_t>(spec.limits.sequences) * layer.kv_heads * capacity * layer.head_dim *
-                         (d.bfloat16 ? sizeof(Bf16) : sizeof(float));
+    const size_t bytes = static_cast<size_t>(spec.limits.sequences) * layer.kv_heads * capacity *
+                         layer.head_dim * (d.bfloat16 ? sizeof(Bf16) : sizeof(float));
     caches.push_back({backend.allocate(bytes), backend.allocate(bytes), capacity});
     cache_bytes += 2 * static_cast<double>(bytes);
   }

@@ -31,10 +31,10 @@ struct Buffers {
   float* ffn_sum;        // (T, 2, H)
   float* logits;         // (R, localVocab)
   float* candidates;     // (R, leaves, 3 + 3 C) this rank's
-  float* gathered;       // (size, R, leaves, 3 + 3 C) of all ranks; the same memory as candidates when size is 1
-  int* token;            // (R) sampled
-  float* logprob;        // (R)
-  float* target_logprob; // (R)
+  float* gathered;  // (size, R, leaves, 3 + 3 C) of all ranks; the same memory as candidates when size is 1
+  int* token;       // (R) sampled
+  float* logprob;   // (R)
+  float* target_logprob;             // (R)
   std::vector<float*> cosine, sine;  // per distinct RoPE: (T, rotaryPairs)
   std::vector<int> rope_of_layer;    // index into cosine and sine
   std::vector<Cache> caches;         // per layer
@@ -44,10 +44,10 @@ struct Buffers {
 /// A named buffer as rows of `width` floats, for syncs, traces and tests.
 struct View {
   void* data;
-  int width;        // floats (or ints) of one row
-  bool per_row;     // R rows, else T
-  bool sharded;     // each rank holds its own virtual shards
-  int groups = 1;   // a row is `groups` repetitions of `leaves` shards (expert activations: K)
+  int width;            // floats (or ints) of one row
+  bool per_row;         // R rows, else T
+  bool sharded;         // each rank holds its own virtual shards
+  int groups = 1;       // a row is `groups` repetitions of `leaves` shards (expert activations: K)
   bool rounded = true;  // bfloat16-valued in bfloat16 runs
 };
 

@@ -52,7 +52,8 @@ void check_spec(const EngineSpec& s) {
   if (s.device != "cpu") fail("TP_DEVICE", "this addon was not compiled with CUDA; use --device cpu");
   if (s.model.leaves > kMaxLeaves || s.model.leaves % s.size)
     fail("TP_PLAN", "%d virtual shards cannot be shared by %d ranks", s.model.leaves, s.size);
-  if (s.model.vocab >= (1 << 24)) fail("TP_PLAN", "vocabulary of %d tokens: ids must fit 24 bits", s.model.vocab);
+  if (s.model.vocab >= (1 << 24))
+    fail("TP_PLAN", "vocabulary of %d tokens: ids must fit 24 bits", s.model.vocab);
   if (s.model.vocab % s.model.leaves || s.model.intermediate % (s.model.leaves / s.size) ||
       s.model.moe_intermediate % (s.model.leaves / s.size))
     fail("TP_PLAN", "vocabulary %d and widths %d and %d must divide into %d virtual shards", s.model.vocab,
@@ -81,8 +82,8 @@ void Engine::begin(const Batch& batch) {
   const auto& limits = spec_.limits;
   const size_t tokens = batch.tokens.size(), rows = batch.rows.size();
   if (tokens == 0 || tokens > static_cast<size_t>(limits.tokens) || rows > static_cast<size_t>(limits.rows))
-    fail("TP_BATCH", "a step of %zu tokens and %zu rows; the limits are %d and %d", tokens, rows, limits.tokens,
-         limits.rows);
+    fail("TP_BATCH", "a step of %zu tokens and %zu rows; the limits are %d and %d", tokens, rows,
+         limits.tokens, limits.rows);
   if (batch.positions.size() != tokens || batch.slots.size() != tokens || batch.targets.size() != rows ||
       batch.temperature.size() != rows || batch.top_k.size() != rows || batch.top_p.size() != rows ||
       batch.seed.size() != rows || batch.sequence.size() != rows)
@@ -91,7 +92,8 @@ void Engine::begin(const Batch& batch) {
     if (batch.tokens[t] < 0 || batch.tokens[t] >= dims_.vocab)
       fail("TP_BATCH", "token id %d is outside the vocabulary of %d", batch.tokens[t], dims_.vocab);
     if (batch.positions[t] < 0 || batch.positions[t] >= limits.positions)
-      fail("TP_BATCH", "position %d is outside the %d positions of this run", batch.positions[t], limits.positions);
+      fail("TP_BATCH", "position %d is outside the %d positions of this run", batch.positions[t],
+           limits.positions);
     if (batch.slots[t] < 0 || batch.slots[t] >= limits.sequences)
       fail("TP_BATCH", "slot %d of %d", batch.slots[t], limits.sequences);
   }
@@ -102,9 +104,10 @@ void Engine::begin(const Batch& batch) {
       fail("TP_BATCH", "target id %d is outside the vocabulary of %d", batch.targets[r], dims_.vocab);
   }
   batch_ = batch;
-  input_ = {static_cast<int>(tokens),  static_cast<int>(rows), batch_.tokens.data(),      batch_.positions.data(),
-            batch_.slots.data(),       batch_.rows.data(),     batch_.targets.data(),     batch_.temperature.data(),
-            batch_.top_k.data(),       batch_.top_p.data(),    batch_.seed.data(),        batch_.sequence.data()};
+  input_ = {static_cast<int>(tokens), static_cast<int>(rows),    batch_.tokens.data(),
+            batch_.positions.data(),  batch_.slots.data(),       batch_.rows.data(),
+            batch_.targets.data(),    batch_.temperature.data(), batch_.top_k.data(),
+            batch_.top_p.data(),      batch_.seed.data(),        batch_.sequence.data()};
   trace_.clear();
   rotate_angles();
 }
@@ -120,9 +123,12 @@ void Engine::rotate_angles() {
       const auto frequency = static_cast<float>(std::pow(layer.rope_theta, -2.0 * i / layer.head_dim));
       for (int t = 0; t < input_.tokens; t++) {
         const float angle = frequency * static_cast<float>(input_.position[t]);
-        const size_t at = static_cast<size_t>(t) * static_cast<size_t>(layer.rotary_pairs) + static_cast<size_t>(i);
-        buffers_->cosine[static_cast<size_t>(rope)][at] = static_cast<float>(std::cos(static_cast<double>(angle)));
-        buffers_->sine[static_cast<size_t>(rope)][at] = static_cast<float>(std::sin(static_cast<double>(angle)));
+        const size_t at =
+            static_cast<size_t>(t) * static_cast<size_t>(layer.rotary_pairs) + static_cast<size_t>(i);
+        buffers_->cosine[static_cast<size_t>(rope)][at] =
+            static_cast<float>(std::cos(static_cast<double>(angle)));
+        buffers_->sine[static_cast<size_t>(rope)][at] =
+            static_cast<float>(std::sin(static_cast<double>(angle)));
       }
     }
   }
@@ -160,7 +166,8 @@ void Engine::count_reads(const Program::Call& call) {
   stats_.read_bytes += call.weight_bytes;
   if (call.expert_bytes > 0) {
     int distinct = 0;
-    for (int e = 0; e < dims_.experts; e++) distinct += buffers_->expert_start[e + 1] > buffers_->expert_start[e];
+    for (int e = 0; e < dims_.experts; e++)
+      distinct += buffers_->expert_start[e + 1] > buffers_->expert_start[e];
     stats_.read_bytes += call.expert_bytes * distinct;
     if (call.stage == "gateUp") stats_.experts_read += distinct;
   }
@@ -182,7 +189,9 @@ void Engine::count_reads(const Program::Call& call) {
 void Engine::add_fault(const Program::Call& call) {
   if (call.stage != fault_->stage || call.layer != fault_->layer || call.outputs.empty()) return;
   const View& view = call.outputs[0];
-  const auto hit = [&](int t) { return input_.position[t] == fault_->position && input_.slot[t] == fault_->slot; };
+  const auto hit = [&](int t) {
+    return input_.position[t] == fault_->position && input_.slot[t] == fault_->slot;
+  };
   const int rows = view.per_row ? input_.rows : input_.tokens;
   for (int r = 0; r < rows; r++) {
     if (!hit(view.per_row ? input_.row[r] : r)) continue;
@@ -196,7 +205,8 @@ void Engine::add_trace(const Program::Call& call) {
   const bool sharded = call.outputs[0].sharded;
   const int rows = call.outputs[0].per_row ? input_.rows : input_.tokens;
   const int parts = sharded ? dims_.leaves : 1;
-  TraceEntry entry{call.stage, call.layer, parts, sharded, std::vector<uint64_t>(static_cast<size_t>(rows) * parts, 0)};
+  TraceEntry entry{call.stage, call.layer, parts, sharded,
+                   std::vector<uint64_t>(static_cast<size_t>(rows) * parts, 0)};
   for (size_t o = 0; o < call.outputs.size(); o++) {
     const View& view = call.outputs[o];
     const int per_group = view.width / view.groups, part_width = per_group / parts;
@@ -206,7 +216,8 @@ void Engine::add_trace(const Program::Call& call) {
         uint64_t hash = 0;
         for (int g = 0; g < view.groups; g++)
           for (int i = 0; i < part_width; i++)
-            hash += hash_element(row[g * per_group + p * part_width + i], static_cast<uint64_t>(g) * part_width + i);
+            hash += hash_element(row[g * per_group + p * part_width + i],
+                                 static_cast<uint64_t>(g) * part_width + i);
         entry.hashes[static_cast<size_t>(r) * parts + p] += mix64(hash + o);
       }
     }
@@ -216,7 +227,8 @@ void Engine::add_trace(const Program::Call& call) {
 
 Engine::SyncBuffers Engine::sync_buffers(int index) const {
   const auto& calls = program_->calls();
-  if (index < 0 || index >= static_cast<int>(calls.size()) || calls[static_cast<size_t>(index)].sync == Program::Sync::none)
+  if (index < 0 || index >= static_cast<int>(calls.size()) ||
+      calls[static_cast<size_t>(index)].sync == Program::Sync::none)
     fail("TP_PLAN", "step %d is no sync point", index);
   const Program::Call& call = calls[static_cast<size_t>(index)];
   if (call.sync == Program::Sync::all_reduce) {
@@ -239,7 +251,8 @@ Engine::Named Engine::named(const std::string& name) const {
     return Named{View{data, width, per_row, false}, false};
   };
   size_t q_width = 0;
-  for (const LayerSpec& l : spec_.layers) q_width = std::max(q_width, static_cast<size_t>(l.heads) * l.head_dim);
+  for (const LayerSpec& l : spec_.layers)
+    q_width = std::max(q_width, static_cast<size_t>(l.heads) * l.head_dim);
   if (name == "hidden") return floats(b.hidden, d.hidden);
   if (name == "normed") return floats(b.normed, d.hidden);
   if (name == "q") return floats(b.q, static_cast<int>(q_width));
@@ -259,7 +272,8 @@ Engine::Named Engine::named(const std::string& name) const {
 
 std::vector<float> Engine::read_buffer(const std::string& name) const {
   const Named buffer = named(name);
-  const size_t count = static_cast<size_t>(buffer.view.per_row ? input_.rows : input_.tokens) * buffer.view.width;
+  const size_t count =
+      static_cast<size_t>(buffer.view.per_row ? input_.rows : input_.tokens) * buffer.view.width;
   std::vector<float> out(count);
   if (buffer.integers)
     std::copy_n(static_cast<const int*>(buffer.view.data), count, out.begin());
@@ -270,7 +284,8 @@ std::vector<float> Engine::read_buffer(const std::string& name) const {
 
 void Engine::write_buffer(const std::string& name, const float* values, size_t count) {
   const Named buffer = named(name);
-  const size_t room = static_cast<size_t>(buffer.view.per_row ? input_.rows : input_.tokens) * buffer.view.width;
+  const size_t room =
+      static_cast<size_t>(buffer.view.per_row ? input_.rows : input_.tokens) * buffer.view.width;
   if (buffer.integers || count != room)
     fail("TP_PLAN", "buffer %s takes %zu floats, not %zu", name.c_str(), room, count);
   std::memcpy(buffer.view.data, values, count * sizeof(float));
@@ -293,7 +308,9 @@ double Engine::read_bandwidth(double seconds) {
   const auto start = std::chrono::steady_clock::now();
   std::chrono::duration<double> spent{};
   do {
-    backend_->parallel(pieces, [&](int i, int) { sink = backend_->ops().stream(memory + static_cast<uint64_t>(i) * piece, piece); });
+    backend_->parallel(pieces, [&](int i, int) {
+      sink = backend_->ops().stream(memory + static_cast<uint64_t>(i) * piece, piece);
+    });
     bytes += static_cast<double>(piece) * pieces;
     spent = std::chrono::steady_clock::now() - start;
   } while (spent.count() < seconds);

@@ -1,4 +1,5 @@
-// One rank's engine: owns weights, cache and buffers, and runs the program step by step. Knows no Node and no sockets.
+// One rank's engine: owns weights, cache and buffers, and runs the program step by step. Knows no Node and no
+// sockets.
 #pragma once
 
 #include <memory>
@@ -21,7 +22,8 @@ class Engine {
   void prepare();
   /// Takes one step's input; TP_BATCH when it breaks a limit.
   void begin(const Batch& batch);
-  /// Runs from step `from` to the end or to a sync that the host must do; returns its index, or the number of steps.
+  /// Runs from step `from` to the end or to a sync that the host must do; returns its index, or the number of
+  /// steps.
   int run(int from);
 
   struct SyncBuffers {
@@ -72,7 +74,8 @@ class Engine {
   std::vector<TraceEntry> trace_;
   std::optional<Fault> fault_;
   Stats stats_{};
-  // Members die in reverse order: the program points into buffers and weights, those live in the backend's memory.
+  // Members die in reverse order: the program points into buffers and weights, those live in the backend's
+  // memory.
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Weights> weights_;
   std::unique_ptr<Buffers> buffers_;

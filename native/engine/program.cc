@@ -89,7 +89,8 @@ Program::Program(const EngineSpec& spec, const Dims& d, const Input& in, const W
       {"attention",
        [&](const StepSpec& step, Resolver&, Call& c) {
          const LayerSpec& l = layer_of(step);
-         c.run = call(ops.attention, AttentionArgs{b.q, b.attention, heads_of(l), b.caches[static_cast<size_t>(step.layer)]});
+         c.run = call(ops.attention, AttentionArgs{b.q, b.attention, heads_of(l),
+                                                   b.caches[static_cast<size_t>(step.layer)]});
          c.outputs = {{b.attention, l.heads * l.head_dim, false, true}};
        }},
       {"attnOut",
@@ -138,7 +139,8 @@ Program::Program(const EngineSpec& spec, const Dims& d, const Input& in, const W
          a.dense_act = b.dense_act;
          a.expert_act = b.expert_act;
          c.run = call(ops.gate_up, a);
-         c.outputs = {{b.dense_act, d.inter, false, true}, {b.expert_act, d.top_k * d.moe_inter, false, true, d.top_k}};
+         c.outputs = {{b.dense_act, d.inter, false, true},
+                      {b.expert_act, d.top_k * d.moe_inter, false, true, d.top_k}};
        }},
       {"down",
        [&](const StepSpec&, Resolver& w, Call& c) {

@@ -25,8 +25,8 @@ class Program {
   };
 
   /// Throws TP_PLAN for a step that is unknown, misses a weight or has one of the wrong shape.
-  Program(const EngineSpec& spec, const Dims& dims, const Input& input, const Weights& weights, Buffers& buffers,
-          Backend& backend);
+  Program(const EngineSpec& spec, const Dims& dims, const Input& input, const Weights& weights,
+          Buffers& buffers, Backend& backend);
 
   const std::vector<Call>& calls() const { return calls_; }
 

@@ -14,7 +14,7 @@ namespace tp {
 namespace {
 
 constexpr size_t kAlign = 64;
-constexpr int64_t kBounceBytes = int64_t{4} << 20;  // short runs are picked out of blocks of this size
+constexpr int64_t kBounceBytes = int64_t{4} << 20;   // short runs are picked out of blocks of this size
 constexpr int64_t kDirectBytes = int64_t{64} << 10;  // runs at least this long are read where they belong
 constexpr int64_t kSkipBytes = 4096;                 // gaps shorter than a page cannot be skipped anyway
 
@@ -24,7 +24,8 @@ struct Run {
 
 std::vector<Run> runs_of(const Slice& slice) {
   std::vector<Run> runs;
-  for_each_run(slice, [&](int64_t source, int64_t target, int64_t count) { runs.push_back({source, target, count}); });
+  for_each_run(
+      slice, [&](int64_t source, int64_t target, int64_t count) { runs.push_back({source, target, count}); });
   return runs;
 }
 
@@ -42,10 +43,12 @@ void read_fully(int fd, void* into, int64_t bytes, int64_t offset) {
   while (bytes > 0) {
     const ssize_t got = pread(fd, at, static_cast<size_t>(bytes), offset);
     if (got < 0 && errno == EINTR) continue;
-    if (got < 0) fail("TP_WEIGHTS_READ", "reading %lld bytes at %lld: %s", static_cast<long long>(bytes),
-                      static_cast<long long>(offset), strerror(errno));
-    if (got == 0) fail("TP_WEIGHTS_READ", "the file ends at byte %lld, %lld bytes before the tensor does; did it change?",
-                       static_cast<long long>(offset), static_cast<long long>(bytes));
+    if (got < 0)
+      fail("TP_WEIGHTS_READ", "reading %lld bytes at %lld: %s", static_cast<long long>(bytes),
+           static_cast<long long>(offset), strerror(errno));
+    if (got == 0)
+      fail("TP_WEIGHTS_READ", "the file ends at byte %lld, %lld bytes before the tensor does; did it change?",
+           static_cast<long long>(offset), static_cast<long long>(bytes));
     at += got;
     offset += got;
     bytes -= got;
@@ -59,7 +62,8 @@ void for_each_run(const Slice& slice, const std::function<void(int64_t, int64_t,
   const int axes = static_cast<int>(slice.shape.size());
   int inner = axes - 1;
   int64_t below = 1;
-  while (inner > 0 && slice.start[inner] == 0 && slice.stop[inner] == slice.shape[inner]) below *= slice.shape[inner--];
+  while (inner > 0 && slice.start[inner] == 0 && slice.stop[inner] == slice.shape[inner])
+    below *= slice.shape[inner--];
   const int64_t count = (slice.stop[inner] - slice.start[inner]) * below;
   if (count == 0) return;
 
@@ -88,7 +92,8 @@ Weights::Weights(const std::vector<TensorSpec>& specs, Backend& backend) : backe
     for (int64_t n : spec.shape) tensor.elements *= n;
     offsets.push_back(bytes_);
     bytes_ += (static_cast<size_t>(tensor.elements) * sizeof(Bf16) + kAlign - 1) / kAlign * kAlign;
-    if (!tensors_.emplace(spec.name, tensor).second) fail("TP_PLAN", "tensor %s is planned twice", spec.name.c_str());
+    if (!tensors_.emplace(spec.name, tensor).second)
+      fail("TP_PLAN", "tensor %s is planned twice", spec.name.c_str());
   }
   memory_ = backend.allocate(bytes_);
   for (size_t i = 0; i < specs.size(); i++)
@@ -127,15 +132,17 @@ void Weights::read(const std::string& name, const Slice& slice, int fd, int64_t 
   Tensor& tensor = expect(name, slice);
   const std::vector<Run> runs = runs_of(slice);
   constexpr int64_t kSize = sizeof(Bf16);
-  const bool direct = runs.empty() || runs[0].count * kSize >= kDirectBytes ||
-                      (runs.size() > 1 && (runs[1].source - runs[0].source - runs[0].count) * kSize >= kSkipBytes);
+  const bool direct =
+      runs.empty() || runs[0].count * kSize >= kDirectBytes ||
+      (runs.size() > 1 && (runs[1].source - runs[0].source - runs[0].count) * kSize >= kSkipBytes);
   const std::vector<Run> pieces = direct ? pieces_of(slice, kBounceBytes / kSize) : std::vector<Run>();
 
   // Short runs: tasks of neighbouring runs whose span fits the bounce buffer.
   std::vector<std::pair<size_t, size_t>> groups;
   for (size_t first = 0; !direct && first < runs.size();) {
     size_t last = first + 1;
-    while (last < runs.size() && (runs[last].source + runs[last].count - runs[first].source) * kSize <= kBounceBytes)
+    while (last < runs.size() &&
+           (runs[last].source + runs[last].count - runs[first].source) * kSize <= kBounceBytes)
       last++;
     groups.emplace_back(first, last);
     first = last;
@@ -185,8 +192,8 @@ const Bf16* Weights::get(const std::string& name, const std::vector<int64_t>& sh
     return out + "]";
   };
   if (found->second.shape != shape)
-    fail("TP_PLAN", "tensor %s has shape %s, the op needs %s", name.c_str(), text(found->second.shape).c_str(),
-         text(shape).c_str());
+    fail("TP_PLAN", "tensor %s has shape %s, the op needs %s", name.c_str(),
+         text(found->second.shape).c_str(), text(shape).c_str());
   return found->second.data;
 }
 

@@ -1,5 +1,5 @@
-// The ops of one instruction set. Every file of this folder but pool and backend is compiled once per set, with
-// TP_ISA naming the namespace; no op contains intrinsics, those are in lanes.h.
+// The ops of one instruction set. Every file of this folder but pool and backend is compiled once per set,
+// with TP_ISA naming the namespace; no op contains intrinsics, those are in lanes.h.
 #pragma once
 
 #include "ops/backend.h"

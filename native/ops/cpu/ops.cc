@@ -9,7 +9,8 @@ void synthesize(const Synthetic& source, uint64_t start, uint64_t count, Bf16* o
     const uint64_t left = (uint64_t{1} << 32) - low;
     const uint64_t n = count < left ? count : left;
     const uint32_t high = mix32(static_cast<uint32_t>(start >> 32) + source.key[1]);
-    for (uint64_t i = 0; i < n; i++) out[i] = synthetic_element_low(source, high, low + static_cast<uint32_t>(i));
+    for (uint64_t i = 0; i < n; i++)
+      out[i] = synthetic_element_low(source, high, low + static_cast<uint32_t>(i));
     start += n;
     out += n;
     count -= n;
@@ -17,8 +18,9 @@ void synthesize(const Synthetic& source, uint64_t start, uint64_t count, Bf16* o
 }
 
 uint64_t stream(const void* memory, uint64_t bytes) {
-  // Four runs side by side, integer sums of whole cache lines, no prefetch hints: the fastest of the patterns tried
-  // (1 to 8 runs, hints of 0 to 4 KB), so what a decode step is measured against is what the memory really gives.
+  // Four runs side by side, integer sums of whole cache lines, no prefetch hints: the fastest of the patterns
+  // tried (1 to 8 runs, hints of 0 to 4 KB), so what a decode step is measured against is what the memory
+  // really gives.
   typedef uint64_t Line __attribute__((vector_size(64), may_alias, aligned(64)));
   const uint64_t lines = bytes / sizeof(Line) / 4;
   const Line* run = static_cast<const Line*>(memory);
@@ -34,7 +36,8 @@ uint64_t stream(const void* memory, uint64_t bytes) {
 }
 
 const Ops& ops() {
-  static const Ops table = {embed, qkv, attention, attn_out, route, gate_up, down, ffn_out, logits, sample, synthesize, stream};
+  static const Ops table = {embed, qkv,     attention, attn_out, route,      gate_up,
+                            down,  ffn_out, logits,    sample,   synthesize, stream};
   return table;
 }
 
