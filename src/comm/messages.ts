@@ -91,7 +91,10 @@ const options = {
   variableMapSize: true,
 } as const;
 const packr = new Packr(options);
-const unpackr = new Unpackr(options);
+const structures: object[] = [];
+const unpackr = new Unpackr({ ...options, structures });
+// msgpackr reads record definitions although records are off; with nowhere to keep them it throws
+Object.freeze(structures);
 
 /** The words of one message as bytes, with this protocol's version and the run's id. */
 export function encode(run: string, message: WorkerMessage | LauncherMessage): Buffer {
