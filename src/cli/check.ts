@@ -1,14 +1,14 @@
 // `tp-run check`: lays runs beside each other bit for bit over the axes tp, batch and repeat, and proves with a planted
 // fault that it would have seen a difference.
 
-import type { PlantedFault, RunSpec } from '../engine/job.js';
+import type { RunSpec } from '../engine/job.js';
 import { EXIT, fail, listOf } from '../errors.js';
 import { log } from '../log.js';
 import { makePlan } from '../model/plan.js';
 import { details, verdictLine } from '../report/check.js';
 import { provenance } from '../report/provenance.js';
 import type { CheckResult, RunFacts } from '../report/schema.js';
-import { Checker, RanksDisagree } from './checker.js';
+import { Checker, type PlannedFault, RanksDisagree } from './checker.js';
 import { chooseDevice } from './device.js';
 import { checkPrompts } from './made-prompts.js';
 import { openModel } from './model.js';
@@ -28,14 +28,14 @@ export async function check(options: Options): Promise<number> {
     ? readPrompts(options, model, maxTokens).map(({ ids }) => ids)
     : checkPrompts(model.config, maxTokens);
   const steps = makePlan(model.config, 0, 1).steps;
-  const fault = (at: FaultPlace, sequence: number): PlantedFault => ({
+  const fault = (at: FaultPlace, sequence: number): PlannedFault => ({
     ...requireFaultPlace(at, ranks, steps),
     sequence,
     position: prompts[sequence]!.length - 1,
   });
   const layer = Math.min(3, model.config.layers.length - 1);
   const control = fault({ layer, stage: 'attention', rank: null }, prompts.length - 1);
-  const planted = options.plantFault && fault(options.plantFault, 0);
+  const planted = options.plantFault && fault(options.plantFault, prompts.length >> 1);
   const chosen = chooseDevice(options);
   const specOf = (ranks: number) =>
     runSpec(options, model, chosen, {
@@ -49,7 +49,7 @@ export async function check(options: Options): Promise<number> {
   const [single, spec] = [specOf(1), specOf(ranks)];
   if (chosen.line) log.info(chosen.line);
 
-  const checker = new Checker(level, prompts, maxTokens);
+  const checker = new Checker(level, prompts, maxTokens, ranks);
   const facts = await runAll(checker, single, spec, options.repeats, control, planted);
   const verdict = checker.axes.some(({ equal }) => !equal)
     ? 'fail'
@@ -87,23 +87,27 @@ async function runAll(
   single: RunSpec,
   spec: RunSpec,
   repeats: number,
-  control: PlantedFault,
-  planted: PlantedFault | null,
+  control: PlannedFault,
+  planted: PlannedFault | null,
 ): Promise<RunFacts> {
   let facts!: RunFacts;
+  const total = 2 + repeats;
+  log.info(`run 1 of ${total}: the base, tp=1`);
   await withRun(single, (session) => {
     facts = session.facts;
     return checker.makeBase(session.run);
   });
   try {
+    log.info(`run 2 of ${total}: tp, batch and control, tp=${spec.ranks}`);
     await withRun(spec, async (session) => {
       facts = session.facts;
       const { run } = session;
-      if (spec.ranks > 1) await checker.compareTp(run, spec.ranks, planted);
+      if (spec.ranks > 1) await checker.compareTp(run, planted);
       await checker.compareBatches(run);
       await checker.runControl(run, control);
     });
     for (let i = 1; i <= repeats; i++) {
+      log.info(`run ${2 + i} of ${total}: repeat, tp=${spec.ranks}`);
       await withRun(spec, ({ run }) => checker.compareRepeat(run, i, spec.ranks === 1 ? planted : null));
     }
   } catch (error) {
@@ -112,16 +116,16 @@ async function runAll(
   return facts;
 }
 
-/** A fault's layer, stage and rank, which the plan must have. TP_FAULT_PLACE. */
+/** The place, which the plan must have. TP_FAULT_PLACE. */
 function requireFaultPlace(
   { layer, stage, rank }: FaultPlace,
   ranks: number,
   steps: readonly { layer: number; stage: string }[],
-): { layer: number; stage: string; rank: number } {
+): FaultPlace {
   const top = Math.max(...steps.map((step) => step.layer));
   if (layer > top) throw fail('TP_FAULT_PLACE', 'layer', layer, `0 to ${top}`);
   const stages = [...new Set(steps.filter((step) => step.layer === layer).map((step) => step.stage))];
   if (!stages.includes(stage)) throw fail('TP_FAULT_PLACE', 'stage', stage, listOf(stages));
   if (rank !== null && rank >= ranks) throw fail('TP_FAULT_PLACE', 'rank', rank, `0 to ${ranks - 1}`);
-  return { layer, stage, rank: rank ?? ranks - 1 };
+  return { layer, stage, rank };
 }

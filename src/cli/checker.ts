@@ -13,18 +13,25 @@ export class RanksDisagree extends Error {}
 
 type Axis = Pick<AxisResult, 'axis' | 'name'>;
 
+/** A fault to plant. `rank` null: the last one, or every rank where all of them hold the stage's whole output. */
+export interface PlannedFault extends Omit<PlantedFault, 'rank'> {
+  rank: number | null;
+}
+
 export class Checker {
   readonly axes: AxisResult[] = [];
   control: CheckResult['control'] = null;
   readonly #level: Level;
   readonly #prompts: readonly number[][];
   readonly #maxTokens: number;
+  readonly #ranks: number;
   readonly #base = new Transcript();
 
-  constructor(level: Level, prompts: readonly number[][], maxTokens: number) {
+  constructor(level: Level, prompts: readonly number[][], maxTokens: number, ranks: number) {
     this.#level = level;
     this.#prompts = prompts;
     this.#maxTokens = maxTokens;
+    this.#ranks = ranks;
   }
 
   /** Every prompt, decoded together, in order. */
@@ -32,8 +39,8 @@ export class Checker {
     await this.#decode(run, this.#all, null, (step) => this.#base.add(step));
   }
 
-  async compareTp(run: Run, ranks: number, fault: PlantedFault | null): Promise<void> {
-    await this.#compare(run, { axis: 'tp', name: `tp=${ranks} against tp=1` }, [this.#all], fault);
+  async compareTp(run: Run, fault: PlannedFault | null): Promise<void> {
+    await this.#compare(run, { axis: 'tp', name: `tp=${this.#ranks} against tp=1` }, [this.#all], fault);
   }
 
   async compareBatches(run: Run): Promise<void> {
@@ -43,12 +50,13 @@ export class Checker {
     if (alone.length > 1) await this.#compare(run, { axis: 'batch', name: 'other places' }, other, null);
   }
 
-  async compareRepeat(run: Run, number: number, fault: PlantedFault | null): Promise<void> {
+  async compareRepeat(run: Run, number: number, fault: PlannedFault | null): Promise<void> {
     await this.#compare(run, { axis: 'repeat', name: `fresh run ${number}` }, [this.#all], fault);
   }
 
   /** Plants a fault and looks for it with the same eyes as the axes, at the deepest level. */
-  async runControl(run: Run, fault: PlantedFault): Promise<void> {
+  async runControl(run: Run, planned: PlannedFault): Promise<void> {
+    const fault = this.#place(planned);
     const comparer = new Comparer(this.#base, 'layers', new Set([fault.sequence]));
     await this.#decode(run, [fault.sequence], fault, (step) => comparer.add(step));
     const { first } = comparer.finish();
@@ -67,7 +75,8 @@ export class Checker {
   }
 
   /** Runs `batches` one after another; together they cover each prompt once. */
-  async #compare(run: Run, axis: Axis, batches: number[][], fault: PlantedFault | null): Promise<void> {
+  async #compare(run: Run, axis: Axis, batches: number[][], planned: PlannedFault | null): Promise<void> {
+    const fault = planned && this.#place(planned);
     const comparer = new Comparer(this.#base, this.#level, new Set(batches.flat()));
     let disagreement: string | null = null;
     try {
@@ -84,6 +93,12 @@ export class Checker {
       disagreement,
     });
     if (disagreement) throw new RanksDisagree(disagreement);
+  }
+
+  #place(fault: PlannedFault): PlantedFault {
+    const { layer, stage } = fault;
+    const column = this.#base.columns.find((c) => c.layer === layer && c.stage === stage);
+    return { ...fault, rank: fault.rank ?? (column?.sharded ? this.#ranks - 1 : -1) };
   }
 
   async #decode(run: Run, sequences: number[], fault: PlantedFault | null, onStep: OnStep): Promise<void> {

@@ -2,7 +2,7 @@
 
 import type { ModelConfig } from '../model/config.js';
 
-const CHECK_LENGTHS = [1, 4, 9, 16, 23, 31, 40];
+const CHECK_LENGTHS = [1, 4, 9, 12, 16, 23, 31];
 
 /** Eight prompts of mixed lengths, the last one beyond the sliding window, with room for `more` tokens behind each. */
 export function checkPrompts(config: ModelConfig, more: number): number[][] {

@@ -157,6 +157,8 @@ class Launcher implements Run {
 
   async #hear(state: RankState, message: WorkerMessage, frames: readonly Buffer[]): Promise<void> {
     const { rank } = state;
+    // a job that failed must not end well by what the ranks still say; an error may be an earlier one
+    if (this.#supervisor.over && message.type !== 'error') return;
     switch (message.type) {
       case 'hello':
         state.host = message.host;

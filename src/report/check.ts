@@ -17,7 +17,7 @@ export function verdictLine(check: Judged & { tp: number }): string {
     return `CONTROL MISSED: the fault planted at ${place(planted)} was not found${instead}; nothing is proved`;
   }
   const axis = check.axes.find(({ equal }) => !equal)!;
-  if (axis.disagreement) return `FAIL ${axis.name}: the ranks disagree with each other: ${axis.disagreement}`;
+  if (axis.disagreement) return `FAIL ${axis.name}: ${axis.disagreement}`;
   const prompts = `${axis.differing.sequences}/${check.prompts} prompts`;
   const [left] = claim.split(' %s ');
   const what =

@@ -106,7 +106,7 @@ export const CheckResult = z.strictObject({
   /** One unit in the last place planted on one side; null when a run could not go on so far. */
   control: z
     .strictObject({
-      planted: Difference.omit({ what: true }).extend({ rank: count }),
+      planted: Difference.omit({ what: true }).extend({ rank: z.int().min(-1) }),
       found: Difference.nullable(),
       detected: z.boolean(),
     })
