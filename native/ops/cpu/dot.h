@@ -74,7 +74,7 @@ TP_INLINE void mat_vec_leaves(const Bf16* weight, int64_t stride, int rows, cons
                               int n, int leaves, Out&& out) {
   const int leaf = n / leaves;
   for_tiles(rows, tokens, [&]<int R, int M>(int row, int token) {
-    float sums[R][M][kMaxLeaves];
+    float sums[R][M][kMaxLeaves] = {};
     for (int l = 0; l < leaves; l++) {
       const float* shifted[M];
       for (int m = 0; m < M; m++) shifted[m] = x[token + m] + l * leaf;

@@ -47,7 +47,7 @@ void expert_rows(const DownArgs& a, const Dims& d, int tokens, int row, Lanes* s
   }
   for (int t = 0; t < tokens; t++) {
     for (int r = 0; r < R; r++) {
-      float leaves[kMaxLeaves];
+      float leaves[kMaxLeaves] = {};
       for (int l = 0; l < d.leaves; l++)
         leaves[l] = sum(sums[(static_cast<int64_t>(t) * d.leaves + l) * kRows + r]);
       a.sum[(static_cast<int64_t>(t) * 2 + 1) * d.hidden + row + r] = tree_sum(leaves, d.leaves);
