@@ -15,9 +15,6 @@ import { Life, type Place, type RunJob } from './life.js';
 import { openModel } from './open.js';
 import { parseJob, parseSetup, type Setup } from './wire.js';
 
-/** The pipe whose other end the launcher holds: it closes when the launcher is gone. */
-const DEATH_PIPE = 3;
-
 /** Lives the life of one rank; resolves with the process's exit code. */
 export async function runRank(place: Place): Promise<number> {
   const life = new Life(place);
@@ -33,18 +30,18 @@ export async function runRank(place: Place): Promise<number> {
 
 async function live(life: Life): Promise<void> {
   life.enter('addon');
-  native().watchParent(DEATH_PIPE);
+  const { Engine, version } = native();
 
   life.enter('connect');
   const { place } = life;
   const { rank, ranks } = place;
   const zmq = await ZmqCollective.bind(rank, ranks, (partner) => pairEndpoint(place.control, rank, partner));
-  const { spec, collective: name, peers } = await meet(life, zmq.endpoints);
+  const { spec, collective: name, peers } = await meet(life, version().addon, zmq.endpoints);
 
   life.enter('device');
   const model = openModel(spec.model);
   const plan = makePlan(model.config, rank, ranks);
-  const engine = new (native().Engine)(engineSpec(spec, plan));
+  const engine = new Engine(engineSpec(spec, plan));
 
   life.enter('collective');
   zmq.connect(peers);
@@ -80,10 +77,10 @@ const WARM_UP: Job = {
 /** Says hello and waits for the launcher to have heard all ranks. */
 async function meet(
   life: Life,
+  version: string,
   endpoints: Record<string, string>,
 ): Promise<Setup & { peers: Record<string, string> }> {
   const { control, place } = life;
-  const { addon: version } = native().version();
   const { pid } = process;
   await control.send({ type: 'hello', rank: place.rank, pid, host: hostname(), version, endpoints });
   const message = await control.receive();
