@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -70,6 +71,7 @@ class CpuBackend final : public Backend {
 
   void* allocate(size_t bytes) override {
     constexpr size_t kHuge = size_t{2} << 20;
+    bytes = std::max(bytes, size_t{1});  // a buffer may be empty, as the angles of a layer without RoPE are
     const size_t rounded =
         bytes >= kHuge ? (bytes + kHuge - 1) / kHuge * kHuge : (bytes + 4095) / 4096 * 4096;
     const uint64_t free = available_memory();
