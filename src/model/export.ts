@@ -1,6 +1,6 @@
 // A synthetic model as a Hugging Face checkpoint, so that other engines load exactly the same weights.
 
-import { mkdirSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { setImmediate } from 'node:timers/promises';
 import { fail } from '../errors.js';
@@ -150,7 +150,8 @@ function writeText(path: string, text: string): void {
 function requireEmptyFolder(dir: string): void {
   let found: string[];
   try {
-    mkdirSync(dir, { recursive: true });
+    // Not recursive: Node turns forever when a parent such as /proc says that it does not exist.
+    if (!existsSync(dir)) mkdirSync(dir);
     found = readdirSync(dir);
   } catch (error) {
     throw fail('TP_FILE_UNWRITABLE', dir, (error as Error).message);

@@ -8,15 +8,13 @@ import { root } from '../helpers/fixture.js';
 
 /** A model and a place in it: rank of size. */
 const placed = anyConfig.chain((config) =>
-  fc
-    .constantFrom(...[1, 2, 4, 8].filter((n) => n <= leavesOf(config)))
-    .chain((size) =>
-      fc.record({
-        config: fc.constant(config),
-        size: fc.constant(size),
-        rank: fc.integer({ min: 0, max: size - 1 }),
-      }),
-    ),
+  fc.constantFrom(...[1, 2, 4, 8].filter((n) => n <= leavesOf(config))).chain((size) =>
+    fc.record({
+      config: fc.constant(config),
+      size: fc.constant(size),
+      rank: fc.integer({ min: 0, max: size - 1 }),
+    }),
+  ),
 );
 
 describe('the plan', () => {
