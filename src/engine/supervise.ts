@@ -34,6 +34,7 @@ export class Supervisor {
   #reject!: (error: unknown) => void;
   #first: { error: Error; at: number } | null = null;
   #over = false;
+  #finished: Promise<void> | null = null;
 
   /** Takes over the signals at once: install it before anything is started. `cleanUp` runs when all ranks are gone. */
   constructor(ranks: RankState[], cleanUp: () => void) {
@@ -66,9 +67,11 @@ export class Supervisor {
 
   /** The regular end: waits `ms` for the ranks to leave by themselves. */
   async finish(ms: number): Promise<void> {
-    if (this.over) return this.failed.catch(() => {});
-    this.#over = true;
-    await this.#endAll(ms);
+    if (!this.over) {
+      this.#over = true;
+      this.#finished = this.#endAll(ms);
+    }
+    await (this.#finished ?? this.failed.catch(() => {}));
   }
 
   readonly #interrupt = (signal: NodeJS.Signals): void => {
