@@ -77,6 +77,8 @@ for (let done = 0; odd('loads slowly') && done < 10; done++) {
   await sleep(100);
 }
 if (how === 'stdout') console.log(`words of rank ${rank} on stdout`);
+if (how === 'variables')
+  console.log(['RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'COLOUR'].map((name) => process.env[name]).join(' '));
 await control.send({ type: 'stage', stage: 'warm-up' });
 await control.send({ type: 'ready', body: { weightBytes: 10 + rank, cacheBytes: 1, stageMs: { spawn: 1 } } });
 

@@ -7,7 +7,7 @@ import { openCheckpoint } from '../../src/model/checkpoint.js';
 import type { ModelConfig } from '../../src/model/config.js';
 import { makePlan, type Plan } from '../../src/model/plan.js';
 import { loadWeights, type WeightSource } from '../../src/model/weights.js';
-import { type Dtype, type Isa, type NativeEngine, native } from '../../src/native.js';
+import { type Dtype, type Isa, type NativeCollective, type NativeEngine, native } from '../../src/native.js';
 
 export interface RanksOptions {
   size: number;
@@ -15,6 +15,8 @@ export interface RanksOptions {
   isa?: Isa;
   threads?: number;
   trace?: boolean;
+  /** `host` even for one rank: its sync points come back to TypeScript too. */
+  collective?: NativeCollective;
   limits?: Partial<RunSpec['limits']>;
 }
 
@@ -35,7 +37,7 @@ export async function openRanks(config: ModelConfig, source: WeightSource, optio
         ...plan,
         device: 'cpu',
         dtype: options.dtype ?? 'float32',
-        collective: options.size === 1 ? 'local' : 'host',
+        collective: options.collective ?? (options.size === 1 ? 'local' : 'host'),
         isa: options.isa ?? 'auto',
         threads: options.threads ?? 1,
         limits,

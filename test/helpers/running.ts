@@ -88,6 +88,15 @@ export function isAlive(pid: number): boolean {
   }
 }
 
+/** Resident memory of a process; 0 when it has gone. */
+export function residentMiB(pid: number): number {
+  try {
+    return Number(/^VmRSS:\s+(\d+) kB/m.exec(readFileSync(`/proc/${pid}/status`, 'utf8'))?.[1] ?? 0) / 1024;
+  } catch {
+    return 0;
+  }
+}
+
 /** Waits for `condition`; throws after `ms`. Milliseconds that it took. */
 export async function until(
   condition: () => boolean,

@@ -147,7 +147,7 @@ describe.each(shapes)('sample of $vocab tokens gathered from $size ranks with $l
 
   it('keeps the smallest prefix that reaches top-p, and no fewer', async () => {
     // Probabilities 1/2, 1/4, 1/8, ...: after k tokens the mass is 1 - 2^-k.
-    const order = [...logits().keys()].sort(() => random.below(3) - 1);
+    const order = ranking(logits());
     const row = new Float32Array(shape.vocab);
     for (const [place, id] of order.entries()) row[id] = -Math.LN2 * Math.min(place, 60);
     for (const [topP, count] of [
