@@ -4,6 +4,7 @@ import { EXIT, fail } from '../errors.js';
 import { log } from '../log.js';
 import { DEFAULT_CONFIG_FILE, readConfigFile } from '../model/configfile.js';
 import { exportCheckpoint } from '../model/export.js';
+import { requireFolder } from './folder.js';
 import { openModel } from './model.js';
 import type { Options } from './options.js';
 import { print } from './output.js';
@@ -13,6 +14,7 @@ export async function exportModel(options: Options, dir: string): Promise<number
   if (source.kind === 'checkpoint') {
     throw fail('TP_FLAG_VALUE', '--model', 'a file of configs/', `the checkpoint ${source.dir}`);
   }
+  requireFolder(dir);
   const file = readConfigFile(options.model ?? DEFAULT_CONFIG_FILE);
   await exportCheckpoint(dir, file, {
     seed: source.seed,

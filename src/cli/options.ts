@@ -160,6 +160,11 @@ export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv 
   return { kind: 'run', command, words, options: Object.freeze(Object.fromEntries(entries)) as Options };
 }
 
+/** The variables that this process hands on to its workers. */
+export function environment(): NodeJS.ProcessEnv {
+  return process.env;
+}
+
 /** Compute threads of a rank when `--threads` does not say: the cores shared out, at least one. */
 export function defaultThreads(ranks: number): number {
   return Math.max(1, Math.floor(availableParallelism() / ranks));

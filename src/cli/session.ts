@@ -3,6 +3,8 @@
 import type { RunSpec } from '../engine/job.js';
 import { launch, type Run } from '../engine/launcher.js';
 import type { RunFacts } from '../report/schema.js';
+import { requireLogDir } from './folder.js';
+import { environment } from './options.js';
 
 export interface Session {
   run: Run;
@@ -11,8 +13,9 @@ export interface Session {
 
 /** Starts a run, lets `work` use it and ends it, whatever happens. */
 export async function withRun<T>(spec: RunSpec, work: (session: Session) => Promise<T>): Promise<T> {
+  requireLogDir(spec.logDir);
   const started = performance.now();
-  const run = await launch(spec);
+  const run = await launch(spec, { env: environment() });
   try {
     return await work({ run, facts: factsOf(spec, run, (performance.now() - started) / 1000) });
   } finally {
