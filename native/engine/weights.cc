@@ -1,5 +1,6 @@
 #include "engine/weights.h"
 
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -46,9 +47,14 @@ void read_fully(int fd, void* into, int64_t bytes, int64_t offset) {
     if (got < 0)
       fail("TP_WEIGHTS_READ", "reading %lld bytes at %lld: %s", static_cast<long long>(bytes),
            static_cast<long long>(offset), strerror(errno));
-    if (got == 0)
-      fail("TP_WEIGHTS_READ", "the file ends at byte %lld, %lld bytes before the tensor does; did it change?",
-           static_cast<long long>(offset), static_cast<long long>(bytes));
+    if (got == 0) {
+      struct stat file = {};
+      fstat(fd, &file);
+      fail("TP_WEIGHTS_READ",
+           "the file ends at byte %lld, but %lld bytes are needed from byte %lld on; did it change?",
+           static_cast<long long>(file.st_size), static_cast<long long>(bytes),
+           static_cast<long long>(offset));
+    }
     at += got;
     offset += got;
     bytes -= got;
