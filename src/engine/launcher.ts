@@ -1,8 +1,8 @@
 // A run seen from the launcher: starts the ranks, hears them, hands out jobs.
 
-import { mkdirSync } from 'node:fs';
+import { existsSync, mkdirSync } from 'node:fs';
 import { hostname } from 'node:os';
-import { join } from 'node:path';
+import { dirname, join, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { newRunId, Rendezvous, removeStale } from '../comm/bootstrap.js';
 import { type Choice, chooseCollective } from '../comm/collective.js';
@@ -24,6 +24,8 @@ const STOP_MS = 2000;
 export interface LaunchHooks {
   /** Command line of a worker, before the words that say which one it is. Default: this package's `worker`. */
   worker?: readonly string[];
+  /** The environment that workers get, besides the names that tools look for: RANK, WORLD_SIZE. Default: this process's. */
+  env?: NodeJS.ProcessEnv;
 }
 
 /** One rank of a run that is ready. */
@@ -65,6 +67,7 @@ class Launcher implements Run {
   readonly ranks: RankInfo[] = [];
   readonly #spec: RunSpec;
   readonly #command: readonly string[];
+  readonly #env: NodeJS.ProcessEnv | undefined;
   readonly #id = newRunId();
   readonly #states: RankState[] = [];
   readonly #supervisor = new Supervisor(this.#states, () => this.#cleanUp());
@@ -81,6 +84,7 @@ class Launcher implements Run {
     this.#spec = spec;
     this.collective = collective;
     this.#command = hooks.worker ?? OWN_WORKER;
+    this.#env = hooks.env;
   }
 
   async start(): Promise<void> {
@@ -88,7 +92,8 @@ class Launcher implements Run {
       this.#rendezvous = new Rendezvous();
       await removeStale();
       this.#server = await ControlServer.bind(this.#rendezvous.control, this.#id, this.#spec.ranks);
-      if (!this.#supervisor.over) this.#startRanks(this.#server);
+      if (this.#supervisor.over) this.#cleanUp();
+      else this.#startRanks(this.#server);
     } catch (error) {
       this.#supervisor.fail(error as Error);
     }
@@ -102,9 +107,11 @@ class Launcher implements Run {
     this.#execution = execution;
     for (const state of this.#states) Object.assign(state, { job: job.kind, heardAt: performance.now() });
     this.#tellAll(() => ({ type: 'job', body: job }));
-    const results = await this.#supervisor.guard(execution.done.promise);
-    this.#execution = null;
-    return results;
+    try {
+      return await this.#supervisor.guard(execution.done.promise);
+    } finally {
+      this.#execution = null;
+    }
   }
 
   async close(): Promise<void> {
@@ -116,31 +123,31 @@ class Launcher implements Run {
   #startRanks(server: ControlServer): void {
     const { ranks, logDir } = this.#spec;
     if (logDir !== null) makeLogDir(logDir);
-    void this.#listen(server);
-    for (let rank = 0; rank < ranks; rank++) {
-      const host = hostname();
-      const words = [server.endpoint, this.#id, String(rank), String(ranks)];
-      const logFile = logDir && join(logDir, `rank-${rank}.log`);
-      const process = new RankProcess([...this.#command, ...words], `${host}:${rank} `, logFile, (exit) =>
-        this.#onExit(state, exit),
-      );
-      const state: RankState = {
-        rank,
-        host,
-        process,
-        stage: 'spawn',
-        job: null,
-        step: -1,
-        heardAt: performance.now(),
-      };
-      this.#states.push(state);
-    }
+    this.#listen(server).catch((error: Error) => this.#supervisor.fail(error));
+    for (let rank = 0; rank < ranks; rank++) this.#startRank(server.endpoint, rank);
     this.#watch = new Watch(
       this.#states,
       this.#spec,
       (rank) => this.#tell(rank, { type: 'where' }),
       (error) => this.#supervisor.fail(error),
     );
+  }
+
+  #startRank(endpoint: string, rank: number): void {
+    const { ranks, logDir } = this.#spec;
+    const host = hostname();
+    const words = [endpoint, this.#id, String(rank), String(ranks)];
+    const surroundings = {
+      prefix: `${host}:${rank} `,
+      logFile: logDir && join(logDir, `rank-${rank}.log`),
+      env: this.#env && { ...this.#env, ...torchNames(rank, ranks) },
+    };
+    const process = new RankProcess([...this.#command, ...words], surroundings, (exit) =>
+      this.#onExit(state, exit),
+    );
+    const heardAt = performance.now();
+    const state: RankState = { rank, host, process, stage: 'spawn', job: null, step: -1, heardAt };
+    this.#states.push(state);
   }
 
   async #listen(server: ControlServer): Promise<void> {
@@ -161,6 +168,7 @@ class Launcher implements Run {
     if (this.#supervisor.over && message.type !== 'error') return;
     switch (message.type) {
       case 'hello':
+        if (this.#endpoints.has(rank)) return;
         state.host = message.host;
         this.#endpoints.set(rank, message.endpoints);
         if (this.#endpoints.size === this.#spec.ranks) this.#tellAll((other) => this.#setup(other));
@@ -250,9 +258,18 @@ class Launcher implements Run {
   }
 }
 
+/** What torchrun calls them: debuggers, profilers and NCCL tools look for these. */
+function torchNames(rank: number, ranks: number): Record<string, string> {
+  const [place, size] = [String(rank), String(ranks)];
+  return { RANK: place, LOCAL_RANK: place, WORLD_SIZE: size, LOCAL_WORLD_SIZE: size };
+}
+
 function makeLogDir(dir: string): void {
   try {
-    mkdirSync(dir, { recursive: true });
+    // one level after the other: Node's recursive mkdir never returns below /proc
+    const missing: string[] = [];
+    for (let at = resolve(dir); !existsSync(at); at = dirname(at)) missing.unshift(at);
+    for (const at of missing) mkdirSync(at);
   } catch (error) {
     throw fail('TP_LOG_DIR', dir, (error as Error).message);
   }

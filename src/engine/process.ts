@@ -19,6 +19,16 @@ export interface Exit {
   at: number;
 }
 
+/** What a rank's process finds around it. */
+export interface Surroundings {
+  /** Before each line of its output, on the way to stderr. */
+  prefix: string;
+  /** Its output goes there too. */
+  logFile: string | null;
+  /** undefined = this process's own */
+  env: NodeJS.ProcessEnv | undefined;
+}
+
 export class RankProcess {
   /** The last lines it wrote to stderr. */
   readonly tail: string[] = [];
@@ -30,20 +40,16 @@ export class RankProcess {
   #gone = false;
   readonly #log: WriteStream | null;
 
-  /**
-   * Starts `command` with the pipe of fd 3 as its death pipe: it closes when this process ends, however that happens.
-   * Its output goes to stderr, each line after `prefix`, and to `logFile`.
-   */
+  /** Starts `command` with fd 3 as its death pipe: it closes when this process ends, however that happens. */
   constructor(
     command: readonly string[],
-    prefix: string,
-    logFile: string | null,
+    { prefix, logFile, env }: Surroundings,
     onExit: (exit: Exit) => void,
   ) {
     const [file, ...args] = command;
     this.#log = logFile === null ? null : openLog(logFile);
     // detached = a group of its own: Ctrl-C reaches the launcher alone, and the group can be ended as one
-    this.#child = spawn(file!, args, { detached: true, stdio: ['ignore', 'pipe', 'pipe', 'pipe'] });
+    this.#child = spawn(file!, args, { env, detached: true, stdio: ['ignore', 'pipe', 'pipe', 'pipe'] });
     this.closed = once(this.#child, 'close').catch(() => {});
     this.#child.once('error', (error) => {
       this.tail.push(error.message);

@@ -6,7 +6,7 @@ import { RankFailure, type RankState } from './supervise.js';
 
 const TICK_MS = 50;
 /** A rank whose event loop is alive answers `where` well within this. */
-const ANSWER_MS = 300;
+const ANSWER_MS = 500;
 
 interface Limits {
   initTimeoutMs: number;

@@ -101,6 +101,14 @@ describe('a run of two ranks', () => {
     expect(said).toMatch(/^\S+:1 words of rank 1 on stdout$/m);
   });
 
+  it('tells each rank its place under the names that torchrun uses', async () => {
+    const worker = [process.execPath, join(root, 'test/helpers/odd-worker.mjs'), 'variables'];
+    const run = await launch(SPEC, { worker, env: { COLOUR: 'blue' } });
+    await run.close();
+    expect(said).toMatch(/^\S+:0 0 0 2 blue$/m);
+    expect(said).toMatch(/^\S+:1 1 1 2 blue$/m);
+  });
+
   it('keeps a log file per rank in a folder that it makes', async () => {
     const dir = join(tempDir(), 'a', 'b');
     await (await start('stdout', { logDir: dir })).close();

@@ -4,6 +4,7 @@ import { describeExit, RankFailure, type RankState, Supervisor } from '../../src
 import { TpError } from '../../src/errors.js';
 import { isAlive } from '../helpers/running.js';
 
+const BARE = { prefix: '', logFile: null, env: undefined };
 const states: RankState[] = [];
 beforeEach(() => void vi.spyOn(process.stderr, 'write').mockReturnValue(true)); // the ranks' own words
 afterEach(() => {
@@ -13,7 +14,7 @@ afterEach(() => {
 
 /** A process that runs a line of JavaScript, as the rank of that number. */
 function rank(number: number, script: string): RankState {
-  const process_ = new RankProcess([process.execPath, '-e', script], '', null, () => {});
+  const process_ = new RankProcess([process.execPath, '-e', script], BARE, () => {});
   const state: RankState = {
     rank: number,
     host: 'here',
@@ -101,7 +102,7 @@ describe('an exit', () => {
 
   it('of a command that does not exist is an exit too', async () => {
     const exit = await new Promise((resolve) => {
-      new RankProcess(['/no/such/command'], '', null, resolve);
+      new RankProcess(['/no/such/command'], BARE, resolve);
     });
     expect(exit).toMatchObject({ code: 127, signal: null });
   });

@@ -53,7 +53,7 @@ export class Running {
     }
   }
 
-  /** Resolves with the workers' process ids when `count` of them have been started. */
+  /** Resolves with the workers' process ids when `count` of them have been forked. */
   async spawned(count: number): Promise<number[]> {
     await this.#until(() => this.workers().length >= count);
     return this.workers();
@@ -85,6 +85,15 @@ export function isAlive(pid: number): boolean {
     return !/^State:\s+[ZX]/m.test(readFileSync(`/proc/${pid}/status`, 'utf8'));
   } catch {
     return false;
+  }
+}
+
+/** The command line of a process: of a forked one, its parent's until it starts its own program. */
+export function commandLine(pid: number): string {
+  try {
+    return readFileSync(`/proc/${pid}/cmdline`, 'utf8').replaceAll('\0', ' ');
+  } catch {
+    return '';
   }
 }
 
