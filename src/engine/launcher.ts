@@ -146,7 +146,16 @@ class Launcher implements Run {
       this.#onExit(state, exit),
     );
     const heardAt = performance.now();
-    const state: RankState = { rank, host, process, stage: 'spawn', job: null, step: -1, heardAt };
+    const state: RankState = {
+      rank,
+      host,
+      process,
+      stage: 'spawn',
+      job: null,
+      confessed: false,
+      step: -1,
+      heardAt,
+    };
     this.#states.push(state);
   }
 
@@ -213,6 +222,7 @@ class Launcher implements Run {
 
   #onError(state: RankState, { code, text, exitCode }: WorkerMessage & { type: 'error' }): void {
     const { rank } = state;
+    state.confessed = true;
     // it waited for another rank, which may wait itself: ask them all before blaming one
     if (code === 'TP_COLLECTIVE_TIMEOUT') {
       this.#watch?.answer(rank, { doing: text, waits: true });
@@ -226,6 +236,7 @@ class Launcher implements Run {
   }
 
   #onExit(state: RankState, exit: Exit): void {
+    if (state.confessed) return;
     const hint =
       exit.signal === 'SIGKILL' ? ' (if nobody sent it, the kernel did, for lack of memory: see dmesg)' : '';
     const how = `${describeExit(exit)} ${describePlace(state)}${hint}`;

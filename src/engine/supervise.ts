@@ -19,6 +19,8 @@ export interface RankState {
   stage: Stage;
   /** The kind of job that it is at, null between jobs. */
   job: string | null;
+  /** It has told what went wrong with it: its exit is no news. */
+  confessed: boolean;
   /** Last completed step, -1 before the first. */
   step: number;
   /** performance.now() of its last message. */

@@ -21,6 +21,7 @@ function rank(number: number, script: string): RankState {
     process: process_,
     stage: 'ready',
     job: 'generate',
+    confessed: false,
     step: 3 + number,
     heardAt: 0,
   };
