@@ -93,7 +93,8 @@ export class Watch {
     const busy = this.#ranks.filter((r) => this.#answers.get(r.rank)?.waits === false);
     const lagging = [silent, busy, this.#ranks].find((some) => some.length)!;
     const how = silent.length ? ' (no answer: stopped or stuck)' : '';
-    const others = [...this.#answers].map(([rank, { doing }]) => `rank ${rank}: ${doing}`);
+    const answered = this.#ranks.filter((r) => this.#answers.has(r.rank));
+    const others = answered.map(({ rank }) => `rank ${rank}: ${this.#answers.get(rank)!.doing}`);
     const step = Math.max(...this.#ranks.map((r) => r.step));
     const error = fail(
       'TP_STEP_TIMEOUT',

@@ -213,7 +213,9 @@ describe('a run that fails', () => {
     const run = await start('gets stuck at step 2', { stepTimeoutMs: 500 });
     const error = await failureOf(run.execute(JOB));
     expect(error.message).toMatch(/^TP_STEP_TIMEOUT: rank 1 on \S+ holds up the run: no step for 500 ms/);
-    expect(error.message).toContain('last completed step 1; rank 0: waits for rank 1 in allReduce #9');
+    expect(error.message).toContain(
+      'last completed step 1; rank 0: waits for rank 1 in allReduce #9; rank 1: computes step 2',
+    );
   });
 
   it('takes a rank along that ignores SIGTERM, and a process that a rank has left', async () => {
