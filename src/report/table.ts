@@ -29,6 +29,7 @@ export function counted(count: number, noun: string): string {
 /** Three or four figures that matter: "0.123", "12.3", "1234". */
 export function short(value: number): string {
   if (!Number.isFinite(value)) return '-';
+  if (value === 0) return '0';
   const digits = Math.max(0, 2 - Math.floor(Math.log10(Math.max(Math.abs(value), 1e-3))));
   return value.toFixed(Math.min(digits, 4));
 }
