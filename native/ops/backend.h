@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstddef>
+#include <cstring>
+#include <functional>
 #include <memory>
 
 #include "ops/ops.h"
@@ -24,6 +26,15 @@ class Backend {
   /// Working memory of one thread of the pool, at least `bytes`, contents undefined.
   virtual void* scratch(int thread, size_t bytes) = 0;
 
+  /// Whether the host may touch allocate()d memory; else it goes through write() and read(), in the order of the ops.
+  virtual bool on_host() const { return true; }
+  virtual void write(void* to, const void* host, size_t bytes) { std::memcpy(to, host, bytes); }
+  virtual void read(void* host, const void* from, size_t bytes) { std::memcpy(host, from, bytes); }
+  /// Throws TP_LIMIT with the real values if an op of this backend cannot take a model or one of its layers.
+  virtual void require(const Dims&, const Heads&) const {}
+  /// Runs `work`, which does nothing but call ops. Work of the same key makes the same calls, so a device may record it.
+  virtual void replay(uint64_t /*key*/, const std::function<void()>& work) { work(); }
+
   template <class Work>
   void parallel(int count, Work&& work) {
     parallel(
@@ -34,6 +45,12 @@ class Backend {
 
 /// isa: "auto", "generic", "avx2" or "avx512"; TP_ISA if this machine lacks it.
 std::unique_ptr<Backend> make_cpu_backend(const char* isa, int threads);
+
+/// `device`: index among the GPUs that this process sees. TP_DEVICE if there is none, or no driver.
+std::unique_ptr<Backend> make_cuda_backend(int device);
+
+/// Version of the CUDA that is compiled in, or null.
+const char* cuda_version();
 
 /// Comma-separated instruction sets that this machine can run, best first.
 const char* cpu_isas();

@@ -193,6 +193,11 @@ struct SampleArgs {
   float* target_logprob;    // (R) NaN without a target
 };
 
+/// Elements of a stored tensor: `rows` times `count` neighbours, `stride` apart.
+struct Stretch {
+  uint64_t start, count, stride, rows;
+};
+
 class Backend;
 
 /// The ops of one backend, each void op(args, dims, input, backend).
@@ -210,11 +215,10 @@ struct Ops {
   Op<FfnOutArgs> ffn_out;
   Op<LogitsArgs> logits;
   Op<SampleArgs> sample;
-  /// out[i] = element start + i of a synthetic tensor, i < count.
-  void (*synthesize)(const Synthetic&, uint64_t start, uint64_t count, Bf16* out);
-  /// Streams through memory with plain wide loads; returns a value that depends on every byte. For bandwidth
-  /// tests.
-  uint64_t (*stream)(const void* memory, uint64_t bytes);
+  /// out[r * count + i] = element start + r * stride + i of a synthetic tensor.
+  void (*synthesize)(const Synthetic&, const Stretch&, Bf16* out, Backend&);
+  /// Streams through memory with plain wide loads; returns a value that depends on every byte. For bandwidth tests.
+  uint64_t (*stream)(const void* memory, uint64_t bytes, Backend&);
 };
 
 }  // namespace tp
