@@ -44,6 +44,7 @@ CudaBackend::~CudaBackend() {
   cudaStreamSynchronize(stream_);
   for (const auto& [key, graph] : graphs_) cudaGraphExecDestroy(graph);
   for (void* block : blocks_) cudaFree(block);
+  for (void* block : shared_blocks_) cudaFreeHost(block);
   cudaFreeHost(staging_);
   cudaStreamDestroy(stream_);
 }
@@ -63,6 +64,20 @@ void* CudaBackend::allocate(size_t bytes) {
   blocks_.push_back(memory);
   check(cudaMemsetAsync(memory, 0, std::max(bytes, size_t{16}), stream_), "clearing memory");
   return memory;
+}
+
+void* CudaBackend::allocate_shared(size_t bytes) {
+  check(cudaSetDevice(device_), "choosing the GPU");
+  void* memory = nullptr;
+  check(cudaHostAlloc(&memory, bytes, cudaHostAllocMapped | cudaHostAllocPortable), "allocating pinned memory");
+  std::memset(memory, 0, bytes);
+  shared_blocks_.push_back(memory);
+  return memory;  // one address for both sides: unified addressing is a given on 64-bit Linux
+}
+
+void CudaBackend::finish() {
+  check(cudaSetDevice(device_), "choosing the GPU");
+  check(cudaStreamSynchronize(stream_), "running a step");
 }
 
 void* CudaBackend::workspace(const char* name, size_t bytes) {
