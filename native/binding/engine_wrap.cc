@@ -35,6 +35,8 @@ auto guarded(Napi::Env env, Work&& work) {
   }
 }
 
+class EngineWrap;
+
 /// One call on its way: computed on the engine's thread, settled on the main thread.
 struct Task {
   explicit Task(Napi::Env env) : deferred(Napi::Promise::Deferred::New(env)) {}
@@ -45,15 +47,7 @@ struct Task {
   Napi::Promise::Deferred deferred;
 };
 
-void settle(Napi::Env env, Napi::Function, std::nullptr_t*, Task* task) {
-  const std::unique_ptr<Task> owned(task);
-  if (env == nullptr) return;  // the environment is going down
-  if (task->error)
-    task->deferred.Reject(to_js(env, *task->error).Value());
-  else
-    task->deferred.Resolve(task->has_value ? Napi::Value(Napi::Number::New(env, task->value))
-                                           : env.Undefined());
-}
+void settle(Napi::Env env, Napi::Function, EngineWrap* engine, Task* task);
 
 class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
  public:
@@ -81,15 +75,21 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
   explicit EngineWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<EngineWrap>(info) {
     const Napi::Env env = info.Env();
     engine_ = guarded(env, [&] { return std::make_unique<Engine>(to_spec(info[0].As<Napi::Object>())); });
-    settle_ = Settle::New(env, "tp-run engine", 0, 1, nullptr);
+    settle_ = Settle::New(env, "tp-run engine", 0, 1, this);
     settle_.Unref(env);  // an idle engine does not keep the process alive; a pending call does, see submit()
     thread_ = std::thread([this] { loop(); });
   }
 
   ~EngineWrap() override { stop(); }
 
+  /// A call is settled; main thread.
+  void leave(Napi::Env env) {
+    if (--pending_ == 0 && engine_) settle_.Unref(env);
+    Unref();
+  }
+
  private:
-  using Settle = Napi::TypedThreadSafeFunction<std::nullptr_t, Task, settle>;
+  using Settle = Napi::TypedThreadSafeFunction<EngineWrap, Task, settle>;
 
   Napi::Value submit(Napi::Env env, bool has_value, std::function<double()> work) {
     open(env);
@@ -97,7 +97,8 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
     task->work = std::move(work);
     task->has_value = has_value;
     const Napi::Value promise = task->deferred.Promise();
-    settle_.Ref(env);
+    if (pending_++ == 0) settle_.Ref(env);
+    Ref();  // whoever drops the engine still gets the answer
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       queue_.push_back(std::move(task));
@@ -142,6 +143,13 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
     if (!engine_) throw to_js(env, Error("TP_NATIVE", "the engine is closed"));
   }
 
+  /// Open, and its thread is not at work: what the main thread now reads and writes is its own.
+  void idle(Napi::Env env) const {
+    open(env);
+    if (pending_ > 0)
+      throw to_js(env, Error("TP_NATIVE", "the engine is still at work; await its last call"));
+  }
+
   Napi::Value synthesize(const Napi::CallbackInfo& info) {
     return guarded(info.Env(), [&] {
       const std::string name = info[0].As<Napi::String>();
@@ -179,7 +187,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
   }
 
   void begin(const Napi::CallbackInfo& info) {
-    open(info.Env());
+    idle(info.Env());
     guarded(info.Env(), [&] { engine_->begin(to_batch(info[0].As<Napi::Object>())); });
   }
 
@@ -203,7 +211,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
 
   Napi::Value sync_buffers(const Napi::CallbackInfo& info) {
     const Napi::Env env = info.Env();
-    open(env);
+    idle(env);
     return guarded(env, [&] {
       const Engine::SyncBuffers sync = engine_->sync_buffers(info[0].As<Napi::Number>().Int32Value());
       Napi::Object out = Napi::Object::New(env);
@@ -215,7 +223,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
 
   Napi::Value result(const Napi::CallbackInfo& info) {
     const Napi::Env env = info.Env();
-    open(env);
+    idle(env);
     const Engine::Result r = engine_->result();
     const auto rows = static_cast<size_t>(r.rows);
     const auto copy = [&](const float* from) {
@@ -233,7 +241,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
   }
 
   Napi::Value logits(const Napi::CallbackInfo& info) {
-    open(info.Env());
+    idle(info.Env());
     const auto floats = static_cast<size_t>(engine_->logits_floats());
     auto out = Napi::Float32Array::New(info.Env(), floats);
     std::copy_n(engine_->logits(), floats, out.Data());
@@ -241,7 +249,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
   }
 
   Napi::Value read_buffer(const Napi::CallbackInfo& info) {
-    open(info.Env());
+    idle(info.Env());
     return guarded(info.Env(), [&] {
       const std::vector<float> values = engine_->read_buffer(info[0].As<Napi::String>());
       auto out = Napi::Float32Array::New(info.Env(), values.size());
@@ -251,8 +259,10 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
   }
 
   void write_buffer(const Napi::CallbackInfo& info) {
-    open(info.Env());
+    idle(info.Env());
     guarded(info.Env(), [&] {
+      if (!info[1].IsTypedArray() || info[1].As<Napi::TypedArray>().TypedArrayType() != napi_float32_array)
+        fail("TP_PLAN", "expected a Float32Array to write");
       const auto values = info[1].As<Napi::Float32Array>();
       engine_->write_buffer(info[0].As<Napi::String>(), values.Data(), values.ElementLength());
     });
@@ -260,7 +270,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
 
   Napi::Value trace(const Napi::CallbackInfo& info) {
     const Napi::Env env = info.Env();
-    open(env);
+    idle(env);
     const auto& entries = engine_->trace();
     Napi::Array out = Napi::Array::New(env, entries.size());
     for (size_t i = 0; i < entries.size(); i++) {
@@ -279,7 +289,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
   }
 
   void plant_fault(const Napi::CallbackInfo& info) {
-    open(info.Env());
+    idle(info.Env());
     guarded(info.Env(), [&] {
       engine_->plant_fault(info[0].IsObject() ? std::optional<Fault>(to_fault(info[0].As<Napi::Object>()))
                                               : std::nullopt);
@@ -287,7 +297,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
   }
 
   Napi::Value stats(const Napi::CallbackInfo& info) {
-    open(info.Env());
+    idle(info.Env());
     const Stats stats = engine_->take_stats();
     Napi::Object out = Napi::Object::New(info.Env());
     out.Set("weightBytes", stats.weight_bytes);
@@ -313,12 +323,24 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
   std::unique_ptr<Engine> engine_;
   std::map<float*, std::pair<Napi::Reference<Napi::ArrayBuffer>, int64_t>> views_;
   Settle settle_;
+  int pending_ = 0;  // calls not settled yet; main thread
   std::mutex mutex_;
   std::condition_variable ready_;
   std::deque<std::unique_ptr<Task>> queue_;
   bool stopping_ = false;
   std::thread thread_;
 };
+
+void settle(Napi::Env env, Napi::Function, EngineWrap* engine, Task* task) {
+  const std::unique_ptr<Task> owned(task);
+  if (env == nullptr) return;  // the environment is going down
+  engine->leave(env);
+  if (task->error)
+    task->deferred.Reject(to_js(env, *task->error).Value());
+  else
+    task->deferred.Resolve(task->has_value ? Napi::Value(Napi::Number::New(env, task->value))
+                                           : env.Undefined());
+}
 
 }  // namespace
 
