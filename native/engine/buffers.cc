@@ -8,9 +8,11 @@ namespace tp {
 Buffers::Buffers(const EngineSpec& spec, const Dims& d, Backend& backend) {
   const size_t t = static_cast<size_t>(spec.limits.tokens), r = static_cast<size_t>(spec.limits.rows);
   const auto floats = [&](size_t rows, size_t width) {
-    return static_cast<float*>(backend.allocate(rows * width * sizeof(float)));
+    return static_cast<float*>(backend.allocate(bytes_of({rows, width, sizeof(float)})));
   };
-  const auto ints = [&](size_t count) { return static_cast<int*>(backend.allocate(count * sizeof(int))); };
+  const auto ints = [&](size_t count) {
+    return static_cast<int*>(backend.allocate(bytes_of({count, sizeof(int)})));
+  };
   size_t q_width = 0, kv_width = 0;
   for (const LayerSpec& layer : spec.layers) {
     q_width = std::max(q_width, static_cast<size_t>(layer.heads) * layer.head_dim);
@@ -52,11 +54,13 @@ Buffers::Buffers(const EngineSpec& spec, const Dims& d, Backend& backend) {
     rope_of_layer.push_back(static_cast<int>(found - ropes.begin()));
 
     // A ring must keep the window of the step's first token while its last token is already stored.
-    const int ring = layer.window + spec.limits.tokens - 1;
-    const int capacity = layer.window > 0 ? std::min(ring, spec.limits.positions) : spec.limits.positions;
-    const size_t bytes = static_cast<size_t>(spec.limits.sequences) * layer.kv_heads * capacity *
-                         layer.head_dim * (d.bfloat16 ? sizeof(Bf16) : sizeof(float));
-    caches.push_back({backend.allocate(bytes), backend.allocate(bytes), capacity});
+    const int64_t ring = int64_t{layer.window} + spec.limits.tokens - 1;
+    const auto capacity = static_cast<size_t>(
+        layer.window > 0 ? std::min<int64_t>(ring, spec.limits.positions) : spec.limits.positions);
+    const size_t bytes =
+        bytes_of({static_cast<size_t>(spec.limits.sequences), static_cast<size_t>(layer.kv_heads), capacity,
+                  static_cast<size_t>(layer.head_dim), d.bfloat16 ? sizeof(Bf16) : sizeof(float)});
+    caches.push_back({backend.allocate(bytes), backend.allocate(bytes), static_cast<int>(capacity)});
     cache_bytes += 2 * static_cast<double>(bytes);
   }
 }

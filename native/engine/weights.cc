@@ -95,9 +95,15 @@ Weights::Weights(const std::vector<TensorSpec>& specs, Backend& backend) : backe
   std::vector<size_t> offsets;
   for (const TensorSpec& spec : specs) {
     Tensor tensor{spec.shape, nullptr, 1, false};
-    for (int64_t n : spec.shape) tensor.elements *= n;
+    size_t bytes = sizeof(Bf16);
+    for (int64_t n : spec.shape) {
+      if (n <= 0)
+        fail("TP_PLAN", "tensor %s has an axis of %lld", spec.name.c_str(), static_cast<long long>(n));
+      bytes = bytes_of({bytes, static_cast<size_t>(n)});
+    }
+    tensor.elements = static_cast<int64_t>(bytes / sizeof(Bf16));
     offsets.push_back(bytes_);
-    bytes_ += (static_cast<size_t>(tensor.elements) * sizeof(Bf16) + kAlign - 1) / kAlign * kAlign;
+    bytes_ = bytes_of({bytes_ + (bytes + kAlign - 1) / kAlign * kAlign});
     if (!tensors_.emplace(spec.name, tensor).second)
       fail("TP_PLAN", "tensor %s is planned twice", spec.name.c_str());
   }

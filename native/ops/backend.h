@@ -2,11 +2,21 @@
 #pragma once
 
 #include <cstddef>
+#include <initializer_list>
 #include <memory>
 
 #include "ops/ops.h"
 
 namespace tp {
+
+/// The product of some sizes, or 2^62 when it is more: no machine has that, so allocate() will refuse it.
+inline size_t bytes_of(std::initializer_list<size_t> sizes) {
+  constexpr size_t kMost = size_t{1} << 62;
+  size_t bytes = 1;
+  for (size_t size : sizes)
+    if (__builtin_mul_overflow(bytes, size, &bytes) || bytes > kMost) return kMost;
+  return bytes;
+}
 
 class Backend {
  public:
