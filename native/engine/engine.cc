@@ -34,14 +34,28 @@ Dims dims_of(const EngineSpec& s) {
   return d;
 }
 
+void check_layer(const EngineSpec& s, size_t index) {
+  const LayerSpec& l = s.layers[index];
+  const int leaves = s.model.leaves / s.size;
+  if (l.heads <= 0 || l.kv_heads <= 0 || l.heads % l.kv_heads || l.heads % leaves)
+    fail("TP_PLAN", "layer %zu: %d query heads do not divide into %d KV heads and %d virtual shards", index,
+         l.heads, l.kv_heads, leaves);
+  if (l.head_dim <= 0 || l.rotary_pairs < 0 || 2 * l.rotary_pairs > l.head_dim)
+    fail("TP_PLAN", "layer %zu: %d rotary pairs in heads of %d", index, l.rotary_pairs, l.head_dim);
+  if (l.window < 0) fail("TP_PLAN", "layer %zu: a window of %d positions", index, l.window);
+}
+
 void check_spec(const EngineSpec& s) {
   const auto positive = [](const char* what, int value) {
     if (value <= 0) fail("TP_PLAN", "%s is %d, must be positive", what, value);
   };
   positive("hidden size", s.model.hidden);
   positive("vocabulary", s.model.vocab);
+  positive("dense width", s.model.intermediate);
+  positive("expert width", s.model.moe_intermediate);
   positive("experts", s.model.experts);
   positive("top-k experts", s.model.top_k);
+  positive("virtual shards", s.model.leaves);
   positive("threads", s.threads);
   positive("ranks", s.size);
   positive("token limit", s.limits.tokens);
@@ -50,16 +64,25 @@ void check_spec(const EngineSpec& s) {
   positive("position limit", s.limits.positions);
   positive("candidate limit", s.limits.candidates);
   if (s.device != "cpu") fail("TP_DEVICE", "this addon was not compiled with CUDA; use --device cpu");
-  if (s.model.leaves > kMaxLeaves || s.model.leaves % s.size)
-    fail("TP_PLAN", "%d virtual shards cannot be shared by %d ranks", s.model.leaves, s.size);
+  if (s.dtype != "bfloat16" && s.dtype != "float32") fail("TP_PLAN", "no dtype '%s'", s.dtype.c_str());
+  if (s.collective != "local" && s.collective != "host")
+    fail("TP_PLAN", "no collective '%s'", s.collective.c_str());
+  if (s.collective == "local" && s.size > 1)
+    fail("TP_PLAN", "a local collective cannot join %d ranks", s.size);
+  if (s.rank < 0 || s.rank >= s.size) fail("TP_PLAN", "rank %d of %d", s.rank, s.size);
+  const int leaves = s.model.leaves;
+  if (leaves > kMaxLeaves || (leaves & (leaves - 1)) || leaves % s.size)
+    fail("TP_PLAN", "%d virtual shards cannot be shared by %d ranks; their number is 1, 2, 4 or 8", leaves,
+         s.size);
   if (s.model.vocab >= (1 << 24))
     fail("TP_PLAN", "vocabulary of %d tokens: ids must fit 24 bits", s.model.vocab);
-  if (s.model.vocab % s.model.leaves || s.model.intermediate % (s.model.leaves / s.size) ||
-      s.model.moe_intermediate % (s.model.leaves / s.size))
+  if (s.model.vocab % leaves || s.model.intermediate % (leaves / s.size) ||
+      s.model.moe_intermediate % (leaves / s.size))
     fail("TP_PLAN", "vocabulary %d and widths %d and %d must divide into %d virtual shards", s.model.vocab,
-         s.model.intermediate, s.model.moe_intermediate, s.model.leaves);
+         s.model.intermediate, s.model.moe_intermediate, leaves);
   if (s.model.top_k > s.model.experts)
     fail("TP_PLAN", "%d experts a token of only %d", s.model.top_k, s.model.experts);
+  for (size_t i = 0; i < s.layers.size(); i++) check_layer(s, i);
 }
 
 }  // namespace
@@ -100,8 +123,9 @@ void Engine::begin(const Batch& batch) {
   for (size_t r = 0; r < rows; r++) {
     if (batch.rows[r] < 0 || static_cast<size_t>(batch.rows[r]) >= tokens)
       fail("TP_BATCH", "row %d of a step of %zu tokens", batch.rows[r], tokens);
-    if (batch.targets[r] >= dims_.vocab)
+    if (batch.targets[r] < -1 || batch.targets[r] >= dims_.vocab)
       fail("TP_BATCH", "target id %d is outside the vocabulary of %d", batch.targets[r], dims_.vocab);
+    check_sampling(batch.temperature[r], batch.top_k[r], batch.top_p[r]);
   }
   batch_ = batch;
   input_ = {static_cast<int>(tokens), static_cast<int>(rows),    batch_.tokens.data(),
@@ -110,6 +134,22 @@ void Engine::begin(const Batch& batch) {
             batch_.top_p.data(),      batch_.seed.data(),        batch_.sequence.data()};
   trace_.clear();
   rotate_angles();
+}
+
+void Engine::check_sampling(float temperature, int top_k, float top_p) const {
+  if (!(temperature >= 0) || std::isinf(temperature) || top_k < 0 || !(top_p >= 0 && top_p <= 1))
+    fail("TP_BATCH", "sampling with temperature %g, top-k %d and top-p %g", static_cast<double>(temperature),
+         top_k, static_cast<double>(top_p));
+  // A filter chooses among gathered candidates: any leaf may hold all that it keeps.
+  const int leaf = dims_.vocab / dims_.all_leaves;
+  int needed = 1;
+  if (temperature > 0 && top_k > 0)
+    needed = std::min(top_k, leaf);
+  else if (temperature > 0 && top_p < 1)
+    needed = leaf;
+  if (needed > dims_.candidates)
+    fail("TP_BATCH", "top-k %d and top-p %g need %d candidates of every virtual shard, the limit is %d",
+         top_k, static_cast<double>(top_p), needed, dims_.candidates);
 }
 
 void Engine::rotate_angles() {
@@ -136,15 +176,16 @@ void Engine::rotate_angles() {
 
 int Engine::run(int from) {
   if (!program_) fail("TP_PLAN", "run before prepare");
+  if (input_.tokens == 0) fail("TP_BATCH", "run before begin");
   const auto& calls = program_->calls();
   const int count = static_cast<int>(calls.size());
   if (from < 0 || from > count) fail("TP_PLAN", "run from step %d of %d", from, count);
   const bool host = spec_.collective == "host";
+  // The step before `from` was a sync: its result is complete only now.
+  if (host && from > 0 && calls[static_cast<size_t>(from - 1)].sync != Program::Sync::none)
+    leave(calls[static_cast<size_t>(from - 1)]);
   for (int i = from; i < count; i++) {
     const Program::Call& call = calls[static_cast<size_t>(i)];
-    // The step before `from` was a sync: its result is complete only now.
-    if (i == from && i > 0 && calls[static_cast<size_t>(i - 1)].sync != Program::Sync::none && host)
-      leave(calls[static_cast<size_t>(i - 1)]);
     if (call.sync != Program::Sync::none) {
       if (host) return i;
       leave(call);
@@ -226,6 +267,7 @@ void Engine::add_trace(const Program::Call& call) {
 }
 
 Engine::SyncBuffers Engine::sync_buffers(int index) const {
+  if (!program_) fail("TP_PLAN", "sync buffers before prepare");
   const auto& calls = program_->calls();
   if (index < 0 || index >= static_cast<int>(calls.size()) ||
       calls[static_cast<size_t>(index)].sync == Program::Sync::none)

@@ -61,6 +61,7 @@ class Engine {
     bool integers;
   };
   Named named(const std::string& name) const;
+  void check_sampling(float temperature, int top_k, float top_p) const;
   void rotate_angles();
   void leave(const Program::Call& call);
   void count_reads(const Program::Call& call);
