@@ -118,7 +118,10 @@ export interface LoadProgress {
   bytes: number;
 }
 
-/** One rank's engine: weights, KV cache, program. Calls run one after another on the engine's own thread. */
+/**
+ * One rank's engine: weights, KV cache, program. Calls that return a promise run one after another on the engine's own
+ * thread; the others throw TP_NATIVE while one of those is pending. An open engine does not keep the process alive.
+ */
 export interface NativeEngine {
   /** Fills tensor `name` with this rank's slice of the synthetic tensor (see model/synthetic.ts). */
   synthesize(
@@ -140,13 +143,14 @@ export interface NativeEngine {
   result(): StepResult;
   /** Copy of this rank's logits of the last step, after the softcap: [R, vocab / size]. */
   logits(): Float32Array;
-  /** Copy of program buffer `name`, valid rows only. For tests and dumps. */
+  /**
+   * Copy of program buffer `name`, valid rows only. For tests and dumps. `q` and `attention` have room for the widest
+   * layer; the rows of a narrower one are packed at the front.
+   */
   readBuffer(name: string): Float32Array;
   writeBuffer(name: string, values: Float32Array): void;
   trace(): TraceEntry[];
   plantFault(fault: Fault | null): void;
-  /** Forgets the cache of a slot (positions restart at 0). */
-  resetSlot(slot: number): void;
   stats(): EngineStats;
   /** Streams through this rank's own weights for about `seconds`; GB/s. */
   readBandwidth(seconds: number): Promise<number>;
@@ -173,8 +177,6 @@ interface Addon {
     scale: number,
     offset: number,
   ): void;
-  /** 64-bit hash of bytes, the one that `trace` uses. */
-  hash(bytes: Uint8Array): bigint;
 }
 
 let loaded: Addon | undefined;
