@@ -5,7 +5,7 @@ import { expect } from 'vitest';
 import type { Dtype } from '../../src/native.js';
 import type { Matrix } from './reference.js';
 
-/** Of float32 results, in units of the largest element of the row. */
+/** Of float32 results. */
 const RELATIVE = 1e-5;
 /** Elements of bfloat16 results that must be the very same. */
 const SHARE = 0.99;
@@ -14,14 +14,18 @@ export class Agreement {
   private same = 0;
   private all = 0;
 
-  /** `rounded`: results are bfloat16 values that may be `ulps` apart, counted at the size of the row's largest. */
+  /**
+   * `rounded`: results are bfloat16 values that may be `ulps` apart. Both bounds count at the size of the row's largest
+   * element, or at `floor` where results come from larger values that cancel.
+   */
   constructor(
     private readonly rounded: boolean,
     private readonly ulps = 1,
+    private readonly floor = 0,
   ) {}
 
-  static of(dtype: Dtype, ulps = 1): Agreement {
-    return new Agreement(dtype === 'bfloat16', ulps);
+  static of(dtype: Dtype, ulps = 1, floor = 0): Agreement {
+    return new Agreement(dtype === 'bfloat16', ulps, floor);
   }
 
   /** Compares rows; NaN never agrees. */
@@ -29,7 +33,7 @@ export class Agreement {
     const width = want[0]?.length ?? 0;
     expect(got.length, `elements of ${where}`).toBe(want.length * width);
     for (const [row, values] of want.entries()) {
-      const size = values.reduce((max, value) => Math.max(max, Math.abs(value)), 0);
+      const size = values.reduce((max, value) => Math.max(max, Math.abs(value)), this.floor);
       const bound = this.rounded ? this.ulps * ulp(size) : RELATIVE * size;
       for (const [i, value] of values.entries()) {
         const found = got[row * width + i]!;

@@ -38,7 +38,8 @@ describe.each([
     };
     const { benches, weights, close } = await openOps(plan, dtype, random);
     const r = rounding(dtype);
-    const agreement = Agreement.of(dtype);
+    // Far below 0 GELU is nearly flat: its error there is that of its argument, which has deviation 2.
+    const agreement = Agreement.of(dtype, 2, 4);
     const half = (expert: number, which: number) => {
       const first = (2 * expert + which) * width;
       return weights.expertGateUp!.slice(first, first + width);
