@@ -6,6 +6,8 @@
 #include <functional>
 #include <initializer_list>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "ops/ops.h"
 
@@ -45,7 +47,7 @@ class Backend {
   /// Waits for everything that was started.
   virtual void finish() {}
   /// The stream that ops run on, for device collectives; null on the host.
-  virtual void* stream() { return nullptr; }
+  virtual void* stream_handle() { return nullptr; }
   /// Throws TP_LIMIT with the real values if an op of this backend cannot take a model or one of its layers.
   virtual void require(const Dims&, const Heads&) const {}
   /// Runs `work`, which does nothing but call ops. Work of the same key makes the same calls, so a device may record it.
@@ -64,6 +66,19 @@ std::unique_ptr<Backend> make_cpu_backend(const char* isa, int threads);
 
 /// `device`: index among the GPUs that this process sees. TP_DEVICE if there is none, or no driver.
 std::unique_ptr<Backend> make_cuda_backend(int device);
+
+/// What the driver shows this process, or why it shows nothing.
+struct CudaDevice {
+  std::string name;
+  int major, minor;  // compute capability
+  double free_bytes, total_bytes;
+  std::vector<int> peers;  // devices whose memory this one can reach
+};
+struct CudaDevices {
+  std::vector<CudaDevice> devices;
+  std::string why;
+};
+CudaDevices cuda_devices();
 
 /// Version of the CUDA that is compiled in, or null.
 const char* cuda_version();

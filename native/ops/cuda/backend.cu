@@ -174,6 +174,31 @@ void CudaBackend::replay(uint64_t key, const std::function<void()>& work) {
 
 std::unique_ptr<Backend> make_cuda_backend(int device) { return std::make_unique<cuda::CudaBackend>(device); }
 
+CudaDevices cuda_devices() {
+  CudaDevices out;
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status != cudaSuccess) {
+    out.why = cudaGetErrorString(status);
+    cudaGetLastError();
+    return out;
+  }
+  for (int i = 0; i < count; i++) {
+    cudaDeviceProp properties;
+    cuda::check(cudaGetDeviceProperties(&properties, i), "asking for a GPU's properties");
+    cuda::check(cudaSetDevice(i), "choosing a GPU");
+    size_t free = 0, total = 0;
+    cuda::check(cudaMemGetInfo(&free, &total), "asking for a GPU's memory");
+    CudaDevice device{properties.name, properties.major, properties.minor, static_cast<double>(free), static_cast<double>(total), {}};
+    for (int other = 0; other < count; other++) {
+      int reaches = 0;
+      if (other != i && cudaDeviceCanAccessPeer(&reaches, i, other) == cudaSuccess && reaches) device.peers.push_back(other);
+    }
+    out.devices.push_back(std::move(device));
+  }
+  return out;
+}
+
 const char* cuda_version() {
   static const std::string version = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   return version.c_str();

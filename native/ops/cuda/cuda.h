@@ -35,7 +35,8 @@ class CudaBackend final : public Backend {
 
   void* allocate_shared(size_t bytes) override;
   void finish() override;
-  cudaStream_t stream() override { return stream_; }
+  void* stream_handle() override { return stream_; }
+  cudaStream_t stream() const { return stream_; }
   int processors() const { return processors_; }
   int shared_memory() const { return shared_memory_; }
   /// Device memory for one op's partial results, zeroed when new; a name's memory is kept and grows.
