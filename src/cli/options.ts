@@ -146,7 +146,7 @@ export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv 
   if (!isCommand(command)) throw fail('TP_COMMAND', command, Object.keys(COMMANDS));
   const about: CommandWords = COMMANDS[command];
   const flags = new Map(about.flags.map((key): [string, Flag<unknown>] => [dashed(key), FLAGS[key]]));
-  const { given, words, help } = splitWords(rest, command, about, flags);
+  const { given, words, help } = splitWords(rest, command, about, epilogue(), flags);
   if (help !== null) return { kind: 'help', text: help };
   if (given.version) return { kind: 'version' };
   refuseUnknownVariables(env);
@@ -200,6 +200,11 @@ function refuseUnknownVariables(env: NodeJS.ProcessEnv): void {
   for (const name of Object.keys(env)) {
     if (name.startsWith('TP_RUN_') && !known.has(name)) throw fail('TP_VARIABLE_UNKNOWN', name);
   }
+}
+
+function epilogue(): string {
+  const commands = Object.entries(COMMANDS).map(([name, { describe }]) => `  ${name.padEnd(16)} ${describe}`);
+  return `Commands:\n${commands.join('\n')}\n\nEvery flag has a variable: --prompt-ids is TP_RUN_PROMPT_IDS.`;
 }
 
 /** The command, of one word or two, and what follows it. */

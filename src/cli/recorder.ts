@@ -4,7 +4,7 @@ import type { MergedStep } from '../engine/merge.js';
 import { quantile } from '../report/stats.js';
 
 /** What a run said of one prompt. */
-export interface Record {
+export interface PromptRecord {
   tokenIds: number[];
   logprobs: number[];
   /** Log-probability of the prompt's next token at each position (score). */
@@ -22,7 +22,7 @@ export interface Shares {
 }
 
 export class Recorder {
-  readonly records: Record[];
+  readonly records: PromptRecord[];
   prefillMs = 0;
   /** Time of each decode step, in ms: every sequence in it got one token. */
   readonly tpotMs: number[] = [];

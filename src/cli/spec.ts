@@ -1,7 +1,9 @@
 // The frozen description of a run, from options and the work that it is for.
 
 import type { RunSpec } from '../engine/job.js';
+import { fail, listOf } from '../errors.js';
 import { requireSplittable } from '../model/shard.js';
+import { native } from '../native.js';
 import type { ChosenDevice } from './device.js';
 import type { NamedModel } from './model.js';
 import { defaultThreads, type Options } from './options.js';
@@ -19,9 +21,10 @@ export interface Needs {
   trace: boolean;
 }
 
-/** The run that `needs` describes. TP_SHARD_UNEVEN when the model cannot be split over its ranks. */
+/** The run that `needs` describes. TP_SHARD_UNEVEN when the model cannot be split over its ranks, TP_FLAG_VALUE. */
 export function runSpec(options: Options, model: NamedModel, chosen: ChosenDevice, needs: Needs): RunSpec {
   requireSplittable(model.config, needs.ranks);
+  requireInstructions(options.isa);
   const tokens = Math.max(options.prefillChunk, needs.sequences);
   return Object.freeze({
     model: model.source,
@@ -44,4 +47,10 @@ export function runSpec(options: Options, model: NamedModel, chosen: ChosenDevic
     stepTimeoutMs: options.stepTimeout * 1000,
     logDir: options.logDir,
   });
+}
+
+/** TP_FLAG_VALUE when this machine's CPU lacks the instructions of `--isa`. */
+function requireInstructions(isa: Options['isa']): void {
+  const here: readonly string[] = ['auto', ...native().version().isa];
+  if (!here.includes(isa)) throw fail('TP_FLAG_VALUE', '--isa', `${listOf(here)} on this CPU`, isa);
 }

@@ -1,5 +1,5 @@
 // What launcher and workers may say to each other: a closed union, checked on arrival. msgpack carries the words;
-// big arrays follow as raw frames of the same multipart message.
+// big arrays follow as raw frames of the same multipart message. Numbers in words are doubles, but -0 arrives as 0.
 
 import { addExtension, Packr, Unpackr } from 'msgpackr';
 import { z } from 'zod';

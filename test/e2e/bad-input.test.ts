@@ -14,6 +14,7 @@ import {
 } from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
+import { native } from '../../src/native.js';
 import { fixture, root } from '../helpers/fixture.js';
 import { tempDir } from '../helpers/tempdir.js';
 import { tpRun } from '../helpers/tp-run.js';
@@ -54,6 +55,12 @@ describe('the command line', () => {
     ['more context than the model has', [...tiny, '--max-model-len', '5000'], 'TP_FLAG_VALUE'],
   ])('refuses %s', async (_, args, code) => {
     expect(await refusal(args)).toMatch(new RegExp(`^${code}: `));
+  });
+
+  it('refuses CPU instructions that this machine lacks', async (test) => {
+    const avx512 = (native().version().isa as string[]).includes('avx512');
+    test.skip(avx512, 'this CPU has them all');
+    expect(await refusal([...tiny, '--isa', 'avx512'])).toMatch(/^TP_FLAG_VALUE: .* for --isa .* avx512/);
   });
 
   it('refuses a variable with a bad value and a misspelt one', async () => {
