@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <string>
 
-#include "ops/cuda/cuda.h"
+#include "ops/cuda/block.cuh"
 
 namespace tp {
 
@@ -120,6 +120,7 @@ void CudaBackend::require(const Dims& d, const Heads& h) const {
   const auto most = [](const char* what, int value, int limit) {
     if (value > limit) fail("TP_LIMIT", "%s: %d, the CUDA kernels take at most %d", what, value, limit);
   };
+  most("hidden size", d.hidden, kMostRow);
   most("experts", d.experts, kMostExperts);
   most("experts a token", d.top_k, kMostTopK);
   most("head size", h.head_dim, kMostHeadDim);

@@ -49,4 +49,43 @@ __device__ inline float inverse_rms(float squares, int n, float eps) {
   return 1.0f / sqrtf(squares / static_cast<float>(n) + eps);
 }
 
+/// Asks for memory that no kernel writes to come near, so that it is there when the inputs are.
+__device__ inline void prefetch(const void* memory, int bytes) {
+  for (int i = threadIdx.x * 128; i < bytes; i += kThreads * 128)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(memory) + i));
+}
+
+/// A row of n <= kThreads * Per elements, spread over the block's registers: element i is with thread i % kThreads.
+template <int Per>
+struct Row {
+  float x[Per];
+
+  template <class Source>
+  __device__ void load(const Source* from, int n) {
+#pragma unroll
+    for (int j = 0; j < Per; j++) x[j] = index(j) < n ? number(from[index(j)]) : 0;
+  }
+  __device__ static int index(int j) { return threadIdx.x + j * kThreads; }
+  __device__ float squares() const {
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < Per; j++) sum = fused(x[j], x[j], sum);
+    return sum;
+  }
+
+ private:
+  __device__ static float number(float value) { return value; }
+  __device__ static float number(Bf16 value) { return to_float(value); }
+};
+constexpr int kMostRow = 8192;
+
+/// Calls launch.template operator()<Per>() with a Per that holds rows of n elements.
+template <class Launch>
+void with_row(int n, Launch&& launch) {
+  if (n <= 6 * kThreads)
+    launch.template operator()<6>();
+  else
+    launch.template operator()<kMostRow / kThreads>();
+}
+
 }  // namespace tp::cuda

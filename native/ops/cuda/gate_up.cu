@@ -12,10 +12,12 @@ class GateUp {
  public:
   struct Parameters {
     GateUpArgs args;
+    Matrix gate, up, experts_gate_up;
     Split split;
     Columns columns;
     int inter, moe_inter, experts, top_k;
     __host__ __device__ int segments() const { return split.segments; }
+    __host__ __device__ int slot_bytes() const { return split.slot_bytes(); }
     __host__ __device__ int plane_bytes() const {
       return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16));
     }
@@ -29,7 +31,9 @@ class GateUp {
         expert_tiles_((p.moe_inter + kWidth - 1) / kWidth) {}
 
   __device__ int known() const { return place_.share(dense_tiles_); }
-  __device__ int units() const { return place_.share(dense_tiles_ + chosen_ * expert_tiles_); }
+  __device__ int tiles() const { return place_.share(dense_tiles_ + chosen_ * expert_tiles_); }
+  __device__ int parts() const { return 1; }
+  __device__ const Split& split() const { return p_.split; }
   __device__ void load() {
     const int n = p_.split.total;
     const int64_t from = static_cast<int64_t>(p_.columns.first) * n;
@@ -37,24 +41,22 @@ class GateUp {
     load_columns(dense_, p_.split, p_.columns.tokens, p_.columns.planes, Plain{p_.args.dense_in + from, n});
     load_columns(expert_, p_.split, p_.columns.tokens, p_.columns.planes, Plain{p_.args.expert_in + from, n});
   }
-  __device__ Rows rows(int unit) const {
-    const Tile t = tile(unit);
-    const Bf16 *gate = p_.args.gate, *up = p_.args.up;
-    if (t.chosen >= 0) {
-      gate = p_.args.expert_gate_up + static_cast<int64_t>(list_[t.chosen].expert) * 2 * p_.moe_inter * p_.split.total;
-      up = gate + static_cast<int64_t>(p_.moe_inter) * p_.split.total;
-    }
-    const int width = t.chosen < 0 ? p_.inter : p_.moe_inter;
-    const int64_t at = static_cast<int64_t>(min(t.first + place_.row, width - 1)) * p_.split.total + place_.segment * p_.split.length;
-    return {gate + at, up + at, segment_length(p_.split, place_.segment), p_.split.aligned};
+  __device__ Half low(const Cursor& at) const {
+    const Tile t = tile(at);
+    if (t.chosen < 0) return {&p_.gate, t.first};
+    return {&p_.experts_gate_up, list_[t.chosen].expert * 2 * p_.moe_inter + t.first};
   }
-  __device__ int length(int) const { return segment_length(p_.split, place_.segment); }
-  __device__ const uint4* column(int unit) const {
-    return column_of(tile(unit).chosen < 0 ? dense_ : expert_, p_.split, place_, p_.columns.tokens * p_.columns.planes);
+  __device__ Half high(const Cursor& at) const {
+    const Tile t = tile(at);
+    if (t.chosen < 0) return {&p_.up, t.first};
+    return {&p_.experts_gate_up, (list_[t.chosen].expert * 2 + 1) * p_.moe_inter + t.first};
   }
-  __device__ void finish(int unit, const float (&sums)[4]) {
+  __device__ const uint4* column(const Cursor& at) const {
+    return column_of(tile(at).chosen < 0 ? dense_ : expert_, p_.split, place_, p_.columns.tokens * p_.columns.planes);
+  }
+  __device__ void finish(const Cursor& at, const float (&sums)[4]) {
     exchange_.give(place_, sums);
-    const Tile to = tile(unit);
+    const Tile to = tile(at);
     const bool bfloat16 = p_.columns.planes == 1;
     for (int i = place_.thread; i < kWidth * p_.columns.tokens; i += place_.threads) {
       const int row = i % kWidth, t = i / kWidth, column = to.first + row;
@@ -77,8 +79,8 @@ class GateUp {
     int chosen;  // index into the list, -1: the dense MLP
     int first;   // column of the activation
   };
-  __device__ Tile tile(int unit) const {
-    const int i = place_.global_group + unit * place_.groups, j = i - dense_tiles_;
+  __device__ Tile tile(const Cursor& at) const {
+    const int i = place_.global_group + at.tile * place_.groups, j = i - dense_tiles_;
     if (j < 0) return {-1, i * kWidth};
     return {j / expert_tiles_, j % expert_tiles_ * kWidth};
   }
@@ -94,8 +96,11 @@ class GateUp {
 }  // namespace
 
 void gate_up(const GateUpArgs& a, const Dims& d, const Input& in, Backend& backend) {
+  const Split split = split_whole(d.hidden);
   launch_gemv<GateUp>(of(backend), d, in.tokens,
-                      {a, split_whole(d.hidden), {}, d.inter, d.moe_inter, d.experts, d.top_k});
+                      {a, matrix_of(a.gate, d.inter, split), matrix_of(a.up, d.inter, split),
+                       matrix_of(a.expert_gate_up, int64_t{d.experts} * 2 * d.moe_inter, split), split, {}, d.inter, d.moe_inter,
+                       d.experts, d.top_k});
 }
 
 }  // namespace tp::cuda

@@ -9,43 +9,72 @@
 // float32 runs three, because an fp32 value is exactly the sum of three bfloat16 planes. What a column holds never
 // changes what its neighbours compute, so a token's bits do not depend on the batch.
 //
-// Every lane keeps a queue of its own 16-byte pieces of weights in shared memory and reads only what it asked for itself:
-// the copies run many tiles ahead without a barrier, and start before the kernel's inputs are there.
+// Every warp has a ring of slots of its own, filled by the copy engine: boxes of 8 rows by `chunk` elements. The copies run
+// as far ahead as there is room, without a barrier between warps, and start before the kernel's inputs are there.
 #pragma once
 
 #include <climits>
 
 #include "ops/cuda/block.cuh"
+#include "ops/cuda/matrix.h"
 
 namespace tp::cuda {
 
 constexpr int kTileRows = 16;
 constexpr int kColumns = 8;
 constexpr int kSegments = 8;  // of a row that tensor parallelism does not split
-constexpr int kDeep = 8, kShallow = 4;  // queue entries a lane
+constexpr int kUnit = 64;     // such segments are whole multiples of it: one cache line
+constexpr int kMostChunk = 96, kMostSlots = 16;
 
 /// How rows of `total` elements are cut.
 struct Split {
   int total;     // elements of a row
   int segments;  // warps of a group; a power of two
-  int length;    // elements of a segment; the last ones may be shorter or empty
+  int length;    // elements of a segment
+  int longer;    // this many first segments have kUnit elements more
   int padded;    // room of a segment in shared memory: a multiple of 8
   int plane;     // room of a column in shared memory; 64 bytes past a multiple of 128, so that columns use other banks
-  bool aligned;  // every piece is 16 bytes at a multiple of 16
+  int chunk;     // elements of a row that one copy brings
+  bool aligned;  // every piece of 8 elements begins at a multiple of 16 bytes
+
+  __host__ __device__ int start(int segment) const { return segment * length + min_of(segment, longer) * kUnit; }
+  __host__ __device__ int size(int segment) const {
+    const int left = total - start(segment), size = length + (segment < longer ? kUnit : 0);
+    return left < 0 ? 0 : min_of(left, size);
+  }
+  /// Where a segment's activations lie in shared memory.
+  __host__ __device__ int place(int segment) const { return segment * padded + min_of(segment, longer) * kUnit; }
+  __host__ __device__ int slot_bytes() const { return kTileRows * chunk * static_cast<int>(sizeof(Bf16)); }
+  static __host__ __device__ int min_of(int a, int b) { return a < b ? a : b; }
 };
 
-inline Split split_of(int total, int segments, int length) {
+inline Split split_of(int total, int segments, int length, int longer) {
   Split s{};
   s.total = total;
   s.segments = segments;
   s.length = length;
+  s.longer = longer;
   s.padded = (length + 7) / 8 * 8;
-  s.plane = (segments * s.padded + 63) / 64 * 64 + 32;
+  s.plane = (segments * s.padded + longer * kUnit + 63) / 64 * 64 + kMostChunk;
+  s.plane += (96 - s.plane % 64) % 64;
   s.aligned = total % 8 == 0 && length % 8 == 0;
+  s.chunk = 64;
+  for (int chunk = kMostChunk; chunk > 32 && length % 64 != 0; chunk -= 8)
+    if (s.padded % chunk == 0) {
+      s.chunk = chunk;
+      break;
+    }
   return s;
 }
-inline Split split_whole(int total) { return split_of(total, kSegments, ((total + kSegments - 1) / kSegments + 7) / 8 * 8); }
-inline Split split_leaves(int total, int leaves) { return split_of(total, leaves, total / leaves); }
+inline Split split_whole(int total) {
+  const int units = (total + kUnit - 1) / kUnit;
+  return split_of(total, kSegments, units / kSegments * kUnit, units % kSegments);
+}
+inline Split split_leaves(int total, int leaves) { return split_of(total, leaves, total / leaves, 0); }
+
+inline Matrix matrix_of(const Bf16* data, int64_t rows, const Split& s) {
+  return matrix_of(data, rows, s.total, s.chunk, s.aligned);
+}
 
 /// Tokens as columns.
 struct Columns {
@@ -84,85 +113,113 @@ struct Place {
   __device__ int share(int tiles) const { return tiles <= global_group ? 0 : (tiles - global_group + groups - 1) / groups; }
 };
 
-/// One warp's part of a stretch of weights: two rows of the tile a lane, from this segment's first element on.
-struct Rows {
-  const Bf16* low;
-  const Bf16* high;
-  int length;  // elements of the segment
-  bool aligned;
+/// Eight neighbouring rows of a matrix; the upper or the lower half of a tile.
+struct Half {
+  const Matrix* matrix;
+  int row;
 };
 
-__device__ inline int segment_length(const Split& s, int segment) {
-  const int left = s.total - segment * s.length;
-  return left < 0 ? 0 : (left < s.length ? left : s.length);
-}
-
-/// Rows first + row and first + row + 8 of a matrix of `count` rows; rows that are not there repeat the last one.
-__device__ inline Rows rows_of(const Bf16* weight, const Split& s, const Place& place, int first, int count) {
-  const int low = min(first + place.row, count - 1), high = min(first + place.row + 8, count - 1);
-  const int64_t from = static_cast<int64_t>(place.segment) * s.length;
-  return {weight + static_cast<int64_t>(low) * s.total + from, weight + static_cast<int64_t>(high) * s.total + from,
-          segment_length(s, place.segment), s.aligned};
-}
-
-/// Asks for 8 elements at `from`; those past `valid` become zero.
-__device__ inline void fetch(uint4* to, const Rows& rows, const Bf16* from, int valid) {
-  if (rows.aligned) {
-    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(at), "l"(valid > 0 ? from : rows.low),
-                 "r"(valid * 2)
-                 : "memory");
-    return;
+/// Where a walk through the units of a group stands: a tile, and of an expert tile the expert.
+struct Cursor {
+  int tile = 0, part = 0;
+  __device__ void advance(int parts) {
+    if (++part == parts) part = 0, tile++;
   }
-  auto* const elements = reinterpret_cast<Bf16*>(to);
-  for (int i = 0; i < 8; i++) elements[i] = i < valid ? from[i] : Bf16{0};
-}
+};
 
-/// The lane's queue of weights. push() asks for the next piece, pop() waits for the oldest.
-template <int Depth>
-class Queue {
+__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+/// The warp's ring of weights. fill() and push() ask for the next pieces, pop() waits for the oldest.
+class Ring {
  public:
-  __device__ Queue(uint4* room, const Place& place)
-      : slots_(room + (threadIdx.x / 32) * Depth * 64 + place.lane), quarter_(place.quarter) {}
-
-  /// Asks for pieces until the queue is full or `units` are all asked for.
-  template <class Work>
-  __device__ void fill(const Work& work, int units) {
-    while (waiting_ < Depth && unit_ < units) push(work, units);
-  }
-  /// The same, with empty entries when there is too little: how many copies are in flight says which have arrived.
-  template <class Work>
-  __device__ void fill_up(const Work& work, int units) {
-    while (waiting_ < Depth) push(work, units);
-  }
-  template <class Work>
-  __device__ void push(const Work& work, int units) {
-    if (unit_ < units) {
-      if (step_ == 0) rows_ = work.rows(unit_);
-      uint4* const slot = slots_ + in_ * 64;
-      const int k = step_ * 32 + quarter_ * 8;
-      const int valid = max(0, min(8, rows_.length - k));
-      fetch(slot, rows_, rows_.low + k, valid);
-      fetch(slot + 32, rows_, rows_.high + k, valid);
-      if (++step_ * 32 >= rows_.length) step_ = 0, unit_++;
+  /// `memory`: kMostSlots arrival counters for every warp, then all warps' slots.
+  __device__ Ring(char* memory, const Place& place, int slots)
+      : arrivals_(shared_address(memory) + threadIdx.x / 32 * kMostSlots * 8), slots_(slots), memory_(memory) {
+    if (place.lane == 0) {
+      for (int i = 0; i < slots; i++) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(arrivals_ + i * 8) : "memory");
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
-    in_ = in_ + 1 == Depth ? 0 : in_ + 1;
-    waiting_++;
+    __syncwarp();
   }
-  __device__ void pop(uint4& low, uint4& high) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(Depth - 1) : "memory");
-    low = slots_[out_ * 64];
-    high = slots_[out_ * 64 + 32];
-    out_ = out_ + 1 == Depth ? 0 : out_ + 1;
+
+  /// Asks for pieces until the ring is full or the first `tiles` tiles are all asked for.
+  template <class Work>
+  __device__ void fill(const Work& work, const Place& place, int tiles) {
+    while (waiting_ < slots_ && next_.tile < tiles) push(work, place, tiles);
+  }
+  template <class Work>
+  __device__ void push(const Work& work, const Place& place, int tiles) {
+    if (next_.tile >= tiles) return;
+    const Split& s = work.split();
+    const int bytes = s.slot_bytes(), from = s.start(place.segment) + offset_;
+    char* const slot = slot_at(in_, bytes);
+    if (s.aligned) {
+      if (place.lane == 0) {
+        const Half low = work.low(next_), high = work.high(next_);
+        const uint32_t arrival = arrivals_ + in_ * 8;
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(arrival), "r"(bytes) : "memory");
+        copy(slot, low, from, arrival);
+        copy(slot + bytes / 2, high, from, arrival);
+      }
+    } else {
+      const Half low = work.low(next_), high = work.high(next_);
+      auto* const to = reinterpret_cast<Bf16*>(slot);
+      for (int i = place.lane; i < kTileRows * s.chunk; i += 32) {
+        const int row = i / s.chunk, k = from + i % s.chunk;
+        const Half& half = row < 8 ? low : high;
+        const int at = half.row + row % 8;
+        to[i] = k < s.total && at < half.matrix->rows ? half.matrix->data[static_cast<int64_t>(at) * s.total + k] : Bf16{0};
+      }
+    }
+    in_ = in_ + 1 == slots_ ? 0 : in_ + 1;
+    waiting_++;
+    offset_ += s.chunk;
+    if (offset_ < s.size(place.segment)) return;
+    offset_ = 0;
+    next_.advance(work.parts());
+  }
+  /// The oldest piece, 16 rows by `chunk`. The warp gives it back by release() when all lanes have read.
+  __device__ const Bf16* pop(const Split& s) {
+    if (s.aligned) {
+      const uint32_t arrival = arrivals_ + out_ * 8;
+      uint32_t here = 0;
+      for (int tries = 0; !here; tries++) {
+        asm volatile(
+            "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+            : "=r"(here)
+            : "r"(arrival), "r"(phase_)
+            : "memory");
+        if (tries > (1 << 24)) __trap();  // seconds: the copy never comes
+      }
+    } else {
+      __syncwarp();
+    }
+    return reinterpret_cast<const Bf16*>(slot_at(out_, s.slot_bytes()));
+  }
+  __device__ void release() {
+    __syncwarp();
+    if (++out_ == slots_) out_ = 0, phase_ ^= 1;
     waiting_--;
   }
 
  private:
-  uint4* slots_;
-  Rows rows_{};
-  int quarter_, unit_ = 0, step_ = 0, in_ = 0, out_ = 0, waiting_ = 0;
+  __device__ char* slot_at(int slot, int bytes) const {
+    return memory_ + kWarps * kMostSlots * 8 + (threadIdx.x / 32 * slots_ + slot) * bytes;
+  }
+  static __device__ void copy(char* to, const Half& from, int k, uint32_t arrival) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            shared_address(to)),
+        "l"(&from.matrix->map), "r"(k), "r"(from.row), "r"(arrival)
+        : "memory");
+  }
+
+  Cursor next_;
+  uint32_t arrivals_, phase_ = 0;
+  int slots_, in_ = 0, out_ = 0, waiting_ = 0, offset_ = 0;
+  char* memory_;
 };
+constexpr int kArrivalBytes = kWarps * kMostSlots * 8;
 
 /// acc += 16 rows x 16 elements of weights times 16 elements x 8 columns.
 __device__ inline void multiply(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -172,26 +229,43 @@ __device__ inline void multiply(float (&acc)[4], uint32_t a0, uint32_t a1, uint3
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-/// Multiplies every unit of `work` and hands it the 4 sums of this lane: (row, column 2 quarter), (row, 2 quarter + 1) and
-/// the same of row + 8. A unit is what rows() describes: one tile, or one expert's part of a tile.
-template <int Depth, class Work>
-__device__ void multiply_all(Queue<Depth>& queue, Work& work, const Place& place) {
-  const int units = work.units();
-  queue.fill_up(work, units);
-  for (int unit = 0; unit < units; unit++) {
-    const uint4* const column = work.column(unit);
-    const int length = work.length(unit);
-    float even[4] = {}, odd[4] = {};
-    for (int k = 0; k == 0 || k < length; k += 32) {
-      uint4 low, high, x = {0, 0, 0, 0};
-      queue.pop(low, high);
+/// acc += one slot of weights times a column's elements; `left` of them are in the segment.
+__device__ inline void multiply_slot(float (&even)[4], float (&odd)[4], const Bf16* slot, int chunk, const uint4* column, int left,
+                                     const Place& place) {
+  const Bf16* const low = slot + place.row * chunk + place.quarter * 8;
+  const Bf16* const high = low + 8 * chunk;
+  for (int k = 0; k < chunk; k += 32) {
+    uint4 a = {0, 0, 0, 0}, b = {0, 0, 0, 0}, x = {0, 0, 0, 0};
+    if (k + place.quarter * 8 < min(left, chunk)) {
+      a = *reinterpret_cast<const uint4*>(low + k);
+      b = *reinterpret_cast<const uint4*>(high + k);
       if (column) x = column[k / 8];
-      multiply(even, low.x, high.x, low.y, high.y, x.x, x.y);
-      multiply(odd, low.z, high.z, low.w, high.w, x.z, x.w);
-      queue.push(work, units);
+    }
+    multiply(even, a.x, b.x, a.y, b.y, x.x, x.y);
+    multiply(odd, a.z, b.z, a.w, b.w, x.z, x.w);
+  }
+}
+
+/// Multiplies every unit of `work` and hands it the 4 sums of this lane: (row, column 2 quarter), (row, 2 quarter + 1) and
+/// the same of row + 8. A unit is one tile, or one expert's part of a tile.
+template <class Work>
+__device__ void multiply_all(Ring& ring, Work& work, const Place& place) {
+  const int tiles = work.tiles();
+  ring.fill(work, place, tiles);
+  const Split& s = work.split();
+  const int size = s.size(place.segment);
+  for (Cursor at; at.tile < tiles; at.advance(work.parts())) {
+    const uint4* column = work.column(at);
+    float even[4] = {}, odd[4] = {};
+    for (int k = 0; k == 0 || k < size; k += s.chunk) {
+      const Bf16* const slot = ring.pop(s);
+      multiply_slot(even, odd, slot, s.chunk, column, size - k, place);
+      ring.release();
+      ring.push(work, place, tiles);
+      if (column) column += s.chunk / 8;
     }
     for (int i = 0; i < 4; i++) even[i] += odd[i];
-    work.finish(unit, even);
+    work.finish(at, even);
   }
 }
 
@@ -234,11 +308,6 @@ class Exchange {
 };
 constexpr int kExchangeBytes = 2 * kWarps * kTileRows * kColumns * static_cast<int>(sizeof(float));
 
-template <int Depth>
-constexpr int queue_bytes() {
-  return kWarps * Depth * 64 * static_cast<int>(sizeof(uint4));
-}
-
 /// Activations as they lie in memory: rows of fp32, `stride` apart.
 struct Plain {
   const float* rows;
@@ -262,7 +331,7 @@ __device__ inline void planes_of(float x, int planes, Bf16 (&plane)[3]) {
 /// Puts `rows` rows of s.total activations into shared memory as columns, `planes` each. All threads call it.
 template <class Source>
 __device__ void load_columns(Bf16* columns, const Split& s, int rows, int planes, const Source& source) {
-  if (!s.aligned || s.segments * s.length != s.total) {
+  if (!s.aligned) {
     auto* const words = reinterpret_cast<uint4*>(columns);
     for (int i = threadIdx.x; i < rows * planes * s.plane / 8; i += kThreads) words[i] = make_uint4(0, 0, 0, 0);
     __syncthreads();
@@ -270,7 +339,9 @@ __device__ void load_columns(Bf16* columns, const Split& s, int rows, int planes
       const int row = i / s.total, element = i % s.total;
       Bf16 plane[3];
       planes_of(source.one(row, element), planes, plane);
-      const int at = element / s.length * s.padded + element % s.length;
+      int segment = 0;
+      while (segment + 1 < s.segments && element >= s.start(segment + 1)) segment++;
+      const int at = s.place(segment) + element - s.start(segment);
       for (int p = 0; p < planes; p++) columns[(row * planes + p) * s.plane + at] = plane[p];
     }
     return;
@@ -301,7 +372,7 @@ __device__ void load_columns(Bf16* columns, const Split& s, int rows, int planes
 /// The lane's own column of `columns`, at its quarter; null when the lane's column is not in use.
 __device__ inline const uint4* column_of(const Bf16* columns, const Split& s, const Place& place, int used) {
   if (place.row >= used) return nullptr;
-  return reinterpret_cast<const uint4*>(columns + place.row * s.plane + place.segment * s.padded) + place.quarter;
+  return reinterpret_cast<const uint4*>(columns + place.row * s.plane + s.place(place.segment)) + place.quarter;
 }
 
 /// Rows on their way through an RMSNorm. `index` null: row r is row r.
@@ -347,44 +418,42 @@ __device__ inline void load_normed_columns(Bf16* columns, float* room, const Spl
 }
 
 /// A matrix op is a Work: made from its Parameters, this warp's place and shared memory, it says which weights its group
-/// multiplies (known() of them before the inputs are there), loads the columns, and takes the sums.
-template <class Work, int Depth>
-__global__ void __launch_bounds__(kThreads, 1) gemv(const __grid_constant__ typename Work::Parameters p) {
-  extern __shared__ uint4 shared[];
+/// multiplies (known() tiles of them before the inputs are there), loads the columns, and takes the sums.
+template <class Work>
+__global__ void __launch_bounds__(kThreads, 1) gemv(const __grid_constant__ typename Work::Parameters p, int slots) {
+  extern __shared__ __align__(128) char shared[];
   const Place place(p.segments());
-  auto* const exchange = reinterpret_cast<float*>(shared + kWarps * Depth * 64);
+  auto* const exchange = reinterpret_cast<float*>(shared + kArrivalBytes + kWarps * slots * p.slot_bytes());
+  Ring ring(shared, place, slots);
   Work work(p, place, exchange, reinterpret_cast<char*>(exchange) + kExchangeBytes);
-  Queue<Depth> queue(shared, place);
-  queue.fill(work, work.known());
+  ring.fill(work, place, work.known());
   wait_for_inputs();
   let_next_start();
   work.load();
   __syncthreads();
-  multiply_all(queue, work, place);
+  multiply_all(ring, work, place);
 }
 
 /// Launches a matrix op for `tokens` tokens, in chunks that fit the columns and the shared memory.
 /// p.bytes(): shared memory of the Work for p.columns.
 template <class Work>
 void launch_gemv(CudaBackend& backend, const Dims& d, int tokens, typename Work::Parameters p) {
-  const auto fits = [&](int count, int queue) {
+  const auto slots = [&](int count) {
     p.columns.tokens = count;
-    return p.bytes() + queue + kExchangeBytes <= backend.shared_memory();
+    const int room = backend.shared_memory() - 1024 - p.bytes() - kExchangeBytes - kArrivalBytes;  // 1 KB: a kernel's own
+    return room < 0 ? 0 : Split::min_of(kMostSlots, room / (kWarps * p.slot_bytes()));
   };
   p.columns = {0, 0, d.bfloat16 ? 1 : 3};
   int most = kColumns / p.columns.planes < tokens ? kColumns / p.columns.planes : tokens;
-  while (most > 1 && !fits(most, queue_bytes<kShallow>())) most--;
-  if (!fits(most, queue_bytes<kShallow>()))
-    fail("TP_CUDA", "the activations of one token need %d bytes of shared memory in one op, the device gives %d",
-         p.bytes() + queue_bytes<kShallow>() + kExchangeBytes, backend.shared_memory());
+  while (most > 1 && slots(most) < 2) most--;
+  if (slots(most) < 1)
+    fail("TP_LIMIT", "the activations of one token need %d bytes of shared memory in one op, the GPU gives %d",
+         p.bytes() + kExchangeBytes + kArrivalBytes + kWarps * p.slot_bytes(), backend.shared_memory());
   for (int first = 0; first < tokens; first += most) {
+    const int count = slots(tokens - first < most ? tokens - first : most);
     p.columns.first = first;
-    const int count = tokens - first < most ? tokens - first : most;
-    const dim3 grid(static_cast<unsigned>(backend.processors()));
-    if (fits(count, queue_bytes<kDeep>()))
-      backend.launch(gemv<Work, kDeep>, grid, kThreads, p.bytes() + kExchangeBytes + queue_bytes<kDeep>(), p);
-    else
-      backend.launch(gemv<Work, kShallow>, grid, kThreads, p.bytes() + kExchangeBytes + queue_bytes<kShallow>(), p);
+    backend.launch(gemv<Work>, dim3(static_cast<unsigned>(backend.processors())), kThreads,
+                   p.bytes() + kExchangeBytes + kArrivalBytes + kWarps * count * p.slot_bytes(), p, count);
   }
 }
 

@@ -9,10 +9,12 @@ class Qkv {
  public:
   struct Parameters {
     QkvArgs args;
+    Matrix q, k, v;
     Split split;
     Columns columns;
     float eps;
     __host__ __device__ int segments() const { return split.segments; }
+    __host__ __device__ int slot_bytes() const { return split.slot_bytes(); }
     __host__ __device__ int bytes() const { return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16)); }
     __host__ __device__ int q_rows() const { return args.heads.heads * args.heads.head_dim; }
     __host__ __device__ int kv_rows() const { return args.heads.kv_heads * args.heads.head_dim; }
@@ -21,26 +23,33 @@ class Qkv {
   __device__ Qkv(const Parameters& p, const Place& place, float* exchange, char* memory)
       : p_(p), place_(place), room_(exchange), exchange_(exchange, place, p.split.segments),
         columns_(reinterpret_cast<Bf16*>(memory)), q_tiles_((p.q_rows() + kTileRows - 1) / kTileRows),
-        kv_tiles_((p.kv_rows() + kTileRows - 1) / kTileRows) {}
+        kv_tiles_((p.kv_rows() + kTileRows - 1) / kTileRows) {
+    prefetch(p.args.norm, p.split.total * static_cast<int>(sizeof(Bf16)));
+  }
 
-  __device__ int units() const { return place_.share(q_tiles_ + (p_.args.v_weight ? 2 : 1) * kv_tiles_); }
-  __device__ int known() const { return units(); }
+  __device__ int tiles() const { return place_.share(q_tiles_ + (p_.args.v_weight ? 2 : 1) * kv_tiles_); }
+  __device__ int known() const { return tiles(); }
+  __device__ int parts() const { return 1; }
+  __device__ const Split& split() const { return p_.split; }
   __device__ void load() {
     const int n = p_.split.total;
     load_normed_columns(columns_, room_, p_.split, p_.columns.tokens, p_.columns.planes, p_.eps,
                         Normed{p_.args.hidden + static_cast<int64_t>(p_.columns.first) * n, nullptr, p_.args.norm, n,
                                p_.columns.planes == 1, nullptr});
   }
-  __device__ Rows rows(int unit) const {
-    const Tile t = tile(unit);
-    return rows_of(t.weight, p_.split, place_, t.first, t.rows);
+  __device__ Half low(const Cursor& at) const {
+    const Tile t = tile(at);
+    return {t.weight, t.first};
   }
-  __device__ int length(int) const { return segment_length(p_.split, place_.segment); }
-  __device__ const uint4* column(int) const {
+  __device__ Half high(const Cursor& at) const {
+    const Tile t = tile(at);
+    return {t.weight, t.first + 8};
+  }
+  __device__ const uint4* column(const Cursor&) const {
     return column_of(columns_, p_.split, place_, p_.columns.tokens * p_.columns.planes);
   }
-  __device__ void finish(int unit, const float (&sums)[4]) {
-    const Tile to = tile(unit);
+  __device__ void finish(const Cursor& at, const float (&sums)[4]) {
+    const Tile to = tile(at);
     exchange_.give(place_, sums);
     for (int i = place_.thread; i < kTileRows * p_.columns.tokens; i += place_.threads) {
       const int row = to.first + i % kTileRows, t = i / kTileRows;
@@ -52,16 +61,16 @@ class Qkv {
 
  private:
   struct Tile {
-    const Bf16* weight;
+    const Matrix* weight;
     float* out;
     int first, rows, stride;
   };
-  __device__ Tile tile(int unit) const {
-    const int i = place_.global_group + unit * place_.groups, kv = p_.kv_rows();
-    if (i < q_tiles_) return {p_.args.q_weight, p_.args.q, i * kTileRows, p_.q_rows(), p_.q_rows()};
+  __device__ Tile tile(const Cursor& at) const {
+    const int i = place_.global_group + at.tile * place_.groups, kv = p_.kv_rows();
+    if (i < q_tiles_) return {&p_.q, p_.args.q, i * kTileRows, p_.q_rows(), p_.q_rows()};
     const int first = (i - q_tiles_) % kv_tiles_ * kTileRows;
-    if (i < q_tiles_ + kv_tiles_) return {p_.args.k_weight, p_.args.kv, first, kv, 2 * kv};
-    return {p_.args.v_weight, p_.args.kv + kv, first, kv, 2 * kv};
+    if (i < q_tiles_ + kv_tiles_) return {&p_.k, p_.args.kv, first, kv, 2 * kv};
+    return {&p_.v, p_.args.kv + kv, first, kv, 2 * kv};
   }
 
   const Parameters& p_;
@@ -144,7 +153,11 @@ __global__ void __launch_bounds__(kHeadWarps * 32) finish_heads(const __grid_con
 
 void qkv(const QkvArgs& a, const Dims& d, const Input& in, Backend& backend) {
   CudaBackend& cuda = of(backend);
-  launch_gemv<Qkv>(cuda, d, in.tokens, {a, split_whole(d.hidden), {}, d.eps});
+  const Split split = split_whole(d.hidden);
+  const int q_rows = a.heads.heads * a.heads.head_dim, kv_rows = a.heads.kv_heads * a.heads.head_dim;
+  launch_gemv<Qkv>(cuda, d, in.tokens,
+                   {a, matrix_of(a.q_weight, q_rows, split), matrix_of(a.k_weight, kv_rows, split),
+                    matrix_of(a.v_weight ? a.v_weight : a.k_weight, kv_rows, split), split, {}, d.eps});
   const int tasks = in.tokens * (a.heads.heads + a.heads.kv_heads);
   cuda.launch(finish_heads, dim3(static_cast<unsigned>((tasks + kHeadWarps - 1) / kHeadWarps)), kHeadWarps * 32, 0,
               HeadParameters{a, in.slot, in.position, in.tokens, d.eps, d.bfloat16});
