@@ -14,7 +14,8 @@ const require = createRequire(import.meta.url);
 /** Runs a tool with its output on stderr; ends this build when it fails. */
 function run(command, args) {
   const done = spawnSync(command, args, { cwd: root, stdio: ['ignore', 2, 2] });
-  if (done.status !== 0) stop(`${command} ${args.join(' ')} ended with ${done.error?.message ?? done.status ?? done.signal}`);
+  if (done.status !== 0)
+    stop(`${command} ${args.join(' ')} ended with ${done.error?.message ?? done.status ?? done.signal}`);
 }
 
 function stop(message) {
@@ -28,8 +29,12 @@ function has(command) {
 
 function buildNative() {
   const compiler = process.env.CXX ?? ['c++', 'g++', 'clang++'].find(has);
-  const missing = [...(has('cmake') ? [] : ['CMake 3.20 or newer']), ...(compiler && has(compiler) ? [] : ['a C++20 compiler'])];
-  if (missing.length > 0) stop(`${missing.join(' and ')} not found; on Debian or Ubuntu: apt-get install cmake g++ make`);
+  const missing = [
+    ...(has('cmake') ? [] : ['CMake 3.20 or newer']),
+    ...(compiler && has(compiler) ? [] : ['a C++20 compiler']),
+  ];
+  if (missing.length > 0)
+    stop(`${missing.join(' and ')} not found; on Debian or Ubuntu: apt-get install cmake g++ make`);
   const { version } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8'));
   const headers = require('node-api-headers').include_dir;
   const addonApi = dirname(require.resolve('node-addon-api/package.json'));

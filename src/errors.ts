@@ -54,6 +54,10 @@ const TABLE = {
     (name: string, expected: readonly number[], found: readonly number[], path: string) =>
       `tensor ${name} must have shape [${expected.join(', ')}] by config.json, but ${path} holds [${found.join(', ')}]`,
   ],
+  TP_EXPORT_FOLDER: [
+    EXIT.input,
+    (dir: string, found: string) => `${dir} is not empty: it holds ${found}; name a new or empty folder`,
+  ],
   TP_TOKENIZER: [EXIT.input, (path: string, why: string) => `tokenizer ${path} cannot be used: ${why}`],
   TP_TOKENIZER_MISSING: [
     EXIT.input,
@@ -157,7 +161,8 @@ const TABLE = {
       `rank ${rank} waited ${ms} ms for rank ${partner} in ${op}`,
   ],
   // --- engine ---
-  TP_WORKER_DIED: [EXIT.worker, (who: string, how: string, where: string) => `${who} ${how} ${where}`],
+  TP_WORKER_WORDS: [EXIT.input, () => '"worker" is what a launcher starts for each rank; use generate'],
+  TP_WORKER_DIED: [EXIT.worker, (who: string, how: string) => `${who}: ${how}`],
   TP_STAGE_TIMEOUT: [
     EXIT.worker,
     (missing: string, stage: string, ms: number) =>
@@ -165,8 +170,8 @@ const TABLE = {
   ],
   TP_STEP_TIMEOUT: [
     EXIT.worker,
-    (lagging: string, step: number, ms: number) =>
-      `${lagging} made no step for ${ms} ms (last completed step ${step}); raise --step-timeout if steps are that slow`,
+    (lagging: string, step: number, ms: number, others: readonly string[]) =>
+      `${lagging} holds up the run: no step for ${ms} ms, last completed step ${step}${others.map((o) => `; ${o}`).join('')}`,
   ],
   TP_RANKS_DISAGREE: [
     EXIT.worker,

@@ -8,8 +8,8 @@ import { fail, TpError } from './errors.js';
 
 export type Dtype = 'bfloat16' | 'float32';
 export type Device = 'cpu' | 'cuda';
-/** How the program treats a sync step: `local` does nothing (size 1), `host` returns to TypeScript. */
-export type NativeCollective = 'local' | 'host';
+/** How the program treats a sync step: `local` does nothing (size 1), `host` returns to TypeScript, others stay on the GPU. */
+export type NativeCollective = 'local' | 'host' | 'peer' | 'nccl';
 export type Isa = 'auto' | 'generic' | 'avx2' | 'avx512';
 
 /** A box of a stored tensor, see model/shard.ts. */
@@ -50,6 +50,8 @@ export interface EngineSpec {
   threads: number;
   rank: number;
   size: number;
+  /** GPU among those that the process sees; 0 on the CPU. */
+  deviceIndex: number;
   model: {
     hidden: number;
     vocab: number;
@@ -105,6 +107,23 @@ export interface StepResult {
   targetLogprobs: Float32Array; // [R] NaN where no target was asked
 }
 
+/** Results of a burst of decode steps. */
+export interface Burst {
+  tokens: Int32Array; // [steps, R]
+  logprobs: Float32Array; // [steps, R]
+  endMs: Float64Array; // [steps] when each ended, on the device's clock
+}
+
+/** One GPU as the driver shows it. */
+export interface CudaDevice {
+  name: string;
+  computeCapability: string;
+  freeBytes: number;
+  totalBytes: number;
+  /** GPUs whose memory it can reach. */
+  peers: number[];
+}
+
 /** Hashes of one stage's output in the last step. */
 export interface TraceEntry {
   stage: string;
@@ -118,7 +137,10 @@ export interface LoadProgress {
   bytes: number;
 }
 
-/** One rank's engine: weights, KV cache, program. Calls run one after another on the engine's own thread. */
+/**
+ * One rank's engine: weights, KV cache, program. Calls that return a promise run one after another on the engine's own
+ * thread; the others throw TP_NATIVE while one of those is pending. An open engine does not keep the process alive.
+ */
 export interface NativeEngine {
   /** Fills tensor `name` with this rank's slice of the synthetic tensor (see model/synthetic.ts). */
   synthesize(
@@ -135,18 +157,28 @@ export interface NativeEngine {
   begin(batch: Batch): void;
   /** Runs from step `from`; returns the index of the sync step that the host must do, or steps.length at the end. */
   run(from: number): Promise<number>;
+  /**
+   * Runs `steps` whole decode steps, each on what the one before it sampled, without the host between them: a batch
+   * whose every token has a row, and a collective that is not `host`. At most 256 steps.
+   */
+  decode(steps: number): Promise<Burst>;
+  /** What joinCollective needs of this rank, of one length on all ranks. */
+  collectiveHello(): Uint8Array;
+  /** Joins a device collective from all ranks' hellos, in rank order. */
+  joinCollective(hellos: readonly Uint8Array[], timeoutMs: number): Promise<void>;
   /** The buffer of sync step `index`: what this rank contributes; for an all-gather `gathered` has room for every rank's. */
   syncBuffers(index: number): { send: Float32Array; gathered: Float32Array | null };
   result(): StepResult;
   /** Copy of this rank's logits of the last step, after the softcap: [R, vocab / size]. */
   logits(): Float32Array;
-  /** Copy of program buffer `name`, valid rows only. For tests and dumps. */
+  /**
+   * Copy of program buffer `name`, valid rows only. For tests and dumps. `q` and `attention` have room for the widest
+   * layer; the rows of a narrower one are packed at the front.
+   */
   readBuffer(name: string): Float32Array;
   writeBuffer(name: string, values: Float32Array): void;
   trace(): TraceEntry[];
   plantFault(fault: Fault | null): void;
-  /** Forgets the cache of a slot (positions restart at 0). */
-  resetSlot(slot: number): void;
   stats(): EngineStats;
   /** Streams through this rank's own weights for about `seconds`; GB/s. */
   readBandwidth(seconds: number): Promise<number>;
@@ -163,6 +195,8 @@ export interface EngineStats {
 interface Addon {
   Engine: new (spec: EngineSpec) => NativeEngine;
   version(): { addon: string; cuda: string | null; isa: Isa[] };
+  /** GPUs and NCCL as this process finds them; `why` and `ncclWhy` say what is missing. */
+  cuda(): { devices: CudaDevice[]; why: string; nccl: string | null; ncclWhy: string };
   /** Ends this process (exit code 4) when the other end of pipe `fd` closes, from a native thread. */
   watchParent(fd: number): void;
   /** Elements [start, start + out.length) of a synthetic tensor as BF16 bits. */
@@ -173,8 +207,6 @@ interface Addon {
     scale: number,
     offset: number,
   ): void;
-  /** 64-bit hash of bytes, the one that `trace` uses. */
-  hash(bytes: Uint8Array): bigint;
 }
 
 let loaded: Addon | undefined;

@@ -1,4 +1,5 @@
-// Errors that native code throws: a code of src/errors.ts and a text with the real values. Never exits or aborts.
+// Errors that native code throws: a code of src/errors.ts and a text with the real values. Never exits or
+// aborts.
 #pragma once
 
 #include <cstdarg>

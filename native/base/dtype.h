@@ -32,7 +32,8 @@ TP_INLINE Bf16 to_bf16(float value) {
   return static_cast<Bf16>(nan ? (bits >> 16) | 0x40u : rounded);
 }
 
-/// An activation at one of the reference's rounding points: bfloat16-valued in bfloat16 runs, untouched in float32 runs.
+/// An activation at one of the reference's rounding points: bfloat16-valued in bfloat16 runs, untouched in
+/// float32 runs.
 TP_INLINE float round_to(bool bfloat16, float value) { return bfloat16 ? to_float(to_bf16(value)) : value; }
 
 }  // namespace tp

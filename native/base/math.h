@@ -1,5 +1,6 @@
-// exp, log, tanh and GELU in plain fp32 arithmetic with explicit fused multiply-adds: the same bits from every
-// compiler, instruction set and backend, which libm does not promise. Errors are about 1 unit in the last place.
+// exp, log, tanh and GELU in plain fp32 arithmetic with explicit fused multiply-adds: the same bits from
+// every compiler, instruction set and backend, which libm does not promise. Errors are about 1 unit in the
+// last place.
 #pragma once
 
 #include <cmath>

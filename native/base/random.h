@@ -44,14 +44,16 @@ TP_INLINE Bf16 synthetic_element(const Synthetic& tensor, uint64_t index) {
                                static_cast<uint32_t>(index));
 }
 
-/// Standard Gumbel noise of one token of one position of one sequence: the arg max of logit/T + noise is a sample.
+/// Standard Gumbel noise of one token of one position of one sequence: the arg max of logit/T + noise is a
+/// sample.
 TP_INLINE float gumbel(uint32_t seed, uint32_t sequence, uint32_t position, uint32_t token) {
   const uint32_t h = mix32(mix32(mix32(mix32(seed) + sequence) + position) + token);
   const float uniform = (static_cast<float>(h >> 9) + 0.5f) * (1.0f / 8388608.0f);  // (0, 1), exact
   return -log_f32(-log_f32(uniform));
 }
 
-/// Folds one element into a hash that does not depend on the order of the elements, so that threads may share the work.
+/// Folds one element into a hash that does not depend on the order of the elements, so that threads may share
+/// the work.
 TP_INLINE uint64_t hash_element(uint32_t bits, uint64_t index) {
   return mix64((static_cast<uint64_t>(bits) << 32 | bits) ^ (index + 1) * 0x9e3779b97f4a7c15u);
 }

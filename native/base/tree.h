@@ -1,6 +1,6 @@
-// The one reduction order. Sums over a dimension that tensor parallelism splits have V leaves (virtual shards); they
-// meet in a balanced binary tree of neighbours. A rank owns a complete subtree, so whoever adds the rest in the same
-// order gets the same bits at any TP degree.
+// The one reduction order. Sums over a dimension that tensor parallelism splits have V leaves (virtual
+// shards); they meet in a balanced binary tree of neighbours. A rank owns a complete subtree, so whoever adds
+// the rest in the same order gets the same bits at any TP degree.
 #pragma once
 
 #include "base/math.h"

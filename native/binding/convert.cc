@@ -40,7 +40,8 @@ std::vector<int64_t> sizes(const Napi::Object& from, const char* name) {
 }
 
 template <class Array, class Element>
-std::vector<Element> typed(const Napi::Object& from, const char* name, napi_typedarray_type type, const char* expected) {
+std::vector<Element> typed(const Napi::Object& from, const char* name, napi_typedarray_type type,
+                           const char* expected) {
   const Napi::Value value = field(from, name);
   if (!value.IsTypedArray() || value.As<Napi::TypedArray>().TypedArrayType() != type) wrong(name, expected);
   const auto array = value.As<Array>();
@@ -98,16 +99,18 @@ EngineSpec to_spec(const Napi::Object& from) {
   spec.threads = integer(from, "threads");
   spec.rank = integer(from, "rank");
   spec.size = integer(from, "size");
+  spec.device_index = integer(from, "deviceIndex");
   spec.trace = boolean(from, "trace");
   const Napi::Object model = object(from, "model");
-  spec.model = {integer(model, "hidden"),  integer(model, "vocab"),  integer(model, "intermediate"),
+  spec.model = {integer(model, "hidden"),          integer(model, "vocab"),   integer(model, "intermediate"),
                 integer(model, "moeIntermediate"), integer(model, "experts"), integer(model, "topK"),
-                integer(model, "leaves"),  number(model, "eps"),     number(model, "softcap"),
+                integer(model, "leaves"),          number(model, "eps"),      number(model, "softcap"),
                 number(model, "embedScale")};
   const Napi::Object limits = object(from, "limits");
   spec.limits = {integer(limits, "tokens"), integer(limits, "rows"), integer(limits, "sequences"),
                  integer(limits, "positions"), integer(limits, "candidates")};
-  const Napi::Array layers = list(from, "layers"), tensors = list(from, "tensors"), steps = list(from, "steps");
+  const Napi::Array layers = list(from, "layers"), tensors = list(from, "tensors"),
+                    steps = list(from, "steps");
   for (uint32_t i = 0; i < layers.Length(); i++) {
     const auto layer = layers.Get(i).As<Napi::Object>();
     spec.layers.push_back({integer(layer, "heads"), integer(layer, "kvHeads"), integer(layer, "headDim"),
@@ -118,21 +121,29 @@ EngineSpec to_spec(const Napi::Object& from) {
     const auto tensor = tensors.Get(i).As<Napi::Object>();
     spec.tensors.push_back({text(tensor, "name"), sizes(tensor, "shape")});
   }
-  for (uint32_t i = 0; i < steps.Length(); i++) spec.steps.push_back(to_step(steps.Get(i).As<Napi::Object>()));
+  for (uint32_t i = 0; i < steps.Length(); i++)
+    spec.steps.push_back(to_step(steps.Get(i).As<Napi::Object>()));
   return spec;
 }
 
 Slice to_slice(const Napi::Object& from) {
   Slice slice{sizes(from, "shape"), sizes(from, "start"), sizes(from, "stop")};
-  if (slice.shape.empty() || slice.start.size() != slice.shape.size() || slice.stop.size() != slice.shape.size())
+  if (slice.shape.empty() || slice.start.size() != slice.shape.size() ||
+      slice.stop.size() != slice.shape.size())
     wrong("slice", "shape, start and stop of one length");
   return slice;
 }
 
 Batch to_batch(const Napi::Object& from) {
-  return {ints(from, "tokens"),       ints(from, "positions"), ints(from, "slots"),
-          ints(from, "rows"),         ints(from, "targets"),   ints(from, "topK"),
-          ints(from, "sequence"),     floats(from, "temperature"), floats(from, "topP"),
+  return {ints(from, "tokens"),
+          ints(from, "positions"),
+          ints(from, "slots"),
+          ints(from, "rows"),
+          ints(from, "targets"),
+          ints(from, "topK"),
+          ints(from, "sequence"),
+          floats(from, "temperature"),
+          floats(from, "topP"),
           typed<Napi::Uint32Array, uint32_t>(from, "seed", napi_uint32_array, "a Uint32Array")};
 }
 

@@ -1,4 +1,5 @@
-// JavaScript values to the plain C++ values of engine/spec.h. Wrong types are TP_PLAN with the name of the field.
+// JavaScript values to the plain C++ values of engine/spec.h. Wrong types are TP_PLAN with the name of the
+// field.
 #pragma once
 
 #include <napi.h>

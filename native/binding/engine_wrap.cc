@@ -1,5 +1,5 @@
-// The Engine class of src/native.ts. Work runs on the engine's own thread, one call after another; the main thread
-// only converts. Off-thread code touches plain C++ values alone.
+// The Engine class of src/native.ts. Work runs on the engine's own thread, one call after another; the main
+// thread only converts. Off-thread code touches plain C++ values alone.
 #include "binding/engine_wrap.h"
 
 #include <condition_variable>
@@ -35,24 +35,30 @@ auto guarded(Napi::Env env, Work&& work) {
   }
 }
 
+class EngineWrap;
+
 /// One call on its way: computed on the engine's thread, settled on the main thread.
 struct Task {
   explicit Task(Napi::Env env) : deferred(Napi::Promise::Deferred::New(env)) {}
-  std::function<double()> work;
-  bool has_value = false;
-  double value = 0;
+  using Answer = std::function<Napi::Value(Napi::Env)>;
+  std::function<Answer()> work;  // an empty answer resolves with undefined
+  Answer answer;
   std::optional<Error> error;
   Napi::Promise::Deferred deferred;
 };
 
-void settle(Napi::Env env, Napi::Function, std::nullptr_t*, Task* task) {
-  const std::unique_ptr<Task> owned(task);
-  if (env == nullptr) return;  // the environment is going down
-  if (task->error)
-    task->deferred.Reject(to_js(env, *task->error).Value());
-  else
-    task->deferred.Resolve(task->has_value ? Napi::Value(Napi::Number::New(env, task->value)) : env.Undefined());
+Task::Answer number_answer(double value) {
+  return [value](Napi::Env env) { return Napi::Number::New(env, value); };
 }
+
+template <class Array, class Element>
+Array typed_array(Napi::Env env, const std::vector<Element>& values) {
+  auto array = Array::New(env, values.size());
+  std::copy(values.begin(), values.end(), array.Data());
+  return array;
+}
+
+void settle(Napi::Env env, Napi::Function, EngineWrap* engine, Task* task);
 
 class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
  public:
@@ -64,6 +70,9 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
                            InstanceMethod<&EngineWrap::prepare>("prepare"),
                            InstanceMethod<&EngineWrap::begin>("begin"),
                            InstanceMethod<&EngineWrap::run>("run"),
+                           InstanceMethod<&EngineWrap::decode>("decode"),
+                           InstanceMethod<&EngineWrap::collective_hello>("collectiveHello"),
+                           InstanceMethod<&EngineWrap::join_collective>("joinCollective"),
                            InstanceMethod<&EngineWrap::sync_buffers>("syncBuffers"),
                            InstanceMethod<&EngineWrap::result>("result"),
                            InstanceMethod<&EngineWrap::logits>("logits"),
@@ -80,23 +89,29 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
   explicit EngineWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<EngineWrap>(info) {
     const Napi::Env env = info.Env();
     engine_ = guarded(env, [&] { return std::make_unique<Engine>(to_spec(info[0].As<Napi::Object>())); });
-    settle_ = Settle::New(env, "tp-run engine", 0, 1, nullptr);
+    settle_ = Settle::New(env, "tp-run engine", 0, 1, this);
     settle_.Unref(env);  // an idle engine does not keep the process alive; a pending call does, see submit()
     thread_ = std::thread([this] { loop(); });
   }
 
   ~EngineWrap() override { stop(); }
 
- private:
-  using Settle = Napi::TypedThreadSafeFunction<std::nullptr_t, Task, settle>;
+  /// A call is settled; main thread.
+  void leave(Napi::Env env) {
+    if (--pending_ == 0 && engine_) settle_.Unref(env);
+    Unref();
+  }
 
-  Napi::Value submit(Napi::Env env, bool has_value, std::function<double()> work) {
+ private:
+  using Settle = Napi::TypedThreadSafeFunction<EngineWrap, Task, settle>;
+
+  Napi::Value submit(Napi::Env env, std::function<Task::Answer()> work) {
     open(env);
     auto task = std::make_unique<Task>(env);
     task->work = std::move(work);
-    task->has_value = has_value;
     const Napi::Value promise = task->deferred.Promise();
-    settle_.Ref(env);
+    if (pending_++ == 0) settle_.Ref(env);
+    Ref();  // whoever drops the engine still gets the answer
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       queue_.push_back(std::move(task));
@@ -116,7 +131,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
         queue_.pop_front();
       }
       try {
-        task->value = task->work();
+        task->answer = task->work();
       } catch (const Error& error) {
         task->error = error;
       } catch (const std::exception& error) {
@@ -141,17 +156,25 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
     if (!engine_) throw to_js(env, Error("TP_NATIVE", "the engine is closed"));
   }
 
+  /// Open, and its thread is not at work: what the main thread now reads and writes is its own.
+  void idle(Napi::Env env) const {
+    open(env);
+    if (pending_ > 0)
+      throw to_js(env, Error("TP_NATIVE", "the engine is still at work; await its last call"));
+  }
+
   Napi::Value synthesize(const Napi::CallbackInfo& info) {
     return guarded(info.Env(), [&] {
       const std::string name = info[0].As<Napi::String>();
       const Slice slice = to_slice(info[1].As<Napi::Object>());
       const auto key = info[2].As<Napi::Array>();
-      const Synthetic source = {{key.Get(0u).As<Napi::Number>().Uint32Value(), key.Get(1u).As<Napi::Number>().Uint32Value()},
-                                info[3].As<Napi::Number>().FloatValue(),
-                                info[4].As<Napi::Number>().FloatValue()};
-      return submit(info.Env(), false, [this, name, slice, source] {
+      const Synthetic source = {
+          {key.Get(0u).As<Napi::Number>().Uint32Value(), key.Get(1u).As<Napi::Number>().Uint32Value()},
+          info[3].As<Napi::Number>().FloatValue(),
+          info[4].As<Napi::Number>().FloatValue()};
+      return submit(info.Env(), [this, name, slice, source] {
         engine_->weights().synthesize(name, slice, source);
-        return 0.0;
+        return Task::Answer();
       });
     });
   }
@@ -162,36 +185,70 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
       const Slice slice = to_slice(info[1].As<Napi::Object>());
       const int fd = info[2].As<Napi::Number>().Int32Value();
       const int64_t offset = info[3].As<Napi::Number>().Int64Value();
-      return submit(info.Env(), false, [this, name, slice, fd, offset] {
+      return submit(info.Env(), [this, name, slice, fd, offset] {
         engine_->weights().read(name, slice, fd, offset);
-        return 0.0;
+        return Task::Answer();
       });
     });
   }
 
   Napi::Value prepare(const Napi::CallbackInfo& info) {
-    return submit(info.Env(), false, [this] {
+    return submit(info.Env(), [this] {
       engine_->prepare();
-      return 0.0;
+      return Task::Answer();
     });
   }
 
   void begin(const Napi::CallbackInfo& info) {
-    open(info.Env());
+    idle(info.Env());
     guarded(info.Env(), [&] { engine_->begin(to_batch(info[0].As<Napi::Object>())); });
   }
 
   Napi::Value run(const Napi::CallbackInfo& info) {
     const int from = info[0].As<Napi::Number>().Int32Value();
-    return submit(info.Env(), true, [this, from] { return static_cast<double>(engine_->run(from)); });
+    return submit(info.Env(), [this, from] { return number_answer(engine_->run(from)); });
   }
 
-  /// A Float32Array over the engine's own memory. One ArrayBuffer per address: V8 forbids two over the same memory.
+  Napi::Value decode(const Napi::CallbackInfo& info) {
+    const int steps = info[0].As<Napi::Number>().Int32Value();
+    return submit(info.Env(), [this, steps]() -> Task::Answer {
+      return [burst = engine_->decode(steps)](Napi::Env env) {
+        Napi::Object out = Napi::Object::New(env);
+        out.Set("tokens", typed_array<Napi::Int32Array>(env, burst.token));
+        out.Set("logprobs", typed_array<Napi::Float32Array>(env, burst.logprob));
+        out.Set("endMs", typed_array<Napi::Float64Array>(env, burst.end_ms));
+        return out;
+      };
+    });
+  }
+
+  Napi::Value collective_hello(const Napi::CallbackInfo& info) {
+    idle(info.Env());
+    return guarded(info.Env(), [&] { return typed_array<Napi::Uint8Array>(info.Env(), engine_->collective().hello()); });
+  }
+
+  Napi::Value join_collective(const Napi::CallbackInfo& info) {
+    const auto list = info[0].As<Napi::Array>();
+    std::vector<std::vector<uint8_t>> hellos;
+    for (uint32_t i = 0; i < list.Length(); i++) {
+      const auto bytes = list.Get(i).As<Napi::Uint8Array>();
+      hellos.emplace_back(bytes.Data(), bytes.Data() + bytes.ElementLength());
+    }
+    const double timeout_s = info[1].As<Napi::Number>().DoubleValue() / 1000;
+    return submit(info.Env(), [this, hellos, timeout_s] {
+      engine_->collective().connect(hellos, timeout_s);
+      return Task::Answer();
+    });
+  }
+
+  /// A Float32Array over the engine's own memory. One ArrayBuffer per address: V8 forbids two over the same
+  /// memory.
   Napi::Value view(Napi::Env env, float* memory, int64_t floats) {
     auto& [reference, room] = views_[memory];
     if (reference.IsEmpty() || room < floats) {
       if (!reference.IsEmpty()) reference.Value().Detach();
-      reference = Napi::Persistent(Napi::ArrayBuffer::New(env, memory, static_cast<size_t>(floats) * sizeof(float)));
+      reference =
+          Napi::Persistent(Napi::ArrayBuffer::New(env, memory, static_cast<size_t>(floats) * sizeof(float)));
       room = floats;
     }
     return Napi::Float32Array::New(env, static_cast<size_t>(floats), reference.Value(), 0);
@@ -199,7 +256,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
 
   Napi::Value sync_buffers(const Napi::CallbackInfo& info) {
     const Napi::Env env = info.Env();
-    open(env);
+    idle(env);
     return guarded(env, [&] {
       const Engine::SyncBuffers sync = engine_->sync_buffers(info[0].As<Napi::Number>().Int32Value());
       Napi::Object out = Napi::Object::New(env);
@@ -211,35 +268,27 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
 
   Napi::Value result(const Napi::CallbackInfo& info) {
     const Napi::Env env = info.Env();
-    open(env);
+    idle(env);
     const Engine::Result r = engine_->result();
-    const auto rows = static_cast<size_t>(r.rows);
-    const auto copy = [&](const float* from) {
-      auto array = Napi::Float32Array::New(env, rows);
-      std::copy_n(from, rows, array.Data());
-      return array;
-    };
-    auto tokens = Napi::Int32Array::New(env, rows);
-    std::copy_n(r.token, rows, tokens.Data());
     Napi::Object out = Napi::Object::New(env);
-    out.Set("tokens", tokens);
-    out.Set("logprobs", copy(r.logprob));
-    out.Set("targetLogprobs", copy(r.target_logprob));
+    out.Set("tokens", typed_array<Napi::Int32Array>(env, r.token));
+    out.Set("logprobs", typed_array<Napi::Float32Array>(env, r.logprob));
+    out.Set("targetLogprobs", typed_array<Napi::Float32Array>(env, r.target_logprob));
     return out;
   }
 
   Napi::Value logits(const Napi::CallbackInfo& info) {
-    open(info.Env());
+    idle(info.Env());
     const auto floats = static_cast<size_t>(engine_->logits_floats());
     auto out = Napi::Float32Array::New(info.Env(), floats);
-    std::copy_n(engine_->logits(), floats, out.Data());
+    engine_->logits(out.Data());
     return out;
   }
 
   Napi::Value read_buffer(const Napi::CallbackInfo& info) {
-    open(info.Env());
+    idle(info.Env());
     return guarded(info.Env(), [&] {
-      const std::vector<float> values = engine_->read_buffer(info[0].As<Napi::String>());
+      const std::vector<float> values = engine_->inspector().read(info[0].As<Napi::String>());
       auto out = Napi::Float32Array::New(info.Env(), values.size());
       std::copy(values.begin(), values.end(), out.Data());
       return out;
@@ -247,16 +296,18 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
   }
 
   void write_buffer(const Napi::CallbackInfo& info) {
-    open(info.Env());
+    idle(info.Env());
     guarded(info.Env(), [&] {
+      if (!info[1].IsTypedArray() || info[1].As<Napi::TypedArray>().TypedArrayType() != napi_float32_array)
+        fail("TP_PLAN", "expected a Float32Array to write");
       const auto values = info[1].As<Napi::Float32Array>();
-      engine_->write_buffer(info[0].As<Napi::String>(), values.Data(), values.ElementLength());
+      engine_->inspector().write(info[0].As<Napi::String>(), values.Data(), values.ElementLength());
     });
   }
 
   Napi::Value trace(const Napi::CallbackInfo& info) {
     const Napi::Env env = info.Env();
-    open(env);
+    idle(env);
     const auto& entries = engine_->trace();
     Napi::Array out = Napi::Array::New(env, entries.size());
     for (size_t i = 0; i < entries.size(); i++) {
@@ -275,7 +326,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
   }
 
   void plant_fault(const Napi::CallbackInfo& info) {
-    open(info.Env());
+    idle(info.Env());
     guarded(info.Env(), [&] {
       engine_->plant_fault(info[0].IsObject() ? std::optional<Fault>(to_fault(info[0].As<Napi::Object>()))
                                               : std::nullopt);
@@ -283,7 +334,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
   }
 
   Napi::Value stats(const Napi::CallbackInfo& info) {
-    open(info.Env());
+    idle(info.Env());
     const Stats stats = engine_->take_stats();
     Napi::Object out = Napi::Object::New(info.Env());
     out.Set("weightBytes", stats.weight_bytes);
@@ -295,7 +346,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
 
   Napi::Value read_bandwidth(const Napi::CallbackInfo& info) {
     const double seconds = info[0].As<Napi::Number>().DoubleValue();
-    return submit(info.Env(), true, [this, seconds] { return engine_->read_bandwidth(seconds); });
+    return submit(info.Env(), [this, seconds] { return number_answer(engine_->read_bandwidth(seconds)); });
   }
 
   void close(const Napi::CallbackInfo&) {
@@ -309,12 +360,23 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
   std::unique_ptr<Engine> engine_;
   std::map<float*, std::pair<Napi::Reference<Napi::ArrayBuffer>, int64_t>> views_;
   Settle settle_;
+  int pending_ = 0;  // calls not settled yet; main thread
   std::mutex mutex_;
   std::condition_variable ready_;
   std::deque<std::unique_ptr<Task>> queue_;
   bool stopping_ = false;
   std::thread thread_;
 };
+
+void settle(Napi::Env env, Napi::Function, EngineWrap* engine, Task* task) {
+  const std::unique_ptr<Task> owned(task);
+  if (env == nullptr) return;  // the environment is going down
+  engine->leave(env);
+  if (task->error)
+    task->deferred.Reject(to_js(env, *task->error).Value());
+  else
+    task->deferred.Resolve(task->answer ? task->answer(env) : env.Undefined());
+}
 
 }  // namespace
 

@@ -3,14 +3,15 @@
 // TypeScript, see src/comm/bootstrap.ts.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
 
 namespace tp {
+
+/// A CUDA stream, opaque here: the engine that holds a collective compiles without CUDA too.
+using Stream = void*;
 
 class DeviceCollective {
  public:
@@ -19,14 +20,14 @@ class DeviceCollective {
   DeviceCollective& operator=(const DeviceCollective&) = delete;
   virtual ~DeviceCollective() = default;
 
-  /// What every rank must be given before connect(): rank 0's id (nccl), each rank's handle (peer).
+  /// What connect() needs of this rank, of one length on all: a memory handle (peer), rank 0's id (nccl; others' is unused).
   virtual std::vector<uint8_t> hello() const = 0;
   /// Takes the hellos of all ranks in rank order; returns when the ranks are joined. TP_COLLECTIVE on failure.
   virtual void connect(const std::vector<std::vector<uint8_t>>& hellos, double timeout_s) = 0;
   /// buffer (floats) becomes the fp32 sum over ranks in tree order: the same bits on every rank.
-  virtual void all_reduce(float* buffer, int64_t floats, cudaStream_t stream) = 0;
+  virtual void all_reduce(float* buffer, int64_t floats, Stream stream) = 0;
   /// gathered (size, floats) becomes every rank's `send`, rank-major.
-  virtual void all_gather(const float* send, float* gathered, int64_t floats, cudaStream_t stream) = 0;
+  virtual void all_gather(const float* send, float* gathered, int64_t floats, Stream stream) = 0;
   /// Frees whoever waits, from any thread; the collective is of no use afterwards.
   virtual void abort() = 0;
   /// Empty, or what went wrong since connect().

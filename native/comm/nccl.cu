@@ -1,5 +1,6 @@
 // NCCL as the carrier between GPUs of one or several hosts. Two ranks: its all-reduce is one addition. More ranks:
 // its order is its own, so an all-gather moves the bytes and our tree adds them.
+#include <cuda_runtime.h>
 #include <dlfcn.h>
 #include <unistd.h>
 
@@ -103,7 +104,6 @@ class Nccl final : public DeviceCollective {
   }
 
   std::vector<uint8_t> hello() const override {
-    if (rank_ > 0) return {};
     return std::vector<uint8_t>(id_.bytes, id_.bytes + sizeof id_.bytes);
   }
 
@@ -114,7 +114,8 @@ class Nccl final : public DeviceCollective {
     settle("start", lib_.CommInitRankConfig(&comm_, size_, id_, rank_, &config), timeout_s);
   }
 
-  void all_reduce(float* buffer, int64_t floats, cudaStream_t stream) override {
+  void all_reduce(float* buffer, int64_t floats, Stream on) override {
+    const auto stream = static_cast<cudaStream_t>(on);
     if (floats == 0) return;
     if (size_ == 2) return settle("all-reduce", lib_.AllReduce(buffer, buffer, floats, kFloat32, kSum, comm_, stream), 10);
     if (floats > max_floats_) fail("TP_COLLECTIVE", "nccl: %lld floats, room for %lld", static_cast<long long>(floats), static_cast<long long>(max_floats_));
@@ -124,7 +125,8 @@ class Nccl final : public DeviceCollective {
     if (size_ == 8) tree_kernel<8><<<blocks, 256, 0, stream>>>(parts_, buffer, floats);
   }
 
-  void all_gather(const float* send, float* gathered, int64_t floats, cudaStream_t stream) override {
+  void all_gather(const float* send, float* gathered, int64_t floats, Stream on) override {
+    const auto stream = static_cast<cudaStream_t>(on);
     if (floats == 0) return;
     settle("all-gather", lib_.AllGather(send, gathered, floats, kFloat32, comm_, stream), 10);
   }

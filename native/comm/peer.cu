@@ -5,6 +5,8 @@
 //
 // Two sets of inboxes take turns. A rank that starts operation e has seen every peer's lines of e - 1, which a peer
 // writes only after it is done with e - 2, so the inbox of e - 2 may be overwritten.
+#include <cuda_runtime.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -217,7 +219,8 @@ class Peer final : public DeviceCollective {
     }
   }
 
-  void all_reduce(float* buffer, int64_t floats, cudaStream_t stream) override {
+  void all_reduce(float* buffer, int64_t floats, Stream on) override {
+    const auto stream = static_cast<cudaStream_t>(on);
     const int blocks = blocks_for(floats);
     if (blocks == 0) return;
     if (in_.size == 2) all_reduce_kernel<2><<<blocks, kThreads, 0, stream>>>(in_, buffer, floats);
@@ -226,7 +229,8 @@ class Peer final : public DeviceCollective {
     check(cudaGetLastError(), "all-reduce");
   }
 
-  void all_gather(const float* send, float* gathered, int64_t floats, cudaStream_t stream) override {
+  void all_gather(const float* send, float* gathered, int64_t floats, Stream on) override {
+    const auto stream = static_cast<cudaStream_t>(on);
     const int blocks = blocks_for(floats);
     if (blocks == 0) return;
     all_gather_kernel<<<blocks, kThreads, 0, stream>>>(in_, send, gathered, floats);

@@ -1,5 +1,6 @@
 #include "engine/weights.h"
 
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -14,7 +15,7 @@ namespace tp {
 namespace {
 
 constexpr size_t kAlign = 64;
-constexpr int64_t kBounceBytes = int64_t{4} << 20;  // short runs are picked out of blocks of this size
+constexpr int64_t kBounceBytes = int64_t{4} << 20;   // short runs are picked out of blocks of this size
 constexpr int64_t kDirectBytes = int64_t{64} << 10;  // runs at least this long are read where they belong
 constexpr int64_t kSkipBytes = 4096;                 // gaps shorter than a page cannot be skipped anyway
 
@@ -24,7 +25,8 @@ struct Run {
 
 std::vector<Run> runs_of(const Slice& slice) {
   std::vector<Run> runs;
-  for_each_run(slice, [&](int64_t source, int64_t target, int64_t count) { runs.push_back({source, target, count}); });
+  for_each_run(
+      slice, [&](int64_t source, int64_t target, int64_t count) { runs.push_back({source, target, count}); });
   return runs;
 }
 
@@ -42,10 +44,17 @@ void read_fully(int fd, void* into, int64_t bytes, int64_t offset) {
   while (bytes > 0) {
     const ssize_t got = pread(fd, at, static_cast<size_t>(bytes), offset);
     if (got < 0 && errno == EINTR) continue;
-    if (got < 0) fail("TP_WEIGHTS_READ", "reading %lld bytes at %lld: %s", static_cast<long long>(bytes),
-                      static_cast<long long>(offset), strerror(errno));
-    if (got == 0) fail("TP_WEIGHTS_READ", "the file ends at byte %lld, %lld bytes before the tensor does; did it change?",
-                       static_cast<long long>(offset), static_cast<long long>(bytes));
+    if (got < 0)
+      fail("TP_WEIGHTS_READ", "reading %lld bytes at %lld: %s", static_cast<long long>(bytes),
+           static_cast<long long>(offset), strerror(errno));
+    if (got == 0) {
+      struct stat file = {};
+      fstat(fd, &file);
+      fail("TP_WEIGHTS_READ",
+           "the file ends at byte %lld, but %lld bytes are needed from byte %lld on; did it change?",
+           static_cast<long long>(file.st_size), static_cast<long long>(bytes),
+           static_cast<long long>(offset));
+    }
     at += got;
     offset += got;
     bytes -= got;
@@ -59,7 +68,8 @@ void for_each_run(const Slice& slice, const std::function<void(int64_t, int64_t,
   const int axes = static_cast<int>(slice.shape.size());
   int inner = axes - 1;
   int64_t below = 1;
-  while (inner > 0 && slice.start[inner] == 0 && slice.stop[inner] == slice.shape[inner]) below *= slice.shape[inner--];
+  while (inner > 0 && slice.start[inner] == 0 && slice.stop[inner] == slice.shape[inner])
+    below *= slice.shape[inner--];
   const int64_t count = (slice.stop[inner] - slice.start[inner]) * below;
   if (count == 0) return;
 
@@ -85,10 +95,17 @@ Weights::Weights(const std::vector<TensorSpec>& specs, Backend& backend) : backe
   std::vector<size_t> offsets;
   for (const TensorSpec& spec : specs) {
     Tensor tensor{spec.shape, nullptr, 1, false};
-    for (int64_t n : spec.shape) tensor.elements *= n;
+    size_t bytes = sizeof(Bf16);
+    for (int64_t n : spec.shape) {
+      if (n <= 0)
+        fail("TP_PLAN", "tensor %s has an axis of %lld", spec.name.c_str(), static_cast<long long>(n));
+      bytes = bytes_of({bytes, static_cast<size_t>(n)});
+    }
+    tensor.elements = static_cast<int64_t>(bytes / sizeof(Bf16));
     offsets.push_back(bytes_);
-    bytes_ += (static_cast<size_t>(tensor.elements) * sizeof(Bf16) + kAlign - 1) / kAlign * kAlign;
-    if (!tensors_.emplace(spec.name, tensor).second) fail("TP_PLAN", "tensor %s is planned twice", spec.name.c_str());
+    bytes_ = bytes_of({bytes_ + (bytes + kAlign - 1) / kAlign * kAlign});
+    if (!tensors_.emplace(spec.name, tensor).second)
+      fail("TP_PLAN", "tensor %s is planned twice", spec.name.c_str());
   }
   memory_ = backend.allocate(bytes_);
   for (size_t i = 0; i < specs.size(); i++)
@@ -114,12 +131,51 @@ Tensor& Weights::expect(const std::string& name, const Slice& slice) {
 
 void Weights::synthesize(const std::string& name, const Slice& slice, const Synthetic& source) {
   Tensor& tensor = expect(name, slice);
-  const std::vector<Run> pieces = pieces_of(slice, int64_t{1} << 18);
-  backend_.parallel(static_cast<int>(pieces.size()), [&](int i, int) {
-    const Run piece = pieces[static_cast<size_t>(i)];
-    backend_.ops().synthesize(source, static_cast<uint64_t>(piece.source), static_cast<uint64_t>(piece.count),
-                              tensor.data + piece.target);
+  struct Piece {
+    Stretch stretch;
+    Bf16* out;
+  };
+  // Runs of one length and one distance are a stretch; host threads share it out, a device takes it whole.
+  std::vector<Piece> pieces;
+  const auto add = [&](const Stretch& stretch, Bf16* out) {
+    constexpr uint64_t kMost = uint64_t{1} << 18;  // elements of a host thread's piece
+    if (!backend_.on_host()) return pieces.push_back({stretch, out});
+    if (stretch.count >= kMost) {
+      for (uint64_t r = 0; r < stretch.rows; r++)
+        for (uint64_t done = 0; done < stretch.count; done += kMost)
+          pieces.push_back({{stretch.start + r * stretch.stride + done, std::min(kMost, stretch.count - done), 0, 1},
+                            out + r * stretch.count + done});
+      return;
+    }
+    const uint64_t rows = std::max<uint64_t>(1, kMost / stretch.count);
+    for (uint64_t r = 0; r < stretch.rows; r += rows)
+      pieces.push_back({{stretch.start + r * stretch.stride, stretch.count, stretch.stride, std::min(rows, stretch.rows - r)},
+                        out + r * stretch.count});
+  };
+  Stretch open{0, 0, 0, 0};
+  int64_t into = 0;
+  const auto end = [&] {
+    if (open.rows > 0) add(open, tensor.data + into);
+  };
+  for_each_run(slice, [&](int64_t from, int64_t to, int64_t count) {
+    const auto start = static_cast<uint64_t>(from), n = static_cast<uint64_t>(count);
+    const bool fits = open.rows > 0 && open.count == n &&
+                      (open.rows == 1 || start == open.start + open.rows * open.stride);
+    if (!fits) {
+      end();
+      open = {start, n, 0, 0};
+      into = to;
+    } else if (open.rows == 1) {
+      open.stride = start - open.start;
+    }
+    open.rows++;
   });
+  end();
+  backend_.parallel(static_cast<int>(pieces.size()), [&](int i, int) {
+    const Piece& piece = pieces[static_cast<size_t>(i)];
+    backend_.ops().synthesize(source, piece.stretch, piece.out, backend_);
+  });
+  backend_.finish();
   tensor.filled = true;
 }
 
@@ -127,15 +183,21 @@ void Weights::read(const std::string& name, const Slice& slice, int fd, int64_t 
   Tensor& tensor = expect(name, slice);
   const std::vector<Run> runs = runs_of(slice);
   constexpr int64_t kSize = sizeof(Bf16);
-  const bool direct = runs.empty() || runs[0].count * kSize >= kDirectBytes ||
-                      (runs.size() > 1 && (runs[1].source - runs[0].source - runs[0].count) * kSize >= kSkipBytes);
+  const bool direct =
+      runs.empty() || runs[0].count * kSize >= kDirectBytes ||
+      (runs.size() > 1 && (runs[1].source - runs[0].source - runs[0].count) * kSize >= kSkipBytes);
   const std::vector<Run> pieces = direct ? pieces_of(slice, kBounceBytes / kSize) : std::vector<Run>();
+
+  // A device's memory is filled through a copy on the host.
+  std::vector<Bf16> copy(backend_.on_host() ? 0 : static_cast<size_t>(tensor.elements));
+  Bf16* const into = backend_.on_host() ? tensor.data : copy.data();
 
   // Short runs: tasks of neighbouring runs whose span fits the bounce buffer.
   std::vector<std::pair<size_t, size_t>> groups;
   for (size_t first = 0; !direct && first < runs.size();) {
     size_t last = first + 1;
-    while (last < runs.size() && (runs[last].source + runs[last].count - runs[first].source) * kSize <= kBounceBytes)
+    while (last < runs.size() &&
+           (runs[last].source + runs[last].count - runs[first].source) * kSize <= kBounceBytes)
       last++;
     groups.emplace_back(first, last);
     first = last;
@@ -155,7 +217,7 @@ void Weights::read(const std::string& name, const Slice& slice, int fd, int64_t 
     backend_.parallel(static_cast<int>(pieces.size()), [&](int i, int) {
       guarded([&] {
         const Run& piece = pieces[static_cast<size_t>(i)];
-        read_fully(fd, tensor.data + piece.target, piece.count * kSize, offset + piece.source * kSize);
+        read_fully(fd, into + piece.target, piece.count * kSize, offset + piece.source * kSize);
       });
     });
   } else {
@@ -167,12 +229,13 @@ void Weights::read(const std::string& name, const Slice& slice, int fd, int64_t 
         const auto bounce = static_cast<Bf16*>(backend_.scratch(thread, static_cast<size_t>(span * kSize)));
         read_fully(fd, bounce, span * kSize, offset + from * kSize);
         for (size_t r = first; r < last; r++)
-          std::memcpy(tensor.data + runs[r].target, bounce + (runs[r].source - from),
+          std::memcpy(into + runs[r].target, bounce + (runs[r].source - from),
                       static_cast<size_t>(runs[r].count * kSize));
       });
     });
   }
   if (error) std::rethrow_exception(error);
+  if (!backend_.on_host()) backend_.write(tensor.data, copy.data(), copy.size() * sizeof(Bf16));
   tensor.filled = true;
 }
 
@@ -185,8 +248,8 @@ const Bf16* Weights::get(const std::string& name, const std::vector<int64_t>& sh
     return out + "]";
   };
   if (found->second.shape != shape)
-    fail("TP_PLAN", "tensor %s has shape %s, the op needs %s", name.c_str(), text(found->second.shape).c_str(),
-         text(shape).c_str());
+    fail("TP_PLAN", "tensor %s has shape %s, the op needs %s", name.c_str(),
+         text(found->second.shape).c_str(), text(shape).c_str());
   return found->second.data;
 }
 

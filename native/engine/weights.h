@@ -1,4 +1,5 @@
-// The tensors of one rank: one block of memory, filled slice by slice from a file or from the synthetic generator.
+// The tensors of one rank: one block of memory, filled slice by slice from a file or from the synthetic
+// generator.
 #pragma once
 
 #include <functional>
@@ -25,10 +26,12 @@ class Weights {
 
   /// Fills `name` with a slice of the synthetic tensor.
   void synthesize(const std::string& name, const Slice& slice, const Synthetic& source);
-  /// Fills `name` with a slice of the BF16 tensor that starts at byte `offset` of `fd`. TP_WEIGHTS_READ on a short read.
+  /// Fills `name` with a slice of the BF16 tensor that starts at byte `offset` of `fd`. TP_WEIGHTS_READ on a
+  /// short read.
   void read(const std::string& name, const Slice& slice, int fd, int64_t offset);
 
-  /// The tensor, checked against the shape that an op needs; TP_PLAN if it is missing, unfilled or of another shape.
+  /// The tensor, checked against the shape that an op needs; TP_PLAN if it is missing, unfilled or of another
+  /// shape.
   const Bf16* get(const std::string& name, const std::vector<int64_t>& shape) const;
   void require_filled() const;
   double bytes() const { return static_cast<double>(bytes_); }

@@ -4,11 +4,23 @@
 #include <cstddef>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "ops/ops.h"
 
 namespace tp {
+
+/// The product of some sizes, or 2^62 when it is more: no machine has that, so allocate() will refuse it.
+inline size_t bytes_of(std::initializer_list<size_t> sizes) {
+  constexpr size_t kMost = size_t{1} << 62;
+  size_t bytes = 1;
+  for (size_t size : sizes)
+    if (__builtin_mul_overflow(bytes, size, &bytes) || bytes > kMost) return kMost;
+  return bytes;
+}
 
 class Backend {
  public:
@@ -30,6 +42,12 @@ class Backend {
   virtual bool on_host() const { return true; }
   virtual void write(void* to, const void* host, size_t bytes) { std::memcpy(to, host, bytes); }
   virtual void read(void* host, const void* from, size_t bytes) { std::memcpy(host, from, bytes); }
+  /// Memory that the host and the ops both reach, zeroed: what a step leaves for the host to see while it runs on.
+  virtual void* allocate_shared(size_t bytes) { return allocate(bytes); }
+  /// Waits for everything that was started.
+  virtual void finish() {}
+  /// The stream that ops run on, for device collectives; null on the host.
+  virtual void* stream_handle() { return nullptr; }
   /// Throws TP_LIMIT with the real values if an op of this backend cannot take a model or one of its layers.
   virtual void require(const Dims&, const Heads&) const {}
   /// Runs `work`, which does nothing but call ops. Work of the same key makes the same calls, so a device may record it.
@@ -48,6 +66,19 @@ std::unique_ptr<Backend> make_cpu_backend(const char* isa, int threads);
 
 /// `device`: index among the GPUs that this process sees. TP_DEVICE if there is none, or no driver.
 std::unique_ptr<Backend> make_cuda_backend(int device);
+
+/// What the driver shows this process, or why it shows nothing.
+struct CudaDevice {
+  std::string name;
+  int major, minor;  // compute capability
+  double free_bytes, total_bytes;
+  std::vector<int> peers;  // devices whose memory this one can reach
+};
+struct CudaDevices {
+  std::vector<CudaDevice> devices;
+  std::string why;
+};
+CudaDevices cuda_devices();
 
 /// Version of the CUDA that is compiled in, or null.
 const char* cuda_version();

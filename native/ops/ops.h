@@ -1,9 +1,9 @@
 // Every op once: what it computes, its shapes and its rounding points. cpu/ is the readable specification,
-// cuda/ its twin. Weights are bfloat16 as stored. Activations are fp32 buffers; in bfloat16 runs their values are
-// rounded to bfloat16 where the reference rounds (marked r), so both dtypes share every buffer.
+// cuda/ its twin. Weights are bfloat16 as stored. Activations are fp32 buffers; in bfloat16 runs their values
+// are rounded to bfloat16 where the reference rounds (marked r), so both dtypes share every buffer.
 //
-// T tokens in the step, R rows of them with logits, H hidden size; heads, widths and vocabulary are this rank's own.
-// V virtual shards (leaves) in the whole model, of which this rank owns `leaves`.
+// T tokens in the step, R rows of them with logits, H hidden size; heads, widths and vocabulary are this
+// rank's own. V virtual shards (leaves) in the whole model, of which this rank owns `leaves`.
 #pragma once
 
 #include <cstdint>
@@ -15,20 +15,20 @@ namespace tp {
 
 /// Sizes that every op may need; constant for the life of an engine.
 struct Dims {
-  int hidden;         // H
-  int vocab;          // the whole vocabulary
-  int local_vocab;    // this rank's rows of it
-  int inter;          // this rank's columns of the dense MLP
-  int moe_inter;      // this rank's columns of every expert
-  int experts;        // E
-  int top_k;          // K chosen experts a token
-  int leaves;         // this rank's leaves
-  int all_leaves;     // V
-  int rank, size;     // size * leaves = V
-  int candidates;     // C kept per vocabulary leaf
-  float eps;          // RMSNorm epsilon
-  float softcap;      // logits = softcap * tanh(logits / softcap); 0 = none
-  bool bfloat16;      // rounding points active, KV cache in bfloat16
+  int hidden;       // H
+  int vocab;        // the whole vocabulary
+  int local_vocab;  // this rank's rows of it
+  int inter;        // this rank's columns of the dense MLP
+  int moe_inter;    // this rank's columns of every expert
+  int experts;      // E
+  int top_k;        // K chosen experts a token
+  int leaves;       // this rank's leaves
+  int all_leaves;   // V
+  int rank, size;   // size * leaves = V
+  int candidates;   // C kept per vocabulary leaf
+  float eps;        // RMSNorm epsilon
+  float softcap;    // logits = softcap * tanh(logits / softcap); 0 = none
+  bool bfloat16;    // rounding points active, KV cache in bfloat16
 };
 
 /// One step's input, as begin() took it.
@@ -63,6 +63,15 @@ struct Heads {
   int rotary_pairs;  // pairs (i, i + D/2), i < rotary_pairs, rotate
 };
 
+/// cosine and sine of position * frequency for the step's tokens: frequency and angle in fp32 as the reference has them,
+/// the functions of that angle in double, rounded once.
+struct AnglesArgs {
+  const float* frequency;  // (pairs)
+  float* cosine;           // (T, pairs)
+  float* sine;             // (T, pairs)
+  int pairs;
+};
+
 /// hidden = r(table[token] * scale)
 struct EmbedArgs {
   const Bf16* table;  // (vocab, H)
@@ -70,21 +79,21 @@ struct EmbedArgs {
   float scale;
 };
 
-/// a = r norm(hidden); q, k, v = r(a W^T); q = r RoPE(r norm(q)), k = r RoPE(r norm(k)), v = r norm(v) without weight;
-/// k and v enter the cache. Without a v projection, v starts from the raw k projection.
+/// a = r norm(hidden); q, k, v = r(a W^T); q = r RoPE(r norm(q)), k = r RoPE(r norm(k)), v = r norm(v)
+/// without weight; k and v enter the cache. Without a v projection, v starts from the raw k projection.
 struct QkvArgs {
-  const float* hidden;        // (T, H)
-  const Bf16* norm;           // (H)
-  const Bf16* q_weight;       // (heads * D, H)
-  const Bf16* k_weight;       // (kvHeads * D, H)
-  const Bf16* v_weight;       // (kvHeads * D, H), null: v is the raw k
-  const Bf16* q_norm;         // (D)
-  const Bf16* k_norm;         // (D)
-  const float* cosine;        // (T, rotaryPairs) of this step's positions
-  const float* sine;          // (T, rotaryPairs)
-  float* normed;              // (T, H) scratch
-  float* q;                   // (T, heads * D)
-  float* kv;                  // (T, 2 * kvHeads * D) scratch: k, then v
+  const float* hidden;   // (T, H)
+  const Bf16* norm;      // (H)
+  const Bf16* q_weight;  // (heads * D, H)
+  const Bf16* k_weight;  // (kvHeads * D, H)
+  const Bf16* v_weight;  // (kvHeads * D, H), null: v is the raw k
+  const Bf16* q_norm;    // (D)
+  const Bf16* k_norm;    // (D)
+  const float* cosine;   // (T, rotaryPairs) of this step's positions
+  const float* sine;     // (T, rotaryPairs)
+  float* normed;         // (T, H) scratch
+  float* q;              // (T, heads * D)
+  float* kv;             // (T, 2 * kvHeads * D) scratch: k, then v
   Heads heads;
   Cache cache;
 };
@@ -106,8 +115,8 @@ struct AttnOutArgs {
 };
 
 /// m = r(hidden + r norm(r sum)), written to hidden; the two inputs of the FFN half, r norm(m) each;
-/// router: z = r(r(r norm(m) * scale) * H^-1/2), fp32 logits z Wr^T, softmax over all experts, the K most probable
-/// (ties: the lower id), renormalised, times perExpertScale. Also sorts the assignments by expert.
+/// router: z = r(r(r norm(m) * scale) * H^-1/2), fp32 logits z Wr^T, softmax over all experts, the K most
+/// probable (ties: the lower id), renormalised, times perExpertScale. Also sorts the assignments by expert.
 struct RouteArgs {
   const float* sum;              // (T, H) after the all-reduce
   float* hidden;                 // (T, H) in and out
@@ -129,19 +138,19 @@ struct RouteArgs {
 
 /// act = r(r gelu(r(x G^T)) * r(x U^T)), for the dense MLP and for every chosen expert.
 struct GateUpArgs {
-  const float* dense_in;      // (T, H)
-  const float* expert_in;     // (T, H)
-  const Bf16* gate;           // (inter, H)
-  const Bf16* up;             // (inter, H)
-  const Bf16* expert_gate_up; // (E, 2 * moeInter, H): gate rows, then up rows
-  const int* expert_start;    // (E + 1)
-  const int* assignment;      // (T * K)
-  float* dense_act;           // (T, inter)
-  float* expert_act;          // (T, K, moeInter)
+  const float* dense_in;       // (T, H)
+  const float* expert_in;      // (T, H)
+  const Bf16* gate;            // (inter, H)
+  const Bf16* up;              // (inter, H)
+  const Bf16* expert_gate_up;  // (E, 2 * moeInter, H): gate rows, then up rows
+  const int* expert_start;     // (E + 1)
+  const int* assignment;       // (T * K)
+  float* dense_act;            // (T, inter)
+  float* expert_act;           // (T, K, moeInter)
 };
 
-/// sum = this rank's subtrees, fp32, not rounded: the dense act D^T, and the routing-weighted sum of the experts'.
-/// Within a leaf the experts of a token are added in the order of their ids.
+/// sum = this rank's subtrees, fp32, not rounded: the dense act D^T, and the routing-weighted sum of the
+/// experts'. Within a leaf the experts of a token are added in the order of their ids.
 struct DownArgs {
   const float* dense_act;     // (T, inter)
   const float* expert_act;    // (T, K, moeInter)
@@ -183,13 +192,33 @@ struct LogitsArgs {
   float* candidates;    // (R, leaves, 3 + 3 C)
 };
 
-/// The next token of every row: arg max (temperature 0), or a sample keyed by (seed, sequence, position), filtered
-/// by top-k, then top-p. Ties: the lower token id. Log-probabilities are those of the unfiltered, untempered logits.
+/// The next token of every row: arg max (temperature 0), or a sample keyed by (seed, sequence, position),
+/// filtered by top-k, then top-p. Ties: the lower token id. Log-probabilities are those of the unfiltered,
+/// untempered logits.
 struct SampleArgs {
   const float* candidates;  // (size, R, leaves, 3 + 3 C) after the all-gather
   int* token;               // (R)
   float* logprob;           // (R)
   float* target_logprob;    // (R) NaN without a target
+};
+
+/// The end of a step: counts the experts that it read; in a burst it also feeds the sampled tokens to the next step,
+/// one position on, and leaves them in the history, where the host reads them behind the running device.
+struct AdvanceArgs {
+  const int* expert_start;  // (layers, E + 1)
+  int layers;
+  uint64_t* experts_read;  // sum over layers of experts with a token
+  const int* sampled;      // (R)
+  const float* logprob;    // (R)
+  bool feed;               // row r is token r: its sampled token and the next position become the input
+  int* token;              // (T) input of the next step
+  int* position;           // (T)
+  int depth;               // entries of the history, used round and round
+  int most_rows;
+  int* history_token;      // (depth, mostRows) shared memory
+  float* history_logprob;  // (depth, mostRows)
+  uint64_t* history_ns;    // (depth) when the step ended, on the backend's own clock
+  uint64_t* steps;         // fed steps so far; written last
 };
 
 /// Elements of a stored tensor: `rows` times `count` neighbours, `stride` apart.
@@ -204,6 +233,7 @@ struct Ops {
   template <class Args>
   using Op = void (*)(const Args&, const Dims&, const Input&, Backend&);
 
+  Op<AnglesArgs> angles;
   Op<EmbedArgs> embed;
   Op<QkvArgs> qkv;
   Op<AttentionArgs> attention;
@@ -214,6 +244,7 @@ struct Ops {
   Op<FfnOutArgs> ffn_out;
   Op<LogitsArgs> logits;
   Op<SampleArgs> sample;
+  Op<AdvanceArgs> advance;
   /// out[r * count + i] = element start + r * stride + i of a synthetic tensor.
   void (*synthesize)(const Synthetic&, const Stretch&, Bf16* out, Backend&);
   /// Streams through memory with plain wide loads; returns a value that depends on every byte. For bandwidth tests.

@@ -41,9 +41,9 @@ const FLAGS = {
   isa: choice(['auto', 'generic', 'avx2', 'avx512'], RUN, 'CPU instructions', 'auto'),
   threads: whole(1, 1024, RUN, 'compute threads of a rank', null, 'cores / ranks'),
   batch: whole(1, 256, RUN, 'sequences decoded together', 8),
-  prefillChunk: whole(1, 8192, RUN, 'prompt tokens processed together', 64),
+  prefillChunk: whole(1, 8192, RUN, 'prompt tokens processed together, at least the batch', 64),
   maxModelLen: whole(1, 2 ** 31 - 1, RUN, 'longest context', null, 'of the model'),
-  initTimeout: real(0, 86_400, true, RUN, 'seconds for each stage of starting up', 300),
+  initTimeout: real(0, 86_400, true, RUN, 'seconds without progress while starting up', 120),
   stepTimeout: real(0, 86_400, true, RUN, 'seconds for one step', 120),
   logDir: text(RUN, 'a folder for one log file per rank', null, 'none'),
 
@@ -146,7 +146,7 @@ export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv 
   if (!isCommand(command)) throw fail('TP_COMMAND', command, Object.keys(COMMANDS));
   const about: CommandWords = COMMANDS[command];
   const flags = new Map(about.flags.map((key): [string, Flag<unknown>] => [dashed(key), FLAGS[key]]));
-  const { given, words, help } = splitWords(rest, command, about, flags);
+  const { given, words, help } = splitWords(rest, command, about, epilogue(), flags);
   if (help !== null) return { kind: 'help', text: help };
   if (given.version) return { kind: 'version' };
   refuseUnknownVariables(env);
@@ -158,6 +158,11 @@ export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv 
     return [key, set(name) ?? readPreset(flags.get(name), name, presets[name]) ?? flag.fallback];
   });
   return { kind: 'run', command, words, options: Object.freeze(Object.fromEntries(entries)) as Options };
+}
+
+/** The variables that this process hands on to its workers. */
+export function environment(): NodeJS.ProcessEnv {
+  return process.env;
 }
 
 /** Compute threads of a rank when `--threads` does not say: the cores shared out, at least one. */
@@ -195,6 +200,11 @@ function refuseUnknownVariables(env: NodeJS.ProcessEnv): void {
   for (const name of Object.keys(env)) {
     if (name.startsWith('TP_RUN_') && !known.has(name)) throw fail('TP_VARIABLE_UNKNOWN', name);
   }
+}
+
+function epilogue(): string {
+  const commands = Object.entries(COMMANDS).map(([name, { describe }]) => `  ${name.padEnd(16)} ${describe}`);
+  return `Commands:\n${commands.join('\n')}\n\nEvery flag has a variable: --prompt-ids is TP_RUN_PROMPT_IDS.`;
 }
 
 /** The command, of one word or two, and what follows it. */

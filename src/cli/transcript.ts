@@ -1,9 +1,9 @@
 // What one run computed, kept so that another run can be laid beside it: by sequence and position, a hash of every
 // stage's output, the logits row and the token.
 
+import { createHash } from 'node:crypto';
 import type { StepReport } from '../engine/job.js';
 import { fail } from '../errors.js';
-import { native } from '../native.js';
 
 /** One stage of one layer in the hashes of a cell. */
 export interface Column {
@@ -11,6 +11,8 @@ export interface Column {
   layer: number; // -1 outside the layers
   offset: number;
   parts: number; // virtual shards
+  /** Every rank holds its own virtual shards; else every rank holds the same whole. */
+  sharded: boolean;
 }
 
 /** What a run computed for one token of one sequence. */
@@ -24,8 +26,8 @@ export interface Row {
   /** Sampled token, -1 when none was sampled. */
   token: number;
   logprob: number;
-  /** Hash of the row's fp32 bytes. */
-  hash: bigint;
+  /** Hash of the row's fp32 bytes; '' when none were sent. */
+  hash: string;
   /** The row itself, [vocab]; null beyond the transcript's budget. */
   logits: Float32Array | null;
 }
@@ -68,8 +70,8 @@ export class Transcript {
 
 export function columnsOf(step: StepReport): Column[] {
   let offset = 0;
-  return (step.trace ?? []).map(({ stage, layer, parts }) => {
-    const column = { stage, layer, offset, parts };
+  return (step.trace ?? []).map(({ stage, layer, parts, sharded }) => {
+    const column = { stage, layer, offset, parts, sharded };
     offset += parts;
     return column;
   });
@@ -103,8 +105,6 @@ export function* cellsOf(
 function rowAt(step: StepReport, r: number, vocab: number): Row {
   const { token, logprob } = step.rows[r]!;
   const logits = step.logits?.subarray(r * vocab, (r + 1) * vocab) ?? null;
-  const hash = logits
-    ? native().hash(new Uint8Array(logits.buffer, logits.byteOffset, logits.byteLength))
-    : 0n;
+  const hash = logits ? createHash('sha256').update(logits).digest('base64') : '';
   return { token, logprob, hash, logits };
 }

@@ -12,16 +12,18 @@ interface Split {
   help: string | null;
 }
 
-/** Splits `argv`, the words after the command. Throws TP_FLAG_UNKNOWN or TP_FLAG_VALUE. */
+/** Splits `argv`, the words after the command; `epilogue` ends the help. Throws TP_FLAG_UNKNOWN or TP_FLAG_VALUE. */
 export function splitWords(
   argv: readonly string[],
   command: string,
   about: { describe: string; word?: string },
+  epilogue: string,
   flags: ReadonlyMap<string, Flag<unknown>>,
 ): Split {
   const parser = yargs(joinValues(argv, flags))
     .locale('en')
     .usage(`tp-run ${command}${about.word ? ` ${about.word}` : ''} [flags]: ${about.describe}`)
+    .epilogue(epilogue)
     .help(false)
     .version(false)
     .exitProcess(false)

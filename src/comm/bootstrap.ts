@@ -2,6 +2,8 @@
 
 import { randomBytes } from 'node:crypto';
 import { mkdtempSync, rmSync } from 'node:fs';
+import { readdir, rm } from 'node:fs/promises';
+import { createConnection } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fail } from '../errors.js';
@@ -43,6 +45,27 @@ export class Rendezvous {
   }
 
   readonly #remove = (): void => rmSync(this.dir, { recursive: true, force: true });
+}
+
+/** Takes away the folders of runs whose launcher was killed before it could: nobody listens there any more. */
+export async function removeStale(parent = tmpdir()): Promise<void> {
+  const names = await readdir(parent).catch(() => []);
+  const folders = names.filter((name) => /^tp-run-\w{6}$/.test(name)).map((name) => join(parent, name));
+  await Promise.all(
+    folders.map(async (folder) => {
+      if (await refuses(join(folder, 'control'))) await rm(folder, { recursive: true, force: true });
+    }),
+  );
+}
+
+/** True when `path` is a socket without a listener; false for everything else, a folder of another user included. */
+function refuses(path: string): Promise<boolean> {
+  return new Promise((resolve) => {
+    const socket = createConnection(path)
+      .on('connect', () => resolve(false))
+      .on('connect', () => socket.destroy())
+      .on('error', (error: NodeJS.ErrnoException) => resolve(error.code === 'ECONNREFUSED'));
+  });
 }
 
 /** The endpoint that `rank` binds for its partner `other`, in the folder of the control endpoint. */

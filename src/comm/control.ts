@@ -13,7 +13,7 @@ import {
   type WorkerMessage,
 } from './messages.js';
 
-/** Unsent messages per peer before a sender waits: a worker that runs ahead of the launcher is held back. */
+/** Messages on their way before the sender waits: a worker that runs ahead of the launcher is held back. */
 const HIGH_WATER = 64;
 /** How long a closing socket may still deliver, in ms. */
 const LINGER_MS = 200;
@@ -47,7 +47,9 @@ export class ControlServer {
     const socket = new Router({
       mandatory: true,
       linger: LINGER_MS,
-      sendHighWaterMark: HIGH_WATER,
+      // the launcher says little and never waits: a rank that cannot be reached must not hold up the others
+      sendTimeout: 0,
+      sendHighWaterMark: 0,
       receiveHighWaterMark: HIGH_WATER,
       maxMessageSize: MAX_FRAME_BYTES,
     });

@@ -8,6 +8,7 @@ export const localCollective: Collective = {
   async gather(send, gathered) {
     gathered.set(send);
   },
+  limit() {},
   pending: () => null,
   close() {},
 };

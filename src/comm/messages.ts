@@ -1,5 +1,5 @@
 // What launcher and workers may say to each other: a closed union, checked on arrival. msgpack carries the words;
-// big arrays follow as raw frames of the same multipart message.
+// big arrays follow as raw frames of the same multipart message. Numbers in words are doubles, but -0 arrives as 0.
 
 import { addExtension, Packr, Unpackr } from 'msgpackr';
 import { z } from 'zod';
@@ -91,7 +91,10 @@ const options = {
   variableMapSize: true,
 } as const;
 const packr = new Packr(options);
-const unpackr = new Unpackr(options);
+const structures: object[] = [];
+const unpackr = new Unpackr({ ...options, structures });
+// msgpackr reads record definitions although records are off; with nowhere to keep them it throws
+Object.freeze(structures);
 
 /** The words of one message as bytes, with this protocol's version and the run's id. */
 export function encode(run: string, message: WorkerMessage | LauncherMessage): Buffer {

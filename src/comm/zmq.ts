@@ -44,12 +44,13 @@ export class ZmqCollective implements Collective {
     return Object.fromEntries(this.#links.filter((l) => l.binds).map((l) => [l.partner, l.endpoint]));
   }
 
-  /** Connects to the partners' endpoints, by rank. A partner that stays away `timeoutMs` is TP_COLLECTIVE_TIMEOUT. */
-  connect(peers: Readonly<Record<string, string>>, timeoutMs: number): void {
-    for (const link of this.#links) {
-      link.limit(timeoutMs);
-      if (!link.binds) link.connect(peers[link.partner]!);
-    }
+  /** Connects to the endpoints that lower ranks have bound for this one, by rank. */
+  connect(peers: Readonly<Record<string, string>>): void {
+    for (const link of this.#links) if (!link.binds) link.connect(peers[link.partner]!);
+  }
+
+  limit(timeoutMs: number): void {
+    for (const link of this.#links) link.limit(timeoutMs);
   }
 
   async allReduce(buffer: Float32Array): Promise<void> {
@@ -126,7 +127,8 @@ class Link {
   readonly partner: number;
   readonly binds: boolean;
   endpoint = '';
-  timeoutMs = 0;
+  /** -1 = for ever, zeromq's default */
+  timeoutMs = -1;
   readonly #socket = new Pair({ linger: 0, maxMessageSize: MAX_FRAME_BYTES });
   /**
    * zeromq reads a sent buffer later, on its own thread. Two outboxes in turn are enough: the partner's message n + 1

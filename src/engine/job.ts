@@ -50,8 +50,9 @@ export interface SequenceSpec {
   sequence: number;
 }
 
-/** A fault planted on one rank, for check's negative control. */
+/** A fault planted for check's negative control. */
 export interface PlantedFault extends Omit<Fault, 'slot'> {
+  /** -1 = on every rank: the only way for a stage whose output every rank holds, which must stay equal on all. */
   rank: number;
   sequence: number;
 }

@@ -9,7 +9,7 @@ import { isObject, readJsonFile } from './json.js';
 import { SafetensorsFile, type StoredTensor } from './safetensors.js';
 import { tensorSplits } from './shard.js';
 
-const INDEX = 'model.safetensors.index.json';
+export const INDEX = 'model.safetensors.index.json';
 const SINGLE = 'model.safetensors';
 
 /** Towers that a text run does not read, by the start of their tensors' names. */

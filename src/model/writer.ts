@@ -18,7 +18,7 @@ export interface TensorToWrite {
 export class SafetensorsWriter {
   readonly path: string;
   readonly #temporary: string;
-  #fd: number;
+  #fd: number | null = null; // null: finished or given up
   #left: number;
 
   constructor(
@@ -28,11 +28,11 @@ export class SafetensorsWriter {
   ) {
     this.path = path;
     this.#temporary = `${path}.${process.pid}.tmp`;
-    this.#fd = this.#try(() => {
+    this.#try(() => {
       // Renaming onto a device such as /dev/null would replace it.
       const old = statSync(path, { throwIfNoEntry: false });
       if (old && !old.isFile()) throw new Error('it is there and not a regular file');
-      return openSync(this.#temporary, 'wx');
+      this.#fd = openSync(this.#temporary, 'wx');
     });
     this.#left = tensors.reduce((bytes, tensor) => bytes + sizeOf(tensor), 0);
     this.#put(header(tensors, metadata));
@@ -51,29 +51,32 @@ export class SafetensorsWriter {
       throw fail('TP_INTERNAL', `${this.path}: ${this.#left} bytes of its tensors were not written`);
     }
     this.#try(() => {
-      fsyncSync(this.#fd);
+      fsyncSync(this.#fd!);
       renameSync(this.#temporary, this.path);
     });
-    closeSync(this.#fd);
+    closeSync(this.#fd!);
+    this.#fd = null;
   }
 
-  /** Gives up and removes what was written. */
+  /** Gives up and removes what was written; nothing after `finish`. */
   abort(): void {
+    if (this.#fd === null) return;
     closeSync(this.#fd);
+    this.#fd = null;
     rmSync(this.#temporary, { force: true });
   }
 
   #put(bytes: Uint8Array): void {
     this.#try(() => {
-      for (let done = 0; done < bytes.byteLength; ) done += writeSync(this.#fd, bytes, done);
+      for (let done = 0; done < bytes.byteLength; ) done += writeSync(this.#fd!, bytes, done);
     });
   }
 
-  #try<T>(action: () => T): T {
+  #try(action: () => void): void {
     try {
-      return action();
+      action();
     } catch (error) {
-      if (this.#fd !== undefined) this.abort();
+      this.abort();
       throw fail('TP_FILE_UNWRITABLE', this.path, (error as Error).message);
     }
   }

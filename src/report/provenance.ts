@@ -2,31 +2,16 @@
 
 import { execFileSync } from 'node:child_process';
 import { readFileSync } from 'node:fs';
-import { availableParallelism, cpus, freemem, hostname, release, totalmem } from 'node:os';
+import { availableParallelism, cpus, hostname, release } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { native } from '../native.js';
+import { memoryGb } from './machine.js';
+import type { Provenance } from './schema.js';
 
 const ROOT = join(dirname(fileURLToPath(import.meta.url)), '..', '..');
 
-export interface Provenance {
-  version: string;
-  /** Commit of the source tree; null outside a git checkout. */
-  commit: string | null;
-  /** Files differ from that commit. */
-  dirty: boolean | null;
-  node: string;
-  addon: string;
-  cuda: string | null;
-  host: string;
-  os: string;
-  cpu: string;
-  cores: number;
-  memory_gb: number;
-  time: string;
-}
-
-/** Asks the machine; loads the addon. */
+/** Asks the machine and git; loads the addon. `commit` is null outside a checkout of tp-run, `dirty`: files differ from it. */
 export function provenance(): Provenance {
   const addon = native().version();
   const commit = git('rev-parse', '--short=12', 'HEAD');
@@ -41,7 +26,7 @@ export function provenance(): Provenance {
     os: `${process.platform} ${process.arch} ${release()}`,
     cpu: cpuModel(),
     cores: availableParallelism(),
-    memory_gb: round(totalmem() / 1e9),
+    memory_gb: memoryGb().total,
     time: new Date().toISOString(),
   };
 }
@@ -53,14 +38,6 @@ export function packageVersion(): string {
 
 export function cpuModel(): string {
   return cpus()[0]?.model.trim() ?? 'unknown';
-}
-
-export function freeMemoryGb(): number {
-  return round(freemem() / 1e9);
-}
-
-function round(gb: number): number {
-  return Math.round(gb * 10) / 10;
 }
 
 /** Output of a git command in the source tree; null where there is no git or no checkout of tp-run itself. */

@@ -1,15 +1,19 @@
 // Plain tables for a terminal.
 
-/** Rows under headings; every column but the first is set to the right. */
+/** Rows under headings; columns of numbers are set to the right. */
 export function table(headings: readonly string[], rows: readonly (readonly string[])[]): string {
-  const all = [headings, ...rows];
-  const widths = headings.map((_, column) => Math.max(...all.map((row) => (row[column] ?? '').length)));
+  const columns = headings.map((heading, i) => {
+    const cells = rows.map((row) => row[i] ?? '');
+    const width = Math.max(heading.length, ...cells.map((cell) => cell.length));
+    const right = cells.every((cell) => /^([-\d. ]+%?|\([\w/]*\))?$/.test(cell));
+    return { right, width };
+  });
   const line = (row: readonly string[]) =>
-    widths
-      .map((width, i) => (i === 0 ? (row[i] ?? '').padEnd(width) : (row[i] ?? '').padStart(width)))
+    columns
+      .map(({ right, width }, i) => (right ? (row[i] ?? '').padStart(width) : (row[i] ?? '').padEnd(width)))
       .join('  ')
       .trimEnd();
-  return `${all.map(line).join('\n')}\n`;
+  return `${[headings, ...rows].map(line).join('\n')}\n`;
 }
 
 /** 1234567 as "1 234 567". */
@@ -25,6 +29,7 @@ export function counted(count: number, noun: string): string {
 /** Three or four figures that matter: "0.123", "12.3", "1234". */
 export function short(value: number): string {
   if (!Number.isFinite(value)) return '-';
+  if (value === 0) return '0';
   const digits = Math.max(0, 2 - Math.floor(Math.log10(Math.max(Math.abs(value), 1e-3))));
   return value.toFixed(Math.min(digits, 4));
 }

@@ -132,6 +132,12 @@ describe('the command line', () => {
     },
   );
 
+  it('lists the commands in --help', () => {
+    const read = readCommandLine(['--help'], {});
+    for (const command of Object.keys(COMMANDS))
+      expect(read).toMatchObject({ text: expect.stringContaining(command) });
+  });
+
   it('answers --version without reading anything else', () => {
     expect(readCommandLine(['--version'], { TP_RUN_GPU: '2' })).toEqual({ kind: 'version' });
   });

@@ -28,10 +28,15 @@ describe.each(cases)('$name', ({ name, sizes }) => {
     group.close();
     let worst = 0;
     for (const [step, first] of reports[0]!.entries()) {
-      const logits = joinColumns(reports.map((r) => r[step]!.logits!), first.rows.length);
+      const logits = joinColumns(
+        reports.map((r) => r[step]!.logits!),
+        first.rows.length,
+      );
       const vocab = logits.length / first.rows.length;
       for (const [r, row] of first.rows.entries()) {
-        const want = tensors.float32(`fp32.${row.sequence}.logits`).subarray(row.position * vocab, (row.position + 1) * vocab);
+        const want = tensors
+          .float32(`fp32.${row.sequence}.logits`)
+          .subarray(row.position * vocab, (row.position + 1) * vocab);
         worst = Math.max(worst, maxDifference(logits.subarray(r * vocab, (r + 1) * vocab), want));
       }
     }

@@ -1,5 +1,6 @@
-// One query against its visible positions: scores, softmax, weighted sum of v. Each (token, head) is one task, and
-// all sums run from the first visible position to the last, so neither the batch nor the chunk changes a bit.
+// One query against its visible positions: scores, softmax, weighted sum of v. Each (token, head) is one
+// task, and all sums run from the first visible position to the last, so neither the batch nor the chunk
+// changes a bit.
 #include "ops/cpu/cpu.h"
 
 namespace tp::TP_ISA {
@@ -35,7 +36,8 @@ void attend(const float* q, const Element* k, const Element* v, int capacity, in
       const Lanes p = broadcast(score[j]);
       for (int l = 0; l < lanes; l++) {
         const int left = dim - c - l * kLanes;
-        acc[l] = fused(p, left >= kLanes ? load(row + l * kLanes) : load_tail(row + l * kLanes, left), acc[l]);
+        acc[l] =
+            fused(p, left >= kLanes ? load(row + l * kLanes) : load_tail(row + l * kLanes, left), acc[l]);
       }
     }
     float columns[kColumns];
@@ -55,13 +57,16 @@ void attention(const AttentionArgs& a, const Dims& d, const Input& in, Backend& 
     const int first = h.window > 0 && last >= h.window ? last - h.window + 1 : 0;
     const auto score = static_cast<float*>(backend.scratch(thread, sizeof(float) * (last - first + 1)));
     const int64_t row = static_cast<int64_t>(t) * h.heads * dim + head * dim;
-    const int64_t cache = (static_cast<int64_t>(in.slot[t]) * h.kv_heads + head / group) * a.cache.capacity * dim;
+    const int64_t cache =
+        (static_cast<int64_t>(in.slot[t]) * h.kv_heads + head / group) * a.cache.capacity * dim;
     if (d.bfloat16)
-      attend(a.q + row, static_cast<const Bf16*>(a.cache.k) + cache, static_cast<const Bf16*>(a.cache.v) + cache,
-             a.cache.capacity, dim, first, last, score, a.attention + row, true);
+      attend(a.q + row, static_cast<const Bf16*>(a.cache.k) + cache,
+             static_cast<const Bf16*>(a.cache.v) + cache, a.cache.capacity, dim, first, last, score,
+             a.attention + row, true);
     else
-      attend(a.q + row, static_cast<const float*>(a.cache.k) + cache, static_cast<const float*>(a.cache.v) + cache,
-             a.cache.capacity, dim, first, last, score, a.attention + row, false);
+      attend(a.q + row, static_cast<const float*>(a.cache.k) + cache,
+             static_cast<const float*>(a.cache.v) + cache, a.cache.capacity, dim, first, last, score,
+             a.attention + row, false);
   });
 }
 

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -70,15 +71,19 @@ class CpuBackend final : public Backend {
 
   void* allocate(size_t bytes) override {
     constexpr size_t kHuge = size_t{2} << 20;
-    const size_t rounded = bytes >= kHuge ? (bytes + kHuge - 1) / kHuge * kHuge : (bytes + 4095) / 4096 * 4096;
-    const uint64_t free = available_memory();
+    bytes = std::max(bytes, size_t{1});  // a buffer may be empty, as the angles of a layer without RoPE are
+    const size_t rounded =
+        bytes >= kHuge ? (bytes + kHuge - 1) / kHuge * kHuge : (bytes + 4095) / 4096 * 4096;
+    total_ += rounded;
     // Linux would grant it and kill us later, at the first touch.
-    if (free > 0 && rounded > free)
-      fail("TP_MEMORY", "asked for %.2f GB of host memory, %.2f GB are free; use more ranks or a smaller model",
-           static_cast<double>(rounded) / 1e9, static_cast<double>(free) / 1e9);
+    if (free_ > 0 && total_ > free_)
+      fail("TP_MEMORY",
+           "asked for %.2f GB of host memory, %.2f GB are free; use more ranks or a smaller model",
+           static_cast<double>(total_) / 1e9, static_cast<double>(free_) / 1e9);
     void* memory = mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED)
-      fail("TP_MEMORY", "asked for %.2f GB of host memory: %s", static_cast<double>(rounded) / 1e9, strerror(errno));
+      fail("TP_MEMORY", "asked for %.2f GB of host memory: %s", static_cast<double>(rounded) / 1e9,
+           strerror(errno));
     if (bytes >= kHuge) madvise(memory, rounded, MADV_HUGEPAGE);  // weights are streamed: fewer page walks
     blocks_.push_back({memory, rounded});
     return memory;
@@ -105,6 +110,8 @@ class CpuBackend final : public Backend {
   };
 
   const Ops& ops_;
+  const uint64_t free_ = available_memory();  // before the first block: untouched blocks still count as free
+  uint64_t total_ = 0;
   std::vector<Block> blocks_;
   ThreadPool pool_;
   std::vector<Scratch> scratch_;  // one per thread

@@ -1,5 +1,5 @@
-// Tokens that may be next, and their one order: higher score first, equal scores by the lower token id. A heap keeps
-// its worst candidate on top; no library sort, whose order of equals might differ.
+// Tokens that may be next, and their one order: higher score first, equal scores by the lower token id. A
+// heap keeps its worst candidate on top; no library sort, whose order of equals might differ.
 #pragma once
 
 #include "ops/ops.h"

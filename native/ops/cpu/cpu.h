@@ -1,5 +1,5 @@
-// The ops of one instruction set. Every file of this folder but pool and backend is compiled once per set, with
-// TP_ISA naming the namespace; no op contains intrinsics, those are in lanes.h.
+// The ops of one instruction set. Every file of this folder but pool and backend is compiled once per set,
+// with TP_ISA naming the namespace; no op contains intrinsics, those are in lanes.h.
 #pragma once
 
 #include "ops/backend.h"
@@ -7,6 +7,7 @@
 
 namespace tp::TP_ISA {
 
+void angles(const AnglesArgs&, const Dims&, const Input&, Backend&);
 void embed(const EmbedArgs&, const Dims&, const Input&, Backend&);
 void qkv(const QkvArgs&, const Dims&, const Input&, Backend&);
 void attention(const AttentionArgs&, const Dims&, const Input&, Backend&);
@@ -17,6 +18,7 @@ void down(const DownArgs&, const Dims&, const Input&, Backend&);
 void ffn_out(const FfnOutArgs&, const Dims&, const Input&, Backend&);
 void logits(const LogitsArgs&, const Dims&, const Input&, Backend&);
 void sample(const SampleArgs&, const Dims&, const Input&, Backend&);
+void advance(const AdvanceArgs&, const Dims&, const Input&, Backend&);
 void synthesize(const Synthetic&, const Stretch&, Bf16* out, Backend&);
 uint64_t stream(const void* memory, uint64_t bytes, Backend&);
 const Ops& ops();

@@ -1,5 +1,6 @@
-// Dot products of weight rows with activations: the inner loop of every matrix op. Weights stream from memory once,
-// so a tile takes R rows and M tokens; the order of each sum does not depend on the tile it is computed in.
+// Dot products of weight rows with activations: the inner loop of every matrix op. Weights stream from memory
+// once, so a tile takes R rows and M tokens; the order of each sum does not depend on the tile it is computed
+// in.
 #pragma once
 
 #include "base/tree.h"
@@ -10,7 +11,8 @@ namespace tp::TP_ISA {
 /// acc[r][m] += weight row r . activation m over n elements, lane by lane.
 /// weight: rows `stride` apart; x: one pointer per token.
 template <int R, int M, class Weight>
-TP_INLINE void dot_tile(const Weight* weight, int64_t stride, const float* const* x, int n, Lanes (&acc)[R][M]) {
+TP_INLINE void dot_tile(const Weight* weight, int64_t stride, const float* const* x, int n,
+                        Lanes (&acc)[R][M]) {
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     for (int r = 0; r < R; r++) {
@@ -31,8 +33,8 @@ TP_INLINE void clear(Lanes (&acc)[R][M]) {
     for (Lanes& lanes : row) lanes = zero();
 }
 
-/// Rows and tokens of one tile: 4 x 1 for a single token, else 2 x up to 3; 12 accumulators fill the AVX2 registers.
-/// Calls tile(first row, first token) with compile-time sizes as template arguments.
+/// Rows and tokens of one tile: 4 x 1 for a single token, else 2 x up to 3; 12 accumulators fill the AVX2
+/// registers. Calls tile(first row, first token) with compile-time sizes as template arguments.
 template <class Tile>
 TP_INLINE void for_tiles(int rows, int tokens, Tile&& tile) {
   if (tokens == 1) {
@@ -65,13 +67,14 @@ TP_INLINE void mat_vec(const Bf16* weight, int64_t stride, int rows, const float
   });
 }
 
-/// The same where the n elements of a row are `leaves` equal virtual shards: each summed on its own, then the tree.
+/// The same where the n elements of a row are `leaves` equal virtual shards: each summed on its own, then the
+/// tree.
 template <class Out>
-TP_INLINE void mat_vec_leaves(const Bf16* weight, int64_t stride, int rows, const float* const* x, int tokens, int n,
-                              int leaves, Out&& out) {
+TP_INLINE void mat_vec_leaves(const Bf16* weight, int64_t stride, int rows, const float* const* x, int tokens,
+                              int n, int leaves, Out&& out) {
   const int leaf = n / leaves;
   for_tiles(rows, tokens, [&]<int R, int M>(int row, int token) {
-    float sums[R][M][kMaxLeaves];
+    float sums[R][M][kMaxLeaves] = {};
     for (int l = 0; l < leaves; l++) {
       const float* shifted[M];
       for (int m = 0; m < M; m++) shifted[m] = x[token + m] + l * leaf;

@@ -1,5 +1,5 @@
-// Down projections. Dense: like attn_out. Experts: for every row, leaf and token the experts are added lane by lane
-// in the order of their ids, weighted; then the lanes, then the tree over the leaves.
+// Down projections. Dense: like attn_out. Experts: for every row, leaf and token the experts are added lane
+// by lane in the order of their ids, weighted; then the lanes, then the tree over the leaves.
 #include "ops/cpu/cpu.h"
 
 namespace tp::TP_ISA {
@@ -10,8 +10,8 @@ constexpr int kRows = 4;  // rows of every chosen expert that a task takes at a 
 
 /// Adds weight * (rows . act), leaf by leaf, to sums[token][leaf][row] for the tokens assigned to one expert.
 template <int R>
-TP_INLINE void add_expert(const Bf16* weight, const DownArgs& a, const Dims& d, const int* assigned, int count,
-                          Lanes* sums) {
+TP_INLINE void add_expert(const Bf16* weight, const DownArgs& a, const Dims& d, const int* assigned,
+                          int count, Lanes* sums) {
   const int leaf = d.moe_inter / d.leaves;
   const auto tile = [&]<int M>(int first) {
     for (int l = 0; l < d.leaves; l++) {
@@ -47,8 +47,9 @@ void expert_rows(const DownArgs& a, const Dims& d, int tokens, int row, Lanes* s
   }
   for (int t = 0; t < tokens; t++) {
     for (int r = 0; r < R; r++) {
-      float leaves[kMaxLeaves];
-      for (int l = 0; l < d.leaves; l++) leaves[l] = sum(sums[(static_cast<int64_t>(t) * d.leaves + l) * kRows + r]);
+      float leaves[kMaxLeaves] = {};
+      for (int l = 0; l < d.leaves; l++)
+        leaves[l] = sum(sums[(static_cast<int64_t>(t) * d.leaves + l) * kRows + r]);
       a.sum[(static_cast<int64_t>(t) * 2 + 1) * d.hidden + row + r] = tree_sum(leaves, d.leaves);
     }
   }
@@ -63,8 +64,8 @@ void down(const DownArgs& a, const Dims& d, const Input& in, Backend& backend) {
     if (task < blocks) {
       const auto x = static_cast<const float**>(backend.scratch(thread, sizeof(float*) * in.tokens));
       row_pointers(a.dense_act, in.tokens, d.inter, x);
-      mat_vec_leaves(a.down + static_cast<int64_t>(first) * d.inter, d.inter, rows, x, in.tokens, d.inter, d.leaves,
-                     [&](int row, int t, float value) {
+      mat_vec_leaves(a.down + static_cast<int64_t>(first) * d.inter, d.inter, rows, x, in.tokens, d.inter,
+                     d.leaves, [&](int row, int t, float value) {
                        a.sum[static_cast<int64_t>(t) * 2 * d.hidden + first + row] = value;
                      });
       return;

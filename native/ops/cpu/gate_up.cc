@@ -1,12 +1,13 @@
-// Gate and up projections and GELU(gate) * up. The dense MLP and the chosen experts are one list of row blocks;
-// an expert's rows are read once for all the tokens that chose it.
+// Gate and up projections and GELU(gate) * up. The dense MLP and the chosen experts are one list of row
+// blocks; an expert's rows are read once for all the tokens that chose it.
 #include "ops/cpu/cpu.h"
 
 namespace tp::TP_ISA {
 
 namespace {
 
-/// act[m] of `rows` columns from gate and up rows of n elements: the two halves of a tile see the same tokens.
+/// act[m] of `rows` columns from gate and up rows of n elements: the two halves of a tile see the same
+/// tokens.
 template <class Out>
 TP_INLINE void gated(const Bf16* gate, const Bf16* up, int rows, const float* const* x, int tokens, int n,
                      bool bfloat16, Out&& out) {
@@ -39,7 +40,9 @@ void gate_up(const GateUpArgs& a, const Dims& d, const Input& in, Backend& backe
       const int first = task * kBlockRows;
       const int64_t from = static_cast<int64_t>(first) * n;
       gated(a.gate + from, a.up + from, rows_in_block(d.inter, task), x, in.tokens, n, d.bfloat16,
-            [&](int row, int t, float value) { a.dense_act[static_cast<int64_t>(t) * d.inter + first + row] = value; });
+            [&](int row, int t, float value) {
+              a.dense_act[static_cast<int64_t>(t) * d.inter + first + row] = value;
+            });
       return;
     }
     const int expert = (task - dense_blocks) / expert_blocks, block = (task - dense_blocks) % expert_blocks;

@@ -1,6 +1,6 @@
-// Sixteen fp32 accumulators, the unit of every sum on the CPU. Element i of a sum goes to lane i % 16 by a fused
-// multiply-add; the lanes meet in a tree (i with i+8, i+4, i+2, i+1). AVX-512 holds them in one register, AVX2 in
-// two, plain C++ in an array: the arithmetic, and so the bits, are the same in all three.
+// Sixteen fp32 accumulators, the unit of every sum on the CPU. Element i of a sum goes to lane i % 16 by a
+// fused multiply-add; the lanes meet in a tree (i with i+8, i+4, i+2, i+1). AVX-512 holds them in one
+// register, AVX2 in two, plain C++ in an array: the arithmetic, and so the bits, are the same in all three.
 #pragma once
 
 #include <cstring>

@@ -1,4 +1,5 @@
-// Final norm, this rank's rows of the vocabulary head, softcap; then what every vocabulary leaf tells the sampler.
+// Final norm, this rank's rows of the vocabulary head, softcap; then what every vocabulary leaf tells the
+// sampler.
 #include "ops/cpu/candidates.h"
 #include "ops/cpu/cpu.h"
 #include "ops/cpu/norm.h"
@@ -40,8 +41,8 @@ void summarise(const float* logits, int first, int n, int row, const Dims& d, co
   for (int i = 0; i < n; i++) {
     Candidate seen = {logits[i], logits[i], static_cast<float>(first + i)};
     if (perturb)
-      seen.score = logits[i] / temperature + gumbel(in.seed[row], static_cast<uint32_t>(in.sequence[row]), position,
-                                                    static_cast<uint32_t>(first + i));
+      seen.score = logits[i] / temperature + gumbel(in.seed[row], static_cast<uint32_t>(in.sequence[row]),
+                                                    position, static_cast<uint32_t>(first + i));
     if (!better(seen, heap[0])) continue;
     heap[0] = seen;
     sift_down(heap, 0, d.candidates);
@@ -59,8 +60,8 @@ void logits(const LogitsArgs& a, const Dims& d, const Input& in, Backend& backen
     const auto x = static_cast<const float**>(backend.scratch(thread, sizeof(float*) * in.rows));
     row_pointers(a.normed, in.rows, d.hidden, x);
     const int first = block * kBlockRows;
-    mat_vec(a.table + static_cast<int64_t>(first) * d.hidden, d.hidden, rows_in_block(d.local_vocab, block), x, in.rows,
-            d.hidden, [&](int row, int r, float value) {
+    mat_vec(a.table + static_cast<int64_t>(first) * d.hidden, d.hidden, rows_in_block(d.local_vocab, block),
+            x, in.rows, d.hidden, [&](int row, int r, float value) {
               a.logits[static_cast<int64_t>(r) * d.local_vocab + first + row] =
                   d.softcap > 0 ? d.softcap * tanh_f32(value / d.softcap) : value;
             });
@@ -68,8 +69,9 @@ void logits(const LogitsArgs& a, const Dims& d, const Input& in, Backend& backen
   const int leaf = d.local_vocab / d.leaves, stride = kSummaryFloats + kCandidateFloats * d.candidates;
   backend.parallel(in.rows * d.leaves, [&](int task, int) {
     const int row = task / d.leaves, l = task % d.leaves;
-    summarise(a.logits + static_cast<int64_t>(row) * d.local_vocab + l * leaf, d.rank * d.local_vocab + l * leaf, leaf,
-              row, d, in, a.candidates + static_cast<int64_t>(task) * stride);
+    summarise(a.logits + static_cast<int64_t>(row) * d.local_vocab + l * leaf,
+              d.rank * d.local_vocab + l * leaf, leaf, row, d, in,
+              a.candidates + static_cast<int64_t>(task) * stride);
   });
 }
 

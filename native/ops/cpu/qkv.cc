@@ -1,4 +1,5 @@
-// Input norm, the three projections as one list of rows, then per head: norm, RoPE, and k and v into the cache.
+// Input norm, the three projections as one list of rows, then per head: norm, RoPE, and k and v into the
+// cache.
 #include "ops/cpu/cpu.h"
 #include "ops/cpu/norm.h"
 
@@ -51,8 +52,8 @@ void qkv(const QkvArgs& a, const Dims& d, const Input& in, Backend& backend) {
     const auto x = static_cast<const float**>(backend.scratch(thread, sizeof(float*) * in.tokens));
     row_pointers(a.normed, in.tokens, d.hidden, x);
     const int first = block * kBlockRows;
-    mat_vec(p.weight + static_cast<int64_t>(first) * d.hidden, d.hidden, rows_in_block(p.rows, block), x, in.tokens,
-            d.hidden, [&](int row, int t, float value) {
+    mat_vec(p.weight + static_cast<int64_t>(first) * d.hidden, d.hidden, rows_in_block(p.rows, block), x,
+            in.tokens, d.hidden, [&](int row, int t, float value) {
               p.out[static_cast<int64_t>(t) * p.stride + first + row] = round_to(d.bfloat16, value);
             });
   });
@@ -71,9 +72,9 @@ void qkv(const QkvArgs& a, const Dims& d, const Input& in, Backend& backend) {
     const int kv_head = head - h.heads;
     float* k = a.kv + static_cast<int64_t>(t) * 2 * kv_rows + kv_head * dim;
     float* v = k + kv_rows;
-    const int64_t at =
-        ((static_cast<int64_t>(in.slot[t]) * h.kv_heads + kv_head) * a.cache.capacity + in.position[t] % a.cache.capacity) *
-        dim;
+    const int64_t at = ((static_cast<int64_t>(in.slot[t]) * h.kv_heads + kv_head) * a.cache.capacity +
+                        in.position[t] % a.cache.capacity) *
+                       dim;
     rms_norm(a.v_weight ? v : k, nullptr, dim, d.eps, d.bfloat16, v);  // before k is normed in place
     rms_norm(k, a.k_norm, dim, d.eps, d.bfloat16, k);
     rope(k, dim, h.rotary_pairs, cosine, sine, d.bfloat16);

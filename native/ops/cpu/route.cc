@@ -1,4 +1,5 @@
-// The middle of a layer: residual after attention, the two FFN inputs, and the router. Replicated on every rank.
+// The middle of a layer: residual after attention, the two FFN inputs, and the router. Replicated on every
+// rank.
 #include "ops/cpu/cpu.h"
 #include "ops/cpu/norm.h"
 
@@ -63,8 +64,8 @@ void route(const RouteArgs& a, const Dims& d, const Input& in, Backend& backend)
             [&](int row, int t, float value) { a.router_logits[t * d.experts + first + row] = value; });
   });
   for (int t = 0; t < in.tokens; t++)
-    choose(a.router_logits + t * d.experts, a.per_expert_scale, d.experts, d.top_k, a.route_index + t * d.top_k,
-           a.route_weight + t * d.top_k);
+    choose(a.router_logits + t * d.experts, a.per_expert_scale, d.experts, d.top_k,
+           a.route_index + t * d.top_k, a.route_weight + t * d.top_k);
   sort_by_expert(a.route_index, in.tokens * d.top_k, d.experts, a.expert_start, a.assignment);
 }
 

@@ -22,8 +22,9 @@ Candidate draw(Candidate* list, int count, const Input& in, int row) {
   const auto position = static_cast<uint32_t>(in.position[in.row[row]]);
   Candidate best = list[0];
   for (int i = 0; i < count; i++) {
-    list[i].score = list[i].logit / temperature + gumbel(in.seed[row], static_cast<uint32_t>(in.sequence[row]), position,
-                                                         static_cast<uint32_t>(list[i].token));
+    list[i].score =
+        list[i].logit / temperature + gumbel(in.seed[row], static_cast<uint32_t>(in.sequence[row]), position,
+                                             static_cast<uint32_t>(list[i].token));
     if (i == 0 || better(list[i], best)) best = list[i];
   }
   return best;

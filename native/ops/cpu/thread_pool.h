@@ -1,5 +1,5 @@
-// A few threads that share out numbered tasks. The caller works too. Tasks are taken from a counter, so a slow core
-// takes fewer; no result depends on who computed it.
+// A few threads that share out numbered tasks. The caller works too. Tasks are taken from a counter, so a
+// slow core takes fewer; no result depends on who computed it.
 #pragma once
 
 #include <atomic>

@@ -44,6 +44,7 @@ CudaBackend::~CudaBackend() {
   cudaStreamSynchronize(stream_);
   for (const auto& [key, graph] : graphs_) cudaGraphExecDestroy(graph);
   for (void* block : blocks_) cudaFree(block);
+  for (void* block : shared_blocks_) cudaFreeHost(block);
   cudaFreeHost(staging_);
   cudaStreamDestroy(stream_);
 }
@@ -63,6 +64,20 @@ void* CudaBackend::allocate(size_t bytes) {
   blocks_.push_back(memory);
   check(cudaMemsetAsync(memory, 0, std::max(bytes, size_t{16}), stream_), "clearing memory");
   return memory;
+}
+
+void* CudaBackend::allocate_shared(size_t bytes) {
+  check(cudaSetDevice(device_), "choosing the GPU");
+  void* memory = nullptr;
+  check(cudaHostAlloc(&memory, bytes, cudaHostAllocMapped | cudaHostAllocPortable), "allocating pinned memory");
+  std::memset(memory, 0, bytes);
+  shared_blocks_.push_back(memory);
+  return memory;  // one address for both sides: unified addressing is a given on 64-bit Linux
+}
+
+void CudaBackend::finish() {
+  check(cudaSetDevice(device_), "choosing the GPU");
+  check(cudaStreamSynchronize(stream_), "running a step");
 }
 
 void* CudaBackend::workspace(const char* name, size_t bytes) {
@@ -159,6 +174,31 @@ void CudaBackend::replay(uint64_t key, const std::function<void()>& work) {
 }  // namespace cuda
 
 std::unique_ptr<Backend> make_cuda_backend(int device) { return std::make_unique<cuda::CudaBackend>(device); }
+
+CudaDevices cuda_devices() {
+  CudaDevices out;
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status != cudaSuccess) {
+    out.why = cudaGetErrorString(status);
+    cudaGetLastError();
+    return out;
+  }
+  for (int i = 0; i < count; i++) {
+    cudaDeviceProp properties;
+    cuda::check(cudaGetDeviceProperties(&properties, i), "asking for a GPU's properties");
+    cuda::check(cudaSetDevice(i), "choosing a GPU");
+    size_t free = 0, total = 0;
+    cuda::check(cudaMemGetInfo(&free, &total), "asking for a GPU's memory");
+    CudaDevice device{properties.name, properties.major, properties.minor, static_cast<double>(free), static_cast<double>(total), {}};
+    for (int other = 0; other < count; other++) {
+      int reaches = 0;
+      if (other != i && cudaDeviceCanAccessPeer(&reaches, i, other) == cudaSuccess && reaches) device.peers.push_back(other);
+    }
+    out.devices.push_back(std::move(device));
+  }
+  return out;
+}
 
 const char* cuda_version() {
   static const std::string version = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);

@@ -33,6 +33,9 @@ class CudaBackend final : public Backend {
   void require(const Dims& dims, const Heads& heads) const override;
   void replay(uint64_t key, const std::function<void()>& work) override;
 
+  void* allocate_shared(size_t bytes) override;
+  void finish() override;
+  void* stream_handle() override { return stream_; }
   cudaStream_t stream() const { return stream_; }
   int processors() const { return processors_; }
   int shared_memory() const { return shared_memory_; }
@@ -77,7 +80,7 @@ class CudaBackend final : public Backend {
 
   int device_, processors_ = 0, shared_memory_ = 0;
   cudaStream_t stream_ = nullptr;
-  std::vector<void*> blocks_;
+  std::vector<void*> blocks_, shared_blocks_;
   std::map<std::string, Work> workspaces_;
   std::map<const void*, size_t> prepared_;
   std::map<uint64_t, cudaGraphExec_t> graphs_;
@@ -88,6 +91,7 @@ class CudaBackend final : public Backend {
 
 inline CudaBackend& of(Backend& backend) { return static_cast<CudaBackend&>(backend); }
 
+void angles(const AnglesArgs&, const Dims&, const Input&, Backend&);
 void embed(const EmbedArgs&, const Dims&, const Input&, Backend&);
 void qkv(const QkvArgs&, const Dims&, const Input&, Backend&);
 void attention(const AttentionArgs&, const Dims&, const Input&, Backend&);
@@ -98,6 +102,7 @@ void down(const DownArgs&, const Dims&, const Input&, Backend&);
 void ffn_out(const FfnOutArgs&, const Dims&, const Input&, Backend&);
 void logits(const LogitsArgs&, const Dims&, const Input&, Backend&);
 void sample(const SampleArgs&, const Dims&, const Input&, Backend&);
+void advance(const AdvanceArgs&, const Dims&, const Input&, Backend&);
 
 /// Tokens that one launch takes; longer steps are cut.
 constexpr int kChunk = 8;

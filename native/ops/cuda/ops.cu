@@ -47,7 +47,7 @@ uint64_t stream(const void* memory, uint64_t bytes, Backend& backend) {
 }  // namespace
 
 const Ops& ops() {
-  static const Ops table = {embed, qkv, attention, attn_out, route, gate_up, down, ffn_out, logits, sample, synthesize, stream};
+  static const Ops table = {angles, embed, qkv, attention, attn_out, route, gate_up, down, ffn_out, logits, sample, advance, synthesize, stream};
   return table;
 }
 

@@ -1,0 +1,32 @@
+// Folders that the command line names, made and tried before a run depends on them.
+
+import { closeSync, existsSync, mkdirSync, openSync } from 'node:fs';
+import { dirname, join } from 'node:path';
+import { fail } from '../errors.js';
+
+/** Makes `--log-dir` and a first file in it. TP_LOG_DIR. */
+export function requireLogDir(dir: string | null): void {
+  if (dir === null) return;
+  try {
+    makeFolder(dir);
+    closeSync(openSync(join(dir, 'rank-0.log'), 'a'));
+  } catch (error) {
+    throw fail('TP_LOG_DIR', dir, (error as Error).message);
+  }
+}
+
+/** Makes a folder for a result, parents included. TP_FILE_UNWRITABLE. */
+export function requireFolder(dir: string): void {
+  try {
+    makeFolder(dir);
+  } catch (error) {
+    throw fail('TP_FILE_UNWRITABLE', dir, (error as Error).message);
+  }
+}
+
+/** Level by level: Node 20's recursive mkdir never returns below a folder that takes no children, such as /proc. */
+function makeFolder(path: string): void {
+  const parent = dirname(path);
+  if (parent !== path && !existsSync(parent)) makeFolder(parent);
+  if (!existsSync(path)) mkdirSync(path);
+}

@@ -1,0 +1,46 @@
+#!/usr/bin/env node
+// Words -> a command. Whatever goes wrong ends as one coded message on stderr and an exit code of errors.ts.
+
+import { EXIT, fail, TpError } from '../errors.js';
+import type { Command, Options } from './options.js';
+import { ReaderGone } from './output.js';
+
+/** Each command is loaded when it is asked for: a worker starts without the words of a user. */
+const RUN: Record<Command, (options: Options, word: string) => Promise<number>> = {
+  generate: async (options) => (await import('./generate.js')).generate(options),
+  score: async (options) => (await import('./score.js')).score(options),
+  check: async (options) => (await import('./check.js')).check(options),
+  'bench decode': async (options) => (await import('./bench-decode.js')).benchDecode(options),
+  'bench allreduce': async (options) => (await import('./bench-allreduce.js')).benchAllReduce(options),
+  doctor: async (options) => (await import('./doctor.js')).doctor(options),
+  export: async (options, dir) => (await import('./export.js')).exportModel(options, dir),
+};
+
+async function main(argv: readonly string[]): Promise<number> {
+  if (argv[0] === 'worker') return (await import('./worker.js')).runWorker(argv.slice(1));
+  const { readCommandLine } = await import('./options.js');
+  const invocation = readCommandLine(argv);
+  switch (invocation.kind) {
+    case 'help':
+      process.stdout.write(`${invocation.text}\n`);
+      return EXIT.ok;
+    case 'version':
+      process.stdout.write(`tp-run ${(await import('../report/provenance.js')).packageVersion()}\n`);
+      return EXIT.ok;
+    case 'run':
+      return RUN[invocation.command](invocation.options, invocation.words[0] ?? '');
+  }
+}
+
+/** The message of an error, and the exit code; what was not foreseen shows its stack. */
+function explain(error: unknown): number {
+  if (error instanceof ReaderGone) return EXIT.ok;
+  const known =
+    error instanceof TpError
+      ? error
+      : fail('TP_INTERNAL', error instanceof Error ? (error.stack ?? error.message) : String(error));
+  process.stderr.write(`${known.message}\n`);
+  return known.exitCode;
+}
+
+process.exitCode = await main(process.argv.slice(2)).catch(explain);

@@ -1,0 +1,44 @@
+// stdout: results alone. A reader that leaves early (`tp-run | head`) ends the run without a fuss.
+
+import { writeFileSync } from 'node:fs';
+import { fail } from '../errors.js';
+import type { Options } from './options.js';
+
+/** Thrown by `print` when nobody reads stdout any more. */
+export class ReaderGone extends Error {}
+
+let readerGone = false;
+
+process.stdout.on('error', (error: NodeJS.ErrnoException) => {
+  if (error.code !== 'EPIPE') throw error;
+  readerGone = true;
+});
+
+/** Writes a piece of the result. */
+export function print(text: string): void {
+  if (readerGone) throw new ReaderGone();
+  process.stdout.write(text);
+}
+
+/** One JSON object; numbers that JSON lacks (NaN, infinities) become null. */
+export function printJson(value: unknown): void {
+  print(`${JSON.stringify(value)}\n`);
+}
+
+/** `--out`: refuses a place that cannot be written before the work begins. TP_FILE_UNWRITABLE. */
+export function requireOut({ out }: Pick<Options, 'out'>): void {
+  if (out !== null) writeOut(out, '', 'a');
+}
+
+/** Writes the result to `--out`, if there is one. TP_FILE_UNWRITABLE. */
+export function writeResult({ out }: Pick<Options, 'out'>, value: unknown): void {
+  if (out !== null) writeOut(out, `${JSON.stringify(value, null, 1)}\n`, 'w');
+}
+
+function writeOut(path: string, text: string, flag: 'a' | 'w'): void {
+  try {
+    writeFileSync(path, text, { flag });
+  } catch (error) {
+    throw fail('TP_FILE_UNWRITABLE', path, (error as Error).message);
+  }
+}

@@ -1,0 +1,43 @@
+// One run from launch to close, and the facts about it that every result carries.
+
+import type { RunSpec } from '../engine/job.js';
+import { launch, type Run } from '../engine/launcher.js';
+import type { RunFacts } from '../report/schema.js';
+import { requireLogDir } from './folder.js';
+import { environment } from './options.js';
+
+export interface Session {
+  run: Run;
+  facts: RunFacts;
+}
+
+/** Starts a run, lets `work` use it and ends it, whatever happens. */
+export async function withRun<T>(spec: RunSpec, work: (session: Session) => Promise<T>): Promise<T> {
+  requireLogDir(spec.logDir);
+  const started = performance.now();
+  const run = await launch(spec, { env: environment() });
+  try {
+    return await work({ run, facts: factsOf(spec, run, (performance.now() - started) / 1000) });
+  } finally {
+    await run.close();
+  }
+}
+
+function factsOf(spec: RunSpec, run: Run, loadS: number): RunFacts {
+  const { model } = spec;
+  return {
+    tp: spec.ranks,
+    device: spec.device,
+    collective: run.collective.name,
+    collective_why: run.collective.why,
+    dtype: spec.dtype,
+    model: model.kind === 'checkpoint' ? model.dir : model.file,
+    weights_seed: model.kind === 'checkpoint' ? null : model.seed,
+    threads: spec.threads,
+    isa: spec.isa,
+    sequences: spec.limits.sequences,
+    load_s: loadS,
+    weight_bytes: run.ranks.map(({ weightBytes }) => weightBytes),
+    cache_bytes: run.ranks.map(({ cacheBytes }) => cacheBytes),
+  };
+}

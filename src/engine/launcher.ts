@@ -1,0 +1,288 @@
+// A run seen from the launcher: starts the ranks, hears them, hands out jobs.
+
+import { existsSync, mkdirSync } from 'node:fs';
+import { hostname } from 'node:os';
+import { dirname, join, resolve } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { newRunId, Rendezvous, removeStale } from '../comm/bootstrap.js';
+import { type Choice, chooseCollective } from '../comm/collective.js';
+import { ControlServer } from '../comm/control.js';
+import type { LauncherMessage, WorkerMessage } from '../comm/messages.js';
+import { EXIT, fail, TpError } from '../errors.js';
+import { log } from '../log.js';
+import { Deferred } from './deferred.js';
+import { Execution, type OnStep } from './execution.js';
+import { gpuFacts } from './gpus.js';
+import type { Job, JobResult, RunSpec } from './job.js';
+import { type Exit, RankProcess } from './process.js';
+import { describeExit, describePlace, RankFailure, type RankState, Supervisor } from './supervise.js';
+import { Watch } from './watch.js';
+import { parseReady, parseResult, type ReadyInfo, type Setup, unpackReport } from './wire.js';
+
+/** A rank that has been told to stop may take this long before it is made to. */
+const STOP_MS = 2000;
+
+export interface LaunchHooks {
+  /** Command line of a worker, before the words that say which one it is. Default: this package's `worker`. */
+  worker?: readonly string[];
+  /** The environment that workers get, besides the names that tools look for: RANK, WORLD_SIZE. Default: this process's. */
+  env?: NodeJS.ProcessEnv;
+}
+
+/** One rank of a run that is ready. */
+export interface RankInfo extends ReadyInfo {
+  rank: number;
+  host: string;
+  pid: number;
+}
+
+export interface Run {
+  readonly collective: Choice;
+  /** By rank. */
+  readonly ranks: readonly RankInfo[];
+  /**
+   * Runs one job on every rank; results by rank. `onStep` gets each step once all ranks have reported it.
+   * Rejects with the run's failure, after every process has gone.
+   */
+  execute(job: Job, onStep?: OnStep): Promise<JobResult[]>;
+  /** Ends the ranks; safe to call twice and after a failure. */
+  close(): Promise<void>;
+}
+
+/**
+ * Starts `spec.ranks` workers and waits until all are ready. Throws what a worker found wrong with the input (exit
+ * code 2), TP_STAGE_TIMEOUT, TP_WORKER_DIED, TP_INTERRUPTED; no process is left then.
+ */
+export async function launch(spec: RunSpec, hooks: LaunchHooks = {}): Promise<Run> {
+  const collective = chooseCollective(spec.collective, spec, gpuFacts);
+  log.info(`collective: ${collective.why}`);
+  const launcher = new Launcher(spec, collective, hooks);
+  await launcher.start();
+  return launcher;
+}
+
+const OWN_WORKER = [process.execPath, fileURLToPath(new URL('../cli/main.js', import.meta.url)), 'worker'];
+
+class Launcher implements Run {
+  readonly collective: Choice;
+  readonly ranks: RankInfo[] = [];
+  readonly #spec: RunSpec;
+  readonly #command: readonly string[];
+  readonly #env: NodeJS.ProcessEnv | undefined;
+  readonly #id = newRunId();
+  readonly #states: RankState[] = [];
+  readonly #supervisor = new Supervisor(this.#states, () => this.#cleanUp());
+  readonly #ready = new Deferred<void>();
+  readonly #endpoints = new Map<number, Record<string, string>>();
+  readonly #loaded = new Map<number, { done: number; total: number }>();
+  #rendezvous: Rendezvous | null = null;
+  #server: ControlServer | null = null;
+  #watch: Watch | null = null;
+  #execution: Execution | null = null;
+  readonly #startedAt = performance.now();
+
+  constructor(spec: RunSpec, collective: Choice, hooks: LaunchHooks) {
+    this.#spec = spec;
+    this.collective = collective;
+    this.#command = hooks.worker ?? OWN_WORKER;
+    this.#env = hooks.env;
+  }
+
+  async start(): Promise<void> {
+    try {
+      this.#rendezvous = new Rendezvous();
+      await removeStale();
+      this.#server = await ControlServer.bind(this.#rendezvous.control, this.#id, this.#spec.ranks);
+      if (this.#supervisor.over) this.#cleanUp();
+      else this.#startRanks(this.#server);
+    } catch (error) {
+      this.#supervisor.fail(error as Error);
+    }
+    await this.#supervisor.guard(this.#ready.promise);
+    log.progress('');
+  }
+
+  async execute(job: Job, onStep: OnStep = () => {}): Promise<JobResult[]> {
+    if (this.#execution) throw fail('TP_INTERNAL', 'a run does one job at a time');
+    const execution = new Execution(this.#spec.ranks, onStep);
+    this.#execution = execution;
+    for (const state of this.#states) Object.assign(state, { job: job.kind, heardAt: performance.now() });
+    this.#tellAll(() => ({ type: 'job', body: job }));
+    try {
+      return await this.#supervisor.guard(execution.done.promise);
+    } finally {
+      this.#execution = null;
+    }
+  }
+
+  async close(): Promise<void> {
+    this.#watch?.stop();
+    if (!this.#supervisor.over) this.#tellAll(() => ({ type: 'stop' }));
+    await this.#supervisor.finish(STOP_MS);
+  }
+
+  #startRanks(server: ControlServer): void {
+    const { ranks, logDir } = this.#spec;
+    if (logDir !== null) makeLogDir(logDir);
+    this.#listen(server).catch((error: Error) => this.#supervisor.fail(error));
+    for (let rank = 0; rank < ranks; rank++) this.#startRank(server.endpoint, rank);
+    this.#watch = new Watch(
+      this.#states,
+      this.#spec,
+      (rank) => this.#tell(rank, { type: 'where' }),
+      (error) => this.#supervisor.fail(error),
+    );
+  }
+
+  #startRank(endpoint: string, rank: number): void {
+    const { ranks, logDir } = this.#spec;
+    const host = hostname();
+    const words = [endpoint, this.#id, String(rank), String(ranks)];
+    const surroundings = {
+      prefix: `${host}:${rank} `,
+      logFile: logDir && join(logDir, `rank-${rank}.log`),
+      env: this.#env && { ...this.#env, ...torchNames(rank, ranks) },
+    };
+    const process = new RankProcess([...this.#command, ...words], surroundings, (exit) =>
+      this.#onExit(state, exit),
+    );
+    const heardAt = performance.now();
+    const state: RankState = {
+      rank,
+      host,
+      process,
+      stage: 'spawn',
+      job: null,
+      confessed: false,
+      step: -1,
+      heardAt,
+    };
+    this.#states.push(state);
+  }
+
+  async #listen(server: ControlServer): Promise<void> {
+    for await (const { rank, message, frames } of server.messages()) {
+      const state = this.#states[rank]!;
+      state.heardAt = performance.now();
+      try {
+        await this.#hear(state, message, frames);
+      } catch (error) {
+        this.#supervisor.fail(error as Error);
+      }
+    }
+  }
+
+  async #hear(state: RankState, message: WorkerMessage, frames: readonly Buffer[]): Promise<void> {
+    const { rank } = state;
+    // a job that failed must not end well by what the ranks still say; an error may be an earlier one
+    if (this.#supervisor.over && message.type !== 'error') return;
+    switch (message.type) {
+      case 'hello':
+        if (this.#endpoints.has(rank)) return;
+        state.host = message.host;
+        this.#endpoints.set(rank, message.endpoints);
+        if (this.#endpoints.size === this.#spec.ranks) this.#tellAll((other) => this.#setup(other));
+        return;
+      case 'stage':
+        state.stage = message.stage;
+        return;
+      case 'progress':
+        this.#loaded.set(rank, message);
+        return this.#showLoading();
+      case 'ready':
+        state.stage = 'ready';
+        this.ranks[rank] = {
+          rank,
+          host: state.host,
+          pid: state.process.pid!,
+          ...parseReady(message.body, rank),
+        };
+        if (Object.keys(this.ranks).length === this.#spec.ranks) this.#ready.resolve();
+        return;
+      case 'report':
+        await this.#execution?.report(rank, unpackReport(message.body, frames, rank));
+        state.step = (message.body as { step: number }).step;
+        return;
+      case 'result':
+        state.job = null;
+        return this.#execution?.result(rank, parseResult(message.body, rank));
+      case 'at':
+        return this.#watch?.answer(rank, { doing: message.doing, waits: message.waitsFor !== null });
+      case 'error':
+        return this.#onError(state, message);
+    }
+  }
+
+  /** Which endpoints of lower ranks `rank` connects to, and everything else it must know. */
+  #setup(rank: number): LauncherMessage {
+    const bound = [...this.#endpoints].filter(([, endpoints]) => String(rank) in endpoints);
+    const peers = Object.fromEntries(bound.map(([lower, endpoints]) => [lower, endpoints[rank]!]));
+    const body: Setup = { spec: this.#spec, collective: this.collective.name };
+    return { type: 'setup', peers, body };
+  }
+
+  #onError(state: RankState, { code, text, exitCode }: WorkerMessage & { type: 'error' }): void {
+    const { rank } = state;
+    state.confessed = true;
+    // it waited for another rank, which may wait itself: ask them all before blaming one
+    if (code === 'TP_COLLECTIVE_TIMEOUT') {
+      this.#watch?.answer(rank, { doing: text, waits: true });
+      this.#watch?.inquire();
+      return;
+    }
+    const error = new TpError(code, exitCode, text, { rank, size: this.#spec.ranks });
+    const failure = exitCode === EXIT.input ? error : new RankFailure(error, [rank]);
+    // its exit may be seen before its own words about it
+    this.#supervisor.fail(failure, Math.min(performance.now(), (state.process.exit?.at ?? Infinity) - 1));
+  }
+
+  #onExit(state: RankState, exit: Exit): void {
+    if (state.confessed) return;
+    const hint =
+      exit.signal === 'SIGKILL' ? ' (if nobody sent it, the kernel did, for lack of memory: see dmesg)' : '';
+    const how = `${describeExit(exit)} ${describePlace(state)}${hint}`;
+    const error = fail('TP_WORKER_DIED', `rank ${state.rank} on ${state.host}`, how);
+    this.#supervisor.fail(new RankFailure(error, [state.rank]), exit.at);
+  }
+
+  #tellAll(message: (rank: number) => LauncherMessage): void {
+    for (const { rank } of this.#states) this.#tell(rank, message(rank));
+  }
+
+  /** A rank that cannot be reached is dead or dying: its exit says so, or its time-out. */
+  #tell(rank: number, message: LauncherMessage): void {
+    this.#server?.send(rank, message).catch((error: Error) => log.debug(`rank ${rank}: ${error.message}`));
+  }
+
+  #showLoading(): void {
+    const sum = (key: 'done' | 'total') =>
+      [...this.#loaded.values()].reduce((n, part) => n + part[key], 0) / 1e9;
+    const seconds = (performance.now() - this.#startedAt) / 1000;
+    const rate = (sum('done') / seconds).toFixed(2);
+    log.progress(`weights ${sum('done').toFixed(1)} of ${sum('total').toFixed(1)} GB, ${rate} GB/s`);
+  }
+
+  #cleanUp(): void {
+    this.#watch?.stop();
+    this.#server?.close();
+    this.#rendezvous?.remove();
+    log.progress('');
+  }
+}
+
+/** What torchrun calls them: debuggers, profilers and NCCL tools look for these. */
+function torchNames(rank: number, ranks: number): Record<string, string> {
+  const [place, size] = [String(rank), String(ranks)];
+  return { RANK: place, LOCAL_RANK: place, WORLD_SIZE: size, LOCAL_WORLD_SIZE: size };
+}
+
+function makeLogDir(dir: string): void {
+  try {
+    // one level after the other: Node's recursive mkdir never returns below /proc
+    const missing: string[] = [];
+    for (let at = resolve(dir); !existsSync(at); at = dirname(at)) missing.unshift(at);
+    for (const at of missing) mkdirSync(at);
+  } catch (error) {
+    throw fail('TP_LOG_DIR', dir, (error as Error).message);
+  }
+}

@@ -1,0 +1,152 @@
+// A rank's whole life, from the first instruction to the last.
+
+import { hostname } from 'node:os';
+import { pairEndpoint } from '../comm/bootstrap.js';
+import type { Collective } from '../comm/collective.js';
+import { localCollective } from '../comm/local.js';
+import { ZmqCollective } from '../comm/zmq.js';
+import { EXIT, fail } from '../errors.js';
+import { makePlan, type Plan } from '../model/plan.js';
+import { loadWeights, weightBytes } from '../model/weights.js';
+import { type EngineSpec, fromNative, type NativeEngine, native } from '../native.js';
+import { type Decoder, runJob } from './decode.js';
+import type { Job, RunSpec } from './job.js';
+import { Life, type Place, type RunJob } from './life.js';
+import { openModel } from './open.js';
+import { parseJob, parseSetup, type Setup } from './wire.js';
+
+/** Lives the life of one rank; resolves with the process's exit code. */
+export async function runRank(place: Place): Promise<number> {
+  const life = new Life(place);
+  try {
+    await live(life);
+    return EXIT.ok;
+  } catch (error) {
+    return await life.lastWords(fromNative(error));
+  } finally {
+    life.control.close();
+  }
+}
+
+async function live(life: Life): Promise<void> {
+  life.enter('addon');
+  const { Engine, version } = native();
+
+  life.enter('connect');
+  const { place } = life;
+  const { rank, ranks } = place;
+  const zmq = await ZmqCollective.bind(rank, ranks, (partner) => pairEndpoint(place.control, rank, partner));
+  const { spec, collective: name, peers } = await meet(life, version().addon, zmq.endpoints);
+
+  life.enter('device');
+  const model = openModel(spec.model);
+  const plan = makePlan(model.config, rank, ranks);
+  const engine = new Engine(engineSpec(spec, plan, name));
+
+  life.enter('collective');
+  zmq.connect(peers);
+  const collective: Collective = name === 'local' ? localCollective : zmq;
+  await collective.allReduce(new Float32Array(1)); // returns when everybody is there
+  if (name === 'peer' || name === 'nccl') await joinOnDevice(engine, collective, ranks, spec.initTimeoutMs);
+
+  life.enter('weights');
+  const total = weightBytes(plan);
+  await loadWeights(engine, plan, model.source, (done) => life.progress(done, total));
+  model.close();
+  await engine.prepare();
+
+  life.enter('warm-up');
+  const { limits, trace } = spec;
+  const decoder: Decoder = {
+    rank,
+    size: ranks,
+    engine,
+    collective,
+    steps: plan.steps,
+    limits,
+    trace,
+    bursts: name !== 'zmq',
+  };
+  const run: RunJob = (job, report) => runJob(decoder, job, report);
+  await run(WARM_UP, async () => {});
+  const { weightBytes: resident, cacheBytes } = engine.stats();
+  collective.limit(spec.stepTimeoutMs);
+
+  await life.ready({ weightBytes: resident, cacheBytes });
+  await serve(life, collective, run);
+  collective.close();
+  engine.close();
+}
+
+/** One token through every layer: pages are touched and caches warm before anything is timed. */
+const WARM_UP: Job = {
+  kind: 'score',
+  sequences: [{ promptIds: [0], maxTokens: 0, sequence: 0 }],
+  keepLogits: false,
+  fault: null,
+};
+
+/** Ids and memory handles are bytes: the host's collective carries them, then the GPUs talk to each other. */
+async function joinOnDevice(
+  engine: NativeEngine,
+  host: Collective,
+  ranks: number,
+  timeoutMs: number,
+): Promise<void> {
+  const hello = engine.collectiveHello();
+  const all = new Uint8Array(hello.length * ranks);
+  const floats = (bytes: Uint8Array) => new Float32Array(bytes.buffer, bytes.byteOffset, bytes.length / 4);
+  await host.gather(floats(hello), floats(all));
+  const hellos = Array.from({ length: ranks }, (_, r) => all.slice(r * hello.length, (r + 1) * hello.length));
+  await engine.joinCollective(hellos, timeoutMs);
+}
+
+/** Says hello and waits for the launcher to have heard all ranks. */
+async function meet(
+  life: Life,
+  version: string,
+  endpoints: Record<string, string>,
+): Promise<Setup & { peers: Record<string, string> }> {
+  const { control, place } = life;
+  const { pid } = process;
+  await control.send({ type: 'hello', rank: place.rank, pid, host: hostname(), version, endpoints });
+  const message = await control.receive();
+  if (message.type !== 'setup') throw fail('TP_MESSAGE_BAD', 'the launcher', `${message.type} before setup`);
+  return { ...parseSetup(message.body), peers: message.peers };
+}
+
+/** Does jobs, one at a time, and answers questions meanwhile, until the launcher says stop. */
+async function serve(life: Life, collective: Collective, run: RunJob): Promise<void> {
+  let failed!: (error: unknown) => void;
+  const failure = new Promise<never>((_, reject) => {
+    failed = reject;
+  });
+  for (;;) {
+    const message = await Promise.race([life.control.receive(), failure]);
+    if (message.type === 'stop') return;
+    if (message.type === 'where') await life.answer(collective.pending());
+    if (message.type === 'job') life.work(parseJob(message.body), run).catch(failed);
+  }
+}
+
+function engineSpec(spec: RunSpec, plan: Plan, collective: Setup['collective']): EngineSpec {
+  const { device, dtype, isa, threads, limits, trace } = spec;
+  const { rank, size, model, layers, steps } = plan;
+  const tensors = plan.tensors.map(({ name, shape }) => ({ name, shape }));
+  return {
+    device,
+    deviceIndex: spec.devices[rank] ?? 0,
+    dtype,
+    collective: collective === 'zmq' ? 'host' : collective,
+    isa,
+    threads,
+    rank,
+    size,
+    model,
+    layers,
+    tensors,
+    steps,
+    limits,
+    trace,
+  };
+}

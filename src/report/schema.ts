@@ -1,0 +1,177 @@
+// The JSON that commands print: one schema per result, named in its `schema` field.
+
+import { z } from 'zod';
+
+/** JSON has no NaN and no infinities: they are written as null. */
+const real = z.number().nullable();
+const count = z.int().nonnegative();
+const samples = z.array(real);
+
+export const RunFacts = z.strictObject({
+  tp: count,
+  device: z.enum(['cpu', 'cuda']),
+  collective: z.string(),
+  collective_why: z.string(),
+  dtype: z.enum(['bfloat16', 'float32']),
+  model: z.string(),
+  weights_seed: count.nullable(),
+  threads: count,
+  isa: z.string(),
+  sequences: count,
+  load_s: real,
+  weight_bytes: z.array(count),
+  cache_bytes: z.array(count),
+});
+export type RunFacts = z.infer<typeof RunFacts>;
+
+export const Provenance = z.strictObject({
+  version: z.string(),
+  commit: z.string().nullable(),
+  dirty: z.boolean().nullable(),
+  node: z.string(),
+  addon: z.string(),
+  cuda: z.string().nullable(),
+  host: z.string(),
+  os: z.string(),
+  cpu: z.string(),
+  cores: count,
+  memory_gb: z.number(),
+  time: z.string(),
+});
+export type Provenance = z.infer<typeof Provenance>;
+
+/** Milliseconds of an average decode step, on rank 0. */
+const Shares = z.strictObject({ compute: real, sync: real, host: real }).nullable();
+
+export const GenerateResult = z.strictObject({
+  schema: z.literal('tp-run/generate/1'),
+  results: z.array(
+    z.strictObject({
+      prompt_ids: z.array(count),
+      token_ids: z.array(count),
+      text: z.string().nullable(),
+      logprobs: samples,
+      finish_reason: z.enum(['length', 'stop']),
+    }),
+  ),
+  timing: z.strictObject({
+    load_s: real,
+    prefill_ms: real,
+    tpot_ms: z.strictObject({ median: real, p90: real, samples }),
+    shares_ms: Shares,
+  }),
+  run: RunFacts,
+});
+export type GenerateResult = z.infer<typeof GenerateResult>;
+
+export const ScoreResult = z.strictObject({
+  schema: z.literal('tp-run/score/1'),
+  /** One log-probability per prompt token; the first has nothing before it. */
+  results: z.array(z.strictObject({ prompt_ids: z.array(count), token_logprobs: samples })),
+  timing: z.strictObject({ load_s: real, prefill_ms: real }),
+  run: RunFacts,
+});
+export type ScoreResult = z.infer<typeof ScoreResult>;
+
+const Difference = z.strictObject({
+  sequence: count,
+  position: count,
+  layer: z.int(),
+  stage: z.string(),
+  what: z.enum(['output', 'logits', 'token', 'missing']),
+});
+
+export const AxisResult = z.strictObject({
+  axis: z.enum(['tp', 'batch', 'repeat']),
+  /** What was laid beside what. */
+  name: z.string(),
+  equal: z.boolean(),
+  compared: z.strictObject({ tokens: count, rows: count, values: count, outputs: count }),
+  differing: z.strictObject({ sequences: count, cells: count }),
+  first: Difference.nullable(),
+  distance: z.strictObject({ maxDelta: real, maxUlp: count, topFlips: count }).nullable(),
+  /** The run ended because its ranks disagreed among themselves. */
+  disagreement: z.string().nullable(),
+});
+export type AxisResult = z.infer<typeof AxisResult>;
+
+export const CheckResult = z.strictObject({
+  schema: z.literal('tp-run/check/1'),
+  verdict: z.enum(['pass', 'fail', 'control-missed']),
+  line: z.string(),
+  level: z.enum(['tokens', 'logits', 'layers']),
+  prompts: count,
+  max_tokens: count,
+  axes: z.array(AxisResult),
+  /** One unit in the last place planted on one side; null when a run could not go on so far. */
+  control: z
+    .strictObject({
+      planted: Difference.omit({ what: true }).extend({ rank: z.int().min(-1) }),
+      found: Difference.nullable(),
+      detected: z.boolean(),
+    })
+    .nullable(),
+  run: RunFacts,
+  provenance: Provenance,
+});
+export type CheckResult = z.infer<typeof CheckResult>;
+
+export const DecodeBench = z.strictObject({
+  schema: z.literal('tp-run/bench-decode/1'),
+  rows: z.array(
+    z.strictObject({
+      batch: count,
+      context: count,
+      steps: count,
+      tpot_ms: z.strictObject({ median: real, p10: real, p90: real, p99: real, min: real, samples }),
+      tokens_per_s: real,
+      prefill_ms: real,
+      /** Weight and cache bytes that all ranks had to read for one step, in GB, and the rate that makes. */
+      read_gb: real,
+      experts_read: real,
+      gb_per_s: real,
+      share_of_bandwidth: real,
+      shares_ms: Shares,
+    }),
+  ),
+  /** Streaming reads by all ranks at once, in the same processes, before and after. */
+  read_bandwidth_gb_per_s: real,
+  read_bandwidth_samples: samples,
+  run: RunFacts,
+  provenance: Provenance,
+});
+export type DecodeBench = z.infer<typeof DecodeBench>;
+
+export const AllReduceBench = z.strictObject({
+  schema: z.literal('tp-run/bench-allreduce/1'),
+  rows: z.array(
+    z.strictObject({
+      bytes: count,
+      count: count,
+      type: z.literal('float'),
+      redop: z.literal('sum'),
+      /** The slowest rank's time of each iteration. */
+      time_us: z.strictObject({ median: real, p10: real, p90: real, p99: real, min: real, samples }),
+      algbw_gb_per_s: real,
+      busbw_gb_per_s: real,
+      wrong: count,
+    }),
+  ),
+  run: RunFacts,
+  provenance: Provenance,
+});
+export type AllReduceBench = z.infer<typeof AllReduceBench>;
+
+export const DoctorResult = z.strictObject({
+  schema: z.literal('tp-run/doctor/1'),
+  can_run: z.boolean(),
+  findings: z.array(
+    z.strictObject({
+      what: z.string(),
+      /** fail: tp-run cannot run here */
+      status: z.enum(['ok', 'note', 'fail']),
+      text: z.string(),
+    }),
+  ),
+});
+export type DoctorResult = z.infer<typeof DoctorResult>;

@@ -1,0 +1,142 @@
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { describe, expect, it } from 'vitest';
+import { AllReduceBench, DecodeBench, DoctorResult } from '../../src/report/schema.js';
+import { tempDir } from '../helpers/tempdir.js';
+import { tpRun, tpRunJson } from '../helpers/tp-run.js';
+
+const cpu = ['--device', 'cpu', '--threads', '1'];
+
+describe('bench decode', () => {
+  const args = [
+    'bench',
+    'decode',
+    ...cpu,
+    '--gpus',
+    '2',
+    '--batch-size',
+    '1,3',
+    '--steps',
+    '8',
+    '--warmup',
+    '2',
+  ];
+
+  it('says what a token costs and which share of the read bandwidth it uses', async () => {
+    const out = join(tempDir(), 'bench.json');
+    const { code, stdout } = await tpRun([...args, '--context', '5', '--out', out]);
+    expect(code).toBe(0);
+    expect(stdout).toMatch(
+      /^batch +TPOT ms +p10 +p90 +p99 +tokens\/s +GB\/step +GB\/s +of bandwidth +compute +sync +host$/m,
+    );
+    const { rows, read_bandwidth_gb_per_s, provenance, run } = DecodeBench.parse(
+      JSON.parse(readFileSync(out, 'utf8')),
+    );
+    expect(rows.map(({ batch }) => batch)).toEqual([1, 3]);
+    for (const row of rows) {
+      expect(row.tpot_ms.samples).toHaveLength(8);
+      expect(row.gb_per_s).toBeCloseTo((row.read_gb! * 1000) / row.tpot_ms.median!, 6);
+      expect(row.share_of_bandwidth).toBeCloseTo(row.gb_per_s! / read_bandwidth_gb_per_s!, 6);
+    }
+    // A step must read at least the attention and dense weights and top-4 of 16 experts, at most all weights and cache.
+    const weights = run.weight_bytes.reduce((sum, bytes) => sum + bytes, 0) / 1e9;
+    expect(rows[0]!.read_gb!).toBeGreaterThan(weights / 8);
+    expect(rows[1]!.read_gb!).toBeLessThan(weights * 1.2);
+    expect(rows[1]!.read_gb!).toBeGreaterThan(rows[0]!.read_gb!);
+    expect(rows[0]!.experts_read).toBe(6 * 4);
+    expect(provenance.node).toBe(process.version);
+  });
+
+  it('refuses a context and steps beyond what the model can hold', async () => {
+    const { code, stderr } = await tpRun([...args, '--context', '4096']);
+    expect(stderr).toMatch(/^TP_PROMPT_LENGTH: --context has 4096 tokens and 11 more are wanted/m);
+    expect(code).toBe(2);
+  });
+});
+
+describe('bench allreduce', () => {
+  it.each(['2', '4'])(
+    'times sums of %s ranks in the columns of nccl-tests and finds none wrong',
+    async (gpus) => {
+      const args = [
+        'bench',
+        'allreduce',
+        ...cpu,
+        '--gpus',
+        gpus,
+        '--sizes',
+        '1,2816,5632',
+        '--iterations',
+        '20',
+      ];
+      const { code, stdout } = await tpRun(args);
+      expect(code).toBe(0);
+      expect(stdout).toMatch(/^ *size +count +type +redop +time +algbw +busbw +#wrong +p10 +p90 +p99$/m);
+      const { rows } = AllReduceBench.parse(await tpRunJson(args));
+      expect(rows.map(({ bytes, count, wrong }) => ({ bytes, count, wrong }))).toEqual([
+        { bytes: 4, count: 1, wrong: 0 },
+        { bytes: 11264, count: 2816, wrong: 0 },
+        { bytes: 22528, count: 5632, wrong: 0 },
+      ]);
+      const [, row] = rows;
+      expect(row!.time_us.samples).toHaveLength(20);
+      expect(row!.algbw_gb_per_s).toBeCloseTo(11264 / 1e3 / row!.time_us.median!, 6);
+      expect(row!.busbw_gb_per_s! / row!.algbw_gb_per_s!).toBeCloseTo(
+        (2 * (Number(gpus) - 1)) / Number(gpus),
+        6,
+      );
+    },
+  );
+
+  it('measures the sizes that decoding uses when none are named', async () => {
+    const { rows } = AllReduceBench.parse(
+      await tpRunJson(['bench', 'allreduce', ...cpu, '--gpus', '2', '--iterations', '2', '--warmup', '0']),
+    );
+    expect(rows.map(({ count }) => count)).toEqual([2816, 5632, 11264, 22528, 45056]);
+  });
+});
+
+describe('doctor', () => {
+  it('says that tp-run can run here, and what auto would choose', async () => {
+    const { can_run, findings } = DoctorResult.parse(
+      await tpRunJson(['doctor', '--gpus', '2', '--device', 'cpu']),
+    );
+    expect(can_run).toBe(true);
+    const text = Object.fromEntries(findings.map(({ what, text }) => [what, text]));
+    expect(text).toMatchObject({ node: expect.stringContaining(process.version), device: 'cpu' });
+    expect(text.collective).toMatch(/^zmq /);
+    expect(text.cuda).toMatch(/^(not )?compiled with CUDA/);
+    expect(text.zeromq).toMatch(/^libzmq 4\..*curve/);
+  });
+
+  it('exits with 2 and names what is missing', async () => {
+    const { code, stdout } = await tpRun(['doctor', '--gpus', '2'], { TMPDIR: '/nowhere' });
+    expect(stdout).toMatch(/^fail +temporary folder +.*\/nowhere/m);
+    expect(stdout).toMatch(/^tp-run cannot run here/m);
+    expect(code).toBe(2);
+  });
+});
+
+describe('export', () => {
+  it('writes a checkpoint that decodes like the config file it came from', async () => {
+    const dir = join(tempDir(), 'model');
+    expect((await tpRun(['export', dir, '--seed', '3'])).stdout).toBe(`${dir}\n`);
+    const decode = [
+      '--device',
+      'cpu',
+      '--prompt-ids',
+      '2,3,5',
+      '--max-tokens',
+      '6',
+      '--ignore-eos',
+      '--gpus',
+      '2',
+    ];
+    const [made, exported] = [
+      await tpRun([...decode, '--seed', '3']),
+      await tpRun([...decode, '--model', dir]),
+    ];
+    expect(made.stdout).toMatch(/^\d+( \d+){5}\n$/);
+    expect(exported.stdout).toBe(made.stdout);
+  });
+});

@@ -1,0 +1,58 @@
+// How close native results are to the reference. Both are right when a value lies within rounding of a tie between
+// two bfloat16 values, so those may differ by a unit in the last place; nearly all must be equal.
+
+import { expect } from 'vitest';
+import type { Dtype } from '../../src/native.js';
+import type { Matrix } from './reference.js';
+
+/** Of float32 results. */
+const RELATIVE = 1e-5;
+/** Elements of bfloat16 results that must be the very same. */
+const SHARE = 0.99;
+
+export class Agreement {
+  private same = 0;
+  private all = 0;
+
+  /**
+   * `rounded`: results are bfloat16 values that may be `ulps` apart. Both bounds count at the size of the row's largest
+   * element, or at `floor` where results come from larger values that cancel.
+   */
+  constructor(
+    private readonly rounded: boolean,
+    private readonly ulps = 1,
+    private readonly floor = 0,
+  ) {}
+
+  static of(dtype: Dtype, ulps = 1, floor = 0): Agreement {
+    return new Agreement(dtype === 'bfloat16', ulps, floor);
+  }
+
+  /** Compares rows; NaN never agrees. */
+  add(got: Float32Array, want: Matrix, where: string) {
+    const width = want[0]?.length ?? 0;
+    expect(got.length, `elements of ${where}`).toBe(want.length * width);
+    for (const [row, values] of want.entries()) {
+      const size = values.reduce((max, value) => Math.max(max, Math.abs(value)), this.floor);
+      const bound = this.rounded ? this.ulps * ulp(size) : RELATIVE * size;
+      for (const [i, value] of values.entries()) {
+        const found = got[row * width + i]!;
+        if (!(Math.abs(found - value) <= bound))
+          expect.fail(`${where}: row ${row}, element ${i} is ${found}, not ${value} (within ${bound})`);
+        this.same += found === value ? 1 : 0;
+        this.all++;
+      }
+    }
+  }
+
+  /** Call when all is compared. */
+  finish() {
+    expect(this.all).toBeGreaterThan(0);
+    if (this.rounded) expect(this.same / this.all, 'share of equal elements').toBeGreaterThan(SHARE);
+  }
+}
+
+/** A bfloat16 unit in the last place at `size`. */
+function ulp(size: number): number {
+  return size === 0 ? 0 : 2 ** (Math.floor(Math.log2(size)) - 7);
+}
