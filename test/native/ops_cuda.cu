@@ -745,6 +745,26 @@ void time_all(int layer_count) {
   }
 }
 
+void timeline(int size, int T) {
+  gpu.reset();
+  gpu = std::make_unique<cuda::CudaBackend>(0);
+  Model m(size, 6, 8, 1100);
+  Step in(8, 8);
+  for (int t = 0; t < 8; t++) {
+    in.token.host[t] = 1000 + 77 * t, in.position.host[t] = 100, in.slot.host[t] = t, in.row.host[t] = t;
+    in.target.host[t] = -1, in.temperature.host[t] = 0, in.top_k.host[t] = 0, in.top_p.host[t] = 1, in.seed.host[t] = 1;
+    in.sequence.host[t] = t;
+  }
+  in.upload();
+  const Input input = in.device(T, T);
+  std::printf("TIMELINE TP=%d T=%d\n", size, T);
+  std::fflush(stdout);
+  microseconds([&] {
+    gpu->ops().embed(m.embed, m.d, input, *gpu);
+    for (const Layer& l : m.layers) m.layer(l, input);
+  }, 1, 1);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -758,6 +778,7 @@ int main(int argc, char** argv) {
     };
     if (asked("check") || asked("small")) check_all(asked("small") && argc > 1);
     if (asked("time")) time_all(30);
+    if (argc > 1 && asked("timeline")) timeline(1, 1), timeline(2, 1), timeline(2, 8);
   } catch (const Error& error) {
     std::printf("FAIL %s: %s\n", error.code().c_str(), error.what());
     return 1;

@@ -78,10 +78,16 @@ struct Columns {
   int first;   // first token
   int tokens;  // tokens in this launch
   int planes;  // columns of a token: 1, or 3 in float32 runs
-
-  __device__ int token_of(int column) const { return planes == 1 ? column : column / 3; }
-  __device__ int plane_of(int column) const { return planes == 1 ? 0 : column % 3; }
 };
+
+/// Whole-number division without a divider: exact for numbers below 2^32 / divisor.
+struct Divider {
+  uint32_t divisor, magic;
+  __device__ int of(int x) const { return divisor == 1 ? x : static_cast<int>(__umulhi(static_cast<uint32_t>(x), magic)); }
+};
+inline Divider divider(int divisor) {
+  return {static_cast<uint32_t>(divisor), static_cast<uint32_t>((0x100000000ull + divisor - 1) / static_cast<uint64_t>(divisor))};
+}
 
 /// A warp's place. Warp w is segment w % segments of group w / segments of the block.
 struct Place {
@@ -91,11 +97,12 @@ struct Place {
   int thread, threads;           // in the group, of the group
 
   __device__ Place(int segments, int warp_, int lane_) : warp(warp_), lane(lane_) {
+    const int shift = __ffs(segments) - 1;
     row = lane / 4;
     quarter = lane % 4;
-    segment = warp % segments;
-    group = warp / segments;
-    groups = gridDim.x * (kWarps / segments);
+    segment = warp & (segments - 1);
+    group = warp >> shift;
+    groups = gridDim.x * (kWarps >> shift);
     global_group = group * gridDim.x + blockIdx.x;
     threads = segments * 32;
     thread = segment * 32 + lane;
@@ -107,8 +114,12 @@ struct Place {
       asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "r"(threads) : "memory");
   }
   /// How many of `tiles` tiles this group takes: its own number, then every `groups`th.
-  __device__ int share(int tiles) const { return tiles <= global_group ? 0 : (tiles - global_group + groups - 1) / groups; }
+  __device__ int share(int tiles) const {
+    return tiles <= global_group ? 0 : __float2int_rd(__fdividef(tiles - global_group - 0.5f, groups)) + 1;
+  }
 };
+
+inline int tiles_of(int rows) { return (rows + kTileRows - 1) / kTileRows; }
 
 /// Neighbouring rows of a matrix.
 struct Rows {
@@ -190,6 +201,7 @@ class Ring {
   __device__ const Bf16* gather(const Tile& tile, const Split& s, int k) const {
     auto* const to = reinterpret_cast<Bf16*>(data_);
     __syncwarp();
+#pragma unroll 1
     for (int i = threadIdx.x % 32; i < kTileRows * s.chunk; i += 32) {
       const int row = i / s.chunk, element = k + i % s.chunk;
       const Rows& rows = tile.high.matrix && row >= 8 ? tile.high : tile.low;
@@ -268,14 +280,15 @@ class Exchange {
     place.meet();
   }
   /// The tree over the segments; a segment's value of a token is the sum of its planes, the smallest first.
+  template <bool Fast>
   __device__ float at(int row, int token, int planes) const {
-    const float* from = room_ + turn_ * segments_ * kTileRows * kColumns + row * kColumns + token * planes;
+    const float* from = room_ + turn_ * segments_ * kTileRows * kColumns + row * kColumns + token * (Fast ? 1 : planes);
     float leaf[kSegments];
 #pragma unroll
     for (int s = 0; s < kSegments; s++) {
       leaf[s] = 0;
       if (s >= segments_) continue;
-      leaf[s] = planes == 1 ? from[0] : (from[2] + from[1]) + from[0];
+      leaf[s] = Fast || planes == 1 ? from[0] : (from[2] + from[1]) + from[0];
       from += kTileRows * kColumns;
     }
 #pragma unroll
@@ -292,63 +305,54 @@ class Exchange {
 };
 constexpr int kExchangeBytes = 2 * kWarps * kTileRows * kColumns * static_cast<int>(sizeof(float));
 
-/// Activations as they lie in memory: rows of fp32, `stride` apart.
-struct Plain {
-  const float* rows;
-  int64_t stride;
-  __device__ float one(int row, int i) const { return rows[row * stride + i]; }
-  __device__ void eight(int row, int i, float (&x)[8]) const {
-    const auto* const from = reinterpret_cast<const float4*>(rows + row * stride + i);
-    const float4 a = from[0], b = from[1];
-    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
-  }
-};
-
-/// The bfloat16 planes whose sum is x: one that x is rounded to, or three that hold every bit.
-__device__ inline void planes_of(float x, int planes, Bf16 (&plane)[3]) {
-  for (int p = 0; p < 3; p++) {
-    plane[p] = p < planes ? to_bf16(x) : Bf16{0};
-    x -= to_float(plane[p]);
+/// Eight neighbours of a row as bfloat16, rounded.
+__device__ inline uint4 pack(const float (&x)[8]) {
+  uint32_t out[4];
+#pragma unroll
+  for (int j = 0; j < 4; j++) out[j] = to_bf16(x[2 * j]) | static_cast<uint32_t>(to_bf16(x[2 * j + 1])) << 16;
+  return make_uint4(out[0], out[1], out[2], out[3]);
+}
+/// The bfloat16 planes whose sum is x, to where column and element are; planes lie s.plane apart.
+__device__ inline void put_planes(Bf16* columns, const Split& s, int row, int planes, int element, float x) {
+  const int at = s.leaves ? element / s.length * s.padded + element % s.length : element;
+  for (int p = 0; p < planes; p++) {
+    const Bf16 plane = to_bf16(x);
+    columns[(row * planes + p) * s.plane + at] = plane;
+    x -= to_float(plane);
   }
 }
+__device__ inline void clear_columns(Bf16* columns, const Split& s, int count) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count * s.plane / 8; i += kThreads) reinterpret_cast<uint4*>(columns)[i] = make_uint4(0, 0, 0, 0);
+  meet_block();
+}
 
-/// Puts `rows` rows of s.total activations into shared memory as columns, `planes` each. All threads call it.
-template <class Source>
-__device__ void load_columns(Bf16* columns, const Split& s, int rows, int planes, const Source& source) {
-  if (!s.aligned) {
-    auto* const words = reinterpret_cast<uint4*>(columns);
-    for (int i = threadIdx.x; i < rows * planes * s.plane / 8; i += kThreads) words[i] = make_uint4(0, 0, 0, 0);
-    meet_block();
-    for (int i = threadIdx.x; i < rows * s.total; i += kThreads) {
-      const int row = i / s.total, element = i % s.total;
-      Bf16 plane[3];
-      planes_of(source.one(row, element), planes, plane);
-      const int at = s.leaves ? element / s.length * s.padded + element % s.length : element;
-      for (int p = 0; p < planes; p++) columns[(row * planes + p) * s.plane + at] = plane[p];
-    }
-    return;
-  }
-  // A thread takes the same piece of every row, or of every `together`th where rows are short.
-  const int pieces = s.total / 8, together = max(1, kThreads / pieces);
-  const int start = together > 1 ? threadIdx.x % pieces : threadIdx.x, row0 = together > 1 ? threadIdx.x / pieces : 0;
-  if (row0 >= together) return;
-  for (int piece = start; piece < pieces; piece += kThreads) {
-#pragma unroll 4
-    for (int row = row0; row < rows; row += together) {
-      float x[8];
-      source.eight(row, 8 * piece, x);
-      for (int p = 0; p < planes; p++) {
-        uint32_t out[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-          const Bf16 a = to_bf16(x[2 * j]), b = to_bf16(x[2 * j + 1]);
-          out[j] = a | static_cast<uint32_t>(b) << 16;
-          x[2 * j] -= to_float(a);
-          x[2 * j + 1] -= to_float(b);
-        }
-        reinterpret_cast<uint4*>(columns + (row * planes + p) * s.plane)[piece] = make_uint4(out[0], out[1], out[2], out[3]);
+/// Puts `count` rows of s.total activations into shared memory as columns, `planes` each. All threads call it.
+/// Fast: one plane, and all pieces aligned.
+template <bool Fast>
+__device__ void load_columns(Bf16* columns, const Split& s, int count, int planes, const float* rows) {
+  if constexpr (Fast) {
+    // A thread takes the same piece of every row, or of every `together`th where rows are short.
+    const int pieces = s.total / 8, shift = pieces <= 128 ? 2 : pieces <= 256 ? 1 : 0;
+    const int lanes = kThreads >> shift, row0 = threadIdx.x / lanes;
+#pragma unroll 1
+    for (int piece = threadIdx.x % lanes; piece < pieces; piece += lanes) {
+      const float* from = rows + static_cast<int64_t>(row0) * s.total + piece * 8;
+      uint4* to = reinterpret_cast<uint4*>(columns + row0 * s.plane) + piece;
+#pragma unroll 2
+      for (int row = row0; row < count; row += 1 << shift) {
+        float x[8];
+        eight(from, x);
+        *to = pack(x);
+        from += s.total << shift;
+        to += (s.plane << shift) / 8;
       }
     }
+  } else {
+    clear_columns(columns, s, count * planes);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count * s.total; i += kThreads)
+      put_planes(columns, s, i / s.total, planes, i % s.total, rows[i]);
   }
 }
 
@@ -358,34 +362,64 @@ __device__ inline const uint4* column_of(const Bf16* columns, const Split& s, co
   return reinterpret_cast<const uint4*>(columns + place.row * s.plane + place.segment * s.padded) + place.quarter;
 }
 
-/// Columns of up to kColumns rows after their RMSNorm. index null: row r is row r. `room`: kColumns * kWarps floats.
-/// A thread keeps its elements of all rows in registers, so that every row is read once and all at the same time.
-template <int Per>
-__device__ void load_normed_columns(Bf16* columns, float* room, const Split& s, int rows, int planes, float eps, const float* hidden,
-                                    const int* index, const Row<Per>& weight, bool bfloat16) {
-  Row<Per> row[kColumns];
-  float squares[kColumns];
+/// Columns of up to kColumns rows after their RMSNorm. index null: row r is row r. `room`: 4 * kWarps floats.
+template <bool Fast>
+__device__ void load_normed_columns(Bf16* columns, float* room, const Split& s, int count, int planes, float eps, const float* hidden,
+                                    const int* index, const Bf16* weight) {
+  constexpr int kTogether = 4;
   const int n = s.total;
+  if constexpr (!Fast) clear_columns(columns, s, count * planes);
+#pragma unroll 1
+  for (int first = 0; first < count; first += kTogether) {
+    const float* row[kTogether];
+    float squares[kTogether] = {};
 #pragma unroll
-  for (int r = 0; r < kColumns; r++)
-    if (r < rows) row[r].load(hidden + static_cast<int64_t>(index ? index[r] : r) * n, n);
+    for (int r = 0; r < kTogether; r++) {
+      const int at = least(first + r, count - 1);
+      row[r] = hidden + static_cast<int64_t>(index ? index[at] : at) * n;
+    }
+    if constexpr (Fast) {
+#pragma unroll 1
+      for (int i = threadIdx.x * 8; i < n; i += kThreads * 8) {
+        float x[kTogether][8];
 #pragma unroll
-  for (int r = 0; r < kColumns; r++) squares[r] = r < rows ? row[r].squares() : 0;
-  block_sums(squares, room);
+        for (int r = 0; r < kTogether; r++) eight(row[r] + i, x[r]);
 #pragma unroll
-  for (int r = 0; r < kColumns; r++) {
-    if (r >= rows) continue;
-    const float inverse = inverse_rms(squares[r], n, eps);
+        for (int r = 0; r < kTogether; r++)
 #pragma unroll
-    for (int j = 0; j < Per; j++) {
-      const int i = Row<Per>::index(j);
-      Bf16 plane[3];
-      planes_of(round_to(bfloat16, row[r].x[j] * inverse * weight.x[j]), planes, plane);
-      if (i >= s.plane) continue;  // past the last element zeros
-      columns[r * planes * s.plane + i] = plane[0];
-      if (planes == 1) continue;
-      columns[(r * planes + 1) * s.plane + i] = plane[1];
-      columns[(r * planes + 2) * s.plane + i] = plane[2];
+          for (int j = 0; j < 8; j++) squares[r] = fused(x[r][j], x[r][j], squares[r]);
+      }
+    } else {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < n; i += kThreads)
+#pragma unroll
+        for (int r = 0; r < kTogether; r++) squares[r] = fused(row[r][i], row[r][i], squares[r]);
+    }
+    block_sums(squares, room);
+#pragma unroll
+    for (int r = 0; r < kTogether; r++) squares[r] = inverse_rms(squares[r], n, eps);
+    if constexpr (Fast) {
+#pragma unroll 1
+      for (int i = threadIdx.x * 8; i < n; i += kThreads * 8) {
+        float w[8];
+        eight(weight + i, w);
+#pragma unroll
+        for (int r = 0; r < kTogether; r++) {
+          if (first + r >= count) break;
+          float x[8];
+          eight(row[r] + i, x);
+#pragma unroll
+          for (int j = 0; j < 8; j++) x[j] = x[j] * squares[r] * w[j];
+          *reinterpret_cast<uint4*>(columns + (first + r) * s.plane + i) = pack(x);
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < n; i += kThreads)
+#pragma unroll
+        for (int r = 0; r < kTogether; r++)
+          if (first + r < count)
+            put_planes(columns, s, first + r, planes, i, round_to(planes == 1, row[r][i] * squares[r] * to_float(weight[i])));
     }
   }
 }
@@ -393,8 +427,8 @@ __device__ void load_normed_columns(Bf16* columns, float* room, const Split& s, 
 constexpr int kFillers = 4;  // warps that keep the rings filled
 constexpr int kGemvThreads = kThreads + kFillers * 32;
 
-/// A matrix op is a Work: made from its Parameters, a warp's place and shared memory, it says which weights the warp's group
-/// multiplies, loads the columns, and takes the sums. In this order, where `all` is the 16 warps and those that fill:
+/// A matrix op is a Work<Fast>: made from its Parameters, a warp's place and shared memory, it says which weights the warp's
+/// group multiplies, loads the columns, and takes the sums. In this order, where `all` is the 16 warps and those that fill:
 ///   early()   the 16 warps: what can be done before the inputs are there
 ///   known()   all: tiles known then
 ///   list()    the 16 warps: with the inputs there, what it takes to know the others
@@ -402,9 +436,14 @@ constexpr int kGemvThreads = kThreads + kFillers * 32;
 ///   load()    the 16 warps: the columns
 ///   enter()   the 16 warps: goes to a unit; column(): the lane's column there
 ///   finish()  the 16 warps: the sums of the unit
-template <class Work>
-__global__ void __launch_bounds__(kGemvThreads, 1) gemv(const __grid_constant__ typename Work::Parameters p, int slots) {
+/// Fast is for bfloat16 runs with aligned rows. Code that has not run lately comes from memory too, and slowly: what
+/// every step runs is kept short, and the rest is in a kernel of its own.
+template <template <bool> class WorkOf, bool Fast>
+__global__ void __launch_bounds__(kGemvThreads, 1) gemv(const __grid_constant__ typename WorkOf<Fast>::Parameters p, int slots) {
+  using Work = WorkOf<Fast>;
   extern __shared__ __align__(128) char shared[];
+  TP_MARKS;
+  TP_MARK(0);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool fills = warp >= kWarps;
   // Lane i of filling warp j stands for warp j + kFillers * i.
@@ -417,40 +456,48 @@ __global__ void __launch_bounds__(kGemvThreads, 1) gemv(const __grid_constant__ 
   if (asks) ring.prepare();
   if (!fills) work.early();
   __syncthreads();
-  const Split s = work.split();
+  const Split& s = work.split();
   if (fills) {
     // All segments have the same number of slots in a tile, so no lane waits for what another one holds back.
-    if (!s.aligned) return;
+    if (!Fast && !s.aligned) return;
     Cursor at;
-    const auto fill = [&](int tiles) {
+#pragma unroll 1
+    for (int round = 0; round < 2; round++) {
+      const int tiles = round == 0 ? work.known() : work.tiles();
       if (asks)
+#pragma unroll 1
         for (; at.tile < tiles; at.advance(work.parts())) {
           const Tile tile = work.rows(at);
           int k = s.from(place.segment, 0);
+#pragma unroll 1
           for (int c = 0; c < s.chunks; c++, k += s.step) ring.ask(tile, k, s.slot_bytes());
         }
       __syncwarp();
-    };
-    fill(work.known());
-    if (work.all_known()) return;
-    asm volatile("bar.sync %0, %1;" ::"n"(kListed), "n"(kGemvThreads) : "memory");
-    fill(work.tiles());
+      if (work.all_known()) return;
+      if (round == 0) asm volatile("bar.sync %0, %1;" ::"n"(kListed), "n"(kGemvThreads) : "memory");
+    }
     return;
   }
+  TP_MARK(1);
   wait_for_inputs();
+  TP_MARK(2);
   let_next_start();
   work.list();
-  if (s.aligned && !work.all_known()) asm volatile("bar.arrive %0, %1;" ::"n"(kListed), "n"(kGemvThreads) : "memory");
+  TP_MARK(3);
+  if ((Fast || s.aligned) && !work.all_known()) asm volatile("bar.arrive %0, %1;" ::"n"(kListed), "n"(kGemvThreads) : "memory");
   work.load();
   meet_block();
+  TP_MARK(4);
   const int tiles = work.tiles(), parts = work.parts();
+#pragma unroll 1
   for (Cursor at; at.tile < tiles; at.advance(parts)) {
     work.enter(at);
     const uint4* column = work.column();
     Sums sums;
     int left = s.left(place.segment, 0);
+#pragma unroll 1
     for (int c = 0; c < s.chunks; c++, left -= s.step) {
-      if (s.aligned) {
+      if (Fast || s.aligned) {
         sums.add(ring.take(), s.chunk, column, left, place);
         ring.release();
       } else {
@@ -460,17 +507,25 @@ __global__ void __launch_bounds__(kGemvThreads, 1) gemv(const __grid_constant__ 
     }
     sums.join();
     work.finish(at, sums.even);
+#ifdef TP_TIMELINE
+    if (at.tile == 0) TP_MARK(5);
+#endif
   }
+  TP_MARK(6);
+  TP_SAY(Work::kName, tiles * parts);
 }
+
+/// Shared memory of all rings: more would only crowd the second-level cache.
+constexpr int kMostInFlight = 128 << 10;
 
 /// Launches a matrix op for `tokens` tokens, in chunks that fit the columns and the shared memory.
 /// p.bytes(): shared memory of the Work for p.columns.
-template <class Work>
-void launch_gemv(CudaBackend& backend, const Dims& d, int tokens, typename Work::Parameters p) {
+template <template <bool> class WorkOf>
+void launch_gemv(CudaBackend& backend, const Dims& d, int tokens, typename WorkOf<true>::Parameters p) {
   const auto slots = [&](int count) {
     p.columns.tokens = count;
     const int room = backend.shared_memory() - 2048 - p.bytes() - kExchangeBytes - kBarrierBytes;  // 2 KB: a kernel's own
-    return room < 0 ? 0 : least(kMostSlots, room / (kWarps * p.slot_bytes()));
+    return room < 0 ? 0 : least(kMostSlots, least(room, kMostInFlight) / (kWarps * p.slot_bytes()));
   };
   p.columns = {0, 0, d.bfloat16 ? 1 : 3};
   int most = least(kColumns / p.columns.planes, tokens);
@@ -478,10 +533,11 @@ void launch_gemv(CudaBackend& backend, const Dims& d, int tokens, typename Work:
   if (slots(most) < 1)
     fail("TP_LIMIT", "the activations of one token need %d bytes of shared memory in one op, the GPU gives %d",
          p.bytes() + kExchangeBytes + kBarrierBytes + kWarps * p.slot_bytes(), backend.shared_memory());
+  const bool fast = d.bfloat16 && p.aligned();
   for (int first = 0; first < tokens; first += most) {
     const int count = slots(least(tokens - first, most));
     p.columns.first = first;
-    backend.launch(gemv<Work>, dim3(static_cast<unsigned>(backend.processors())), kGemvThreads,
+    backend.launch(fast ? gemv<WorkOf, true> : gemv<WorkOf, false>, dim3(static_cast<unsigned>(backend.processors())), kGemvThreads,
                    p.bytes() + kExchangeBytes + kBarrierBytes + kWarps * count * p.slot_bytes(), p, count);
   }
 }
