@@ -15,9 +15,12 @@ void attention(const AttentionArgs& a, const Dims& d, const Input& in, Backend& 
   AttentionParameters p{};
   p.args = a;
   const int visible = h.window > 0 && h.window < a.cache.capacity ? h.window : a.cache.capacity;
-  p.chunks = (visible + kPositions - 2) / kPositions + 1;  // the first and the last may be cut
+  p.positions = positions_of(h.head_dim);
+  p.chunks = (visible + p.positions - 2) / p.positions + 1;  // the first and the last may be cut
   p.block_heads = group < kGroup ? group : kGroup;
-  const int head_blocks = h.kv_heads * ((group + p.block_heads - 1) / p.block_heads);
+  p.group = group;
+  p.blocks_of_kv = divider((group + p.block_heads - 1) / p.block_heads);
+  const int head_blocks = h.kv_heads * static_cast<int>(p.blocks_of_kv.divisor);
   p.bfloat16 = d.bfloat16;
   p.arrived = static_cast<int*>(cuda.workspace("attention arrivals", sizeof(int) * static_cast<size_t>(kChunk * head_blocks)));
   p.partial = static_cast<float*>(cuda.workspace(
@@ -38,7 +41,7 @@ void attention(const AttentionArgs& a, const Dims& d, const Input& in, Backend& 
       continue;
     }
     // Queries and scores; then the meeting of the parts, and of the chunks.
-    const size_t shared = std::max({sizeof(float) * static_cast<size_t>(p.block_heads * (h.head_dim + kPositions)),
+    const size_t shared = std::max({sizeof(float) * static_cast<size_t>(p.block_heads * (h.head_dim + p.positions)),
                                     sizeof(float2) * kAttentionThreads, sizeof(float) * static_cast<size_t>(p.block_heads * p.chunks)});
     if (d.bfloat16)
       cuda.launch(attend_plain<Bf16>, grid, kAttentionThreads, shared, p);

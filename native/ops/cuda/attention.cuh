@@ -7,7 +7,9 @@ namespace tp::cuda {
 
 constexpr int kAttentionThreads = 256, kAttentionWarps = kAttentionThreads / 32;
 constexpr int kGroup = 8;       // query heads of a block, all of one KV head
-constexpr int kPositions = 64;  // of a chunk: position p lies in chunk p / kPositions, whatever the query sees
+
+/// Positions of a chunk: position p lies in chunk p / positions, whatever the query sees.
+inline __host__ __device__ int positions_of(int head_dim) { return head_dim <= 256 ? 128 : 64; }
 
 struct AttentionParameters {
   AttentionArgs args;
@@ -15,31 +17,36 @@ struct AttentionParameters {
   const int* position;
   float* partial;       // (tokens, heads, chunks, 2 + D): maximum, sum of exponentials, unscaled output
   int* arrived;         // (tokens, head blocks): zero before and after
+  int positions;        // of a chunk, a power of two
   int chunks;           // that a query can see at most
   int block_heads;      // query heads of a block
+  int group;            // query heads of a KV head
+  Divider blocks_of_kv;
   bool bfloat16;
 };
 
 /// What one query sees, and the heads of a block.
 struct Sight {
   int token, first, last;  // positions
-  int first_chunk, visible;
+  int first_chunk, visible, positions;
   int kv_head, first_head, heads;
 
   __device__ explicit Sight(const AttentionParameters& p) {
     const Heads& h = p.args.heads;
-    const int group = h.heads / h.kv_heads, blocks_of_kv = (group + p.block_heads - 1) / p.block_heads;
     token = blockIdx.z;
-    kv_head = blockIdx.y / blocks_of_kv;
-    first_head = kv_head * group + blockIdx.y % blocks_of_kv * p.block_heads;
-    heads = min(p.block_heads, (kv_head + 1) * group - first_head);
-    last = p.position[token];
+    const int at = p.position[token];
+    kv_head = p.blocks_of_kv.of(blockIdx.y);
+    first_head = kv_head * p.group + (blockIdx.y - kv_head * static_cast<int>(p.blocks_of_kv.divisor)) * p.block_heads;
+    heads = min(p.block_heads, (kv_head + 1) * p.group - first_head);
+    last = at;
     first = h.window > 0 && last >= h.window ? last - h.window + 1 : 0;
-    first_chunk = first / kPositions;
-    visible = last / kPositions - first_chunk + 1;
+    positions = p.positions;
+    const int shift = __ffs(positions) - 1;
+    first_chunk = first >> shift;
+    visible = (last >> shift) - first_chunk + 1;
   }
-  __device__ int from(int chunk) const { return max(first, (first_chunk + chunk) * kPositions); }
-  __device__ int count(int chunk) const { return min(last + 1, (first_chunk + chunk + 1) * kPositions) - from(chunk); }
+  __device__ int from(int chunk) const { return max(first, (first_chunk + chunk) * positions); }
+  __device__ int count(int chunk) const { return min(last + 1, (first_chunk + chunk + 1) * positions) - from(chunk); }
   /// Maximum, sum of exponentials and unscaled output of one chunk of one head.
   __device__ float* partial(const AttentionParameters& p, int head, int chunk) const {
     const int64_t row = static_cast<int64_t>(token) * p.args.heads.heads + first_head + head;
@@ -71,17 +78,19 @@ __device__ inline void join_chunks(const AttentionParameters& p, const Sight& si
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, visible = sight.visible, dim = p.args.heads.head_dim;
 #pragma unroll 1
   for (int head = warp; head < sight.heads; head += kAttentionWarps) {
-    float max = -INFINITY, sum = 0;
+    float max = -INFINITY, sum = 0, first_total = 0;
 #pragma unroll 1
     for (int c = lane; c < visible; c += 32) {
-      const float m = room[head * visible + c] = __ldcg(sight.partial(p, head, c));
-      max = m > max ? m : max;
+      const float2 both = __ldcg(reinterpret_cast<const float2*>(sight.partial(p, head, c)));
+      room[head * visible + c] = both.x;
+      if (c < 32) first_total = both.y;
+      max = both.x > max ? both.x : max;
     }
     max = warp_max(max);
 #pragma unroll 1
     for (int c = lane; c < visible; c += 32) {
       const float scale = room[head * visible + c] = exp_f32(room[head * visible + c] - max);
-      sum = fused(scale, __ldcg(sight.partial(p, head, c) + 1), sum);
+      sum = fused(scale, c < 32 ? first_total : __ldcg(sight.partial(p, head, c) + 1), sum);
     }
     sum = warp_sum(sum);
     if (lane == 0) total[head] = sum;

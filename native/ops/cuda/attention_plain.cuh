@@ -16,7 +16,7 @@ __device__ inline float2 two(const Bf16* from) {
 
 template <class Element>
 __global__ void __launch_bounds__(kAttentionThreads) attend_plain(const __grid_constant__ AttentionParameters p) {
-  extern __shared__ __align__(128) char shared[];
+  extern __shared__ __align__(1024) char shared[];
   __shared__ float maximum[kGroup], total[kGroup];
   wait_for_inputs();
   let_next_start();
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attend_plain(const __grid_c
   const auto* const v = static_cast<const Element*>(p.args.cache.v) + cache;
 
   auto* const q = reinterpret_cast<float*>(shared);  // (heads, D)
-  float* const score = q + p.block_heads * dim;      // (heads, kPositions)
+  float* const score = q + p.block_heads * dim;      // (heads, positions)
   const float* const queries = p.args.q + (static_cast<int64_t>(sight.token) * h.heads + sight.first_head) * dim;
   for (int i = threadIdx.x; i < heads * dim; i += kAttentionThreads) q[i] = queries[i];
   __syncthreads();
@@ -63,14 +63,14 @@ __global__ void __launch_bounds__(kAttentionThreads) attend_plain(const __grid_c
     for (int head = 0; head < kGroup; head++) {
       if (head >= heads) continue;
       const float sum = warp_sum(dot[head]);
-      if (lane == 0) score[head * kPositions + j] = sum;
+      if (lane == 0) score[head * p.positions + j] = sum;
     }
   }
   __syncthreads();
 
   // Softmax: a warp takes a head.
   for (int head = warp; head < heads; head += kAttentionWarps) {
-    float* const s = score + head * kPositions;
+    float* const s = score + head * p.positions;
     float max = -INFINITY, sum = 0;
     for (int j = lane; j < count; j += 32) max = s[j] > max ? s[j] : max;
     max = warp_max(max);
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attend_plain(const __grid_c
 #pragma unroll
       for (int head = 0; head < kGroup; head++) {
         if (head >= heads) continue;
-        const float weight = score[head * kPositions + j];
+        const float weight = score[head * p.positions + j];
         out[head].x = fused(weight, x.x, out[head].x);
         out[head].y = fused(weight, x.y, out[head].y);
       }

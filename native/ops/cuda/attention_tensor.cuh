@@ -15,10 +15,11 @@ struct TensorRoom {
 };
 inline __host__ __device__ TensorRoom tensor_room(int dim, int chunks) {
   TensorRoom r{};
+  const int positions = positions_of(dim);
   r.scores = kGroup * (dim + kPad) * 2;
-  r.keys = r.scores + 2 * kPositions * kGroup * 4;
-  r.values = r.keys + kPositions * (dim + kPad) * 2;
-  r.bytes = r.values + kPositions * dim * 2;
+  r.keys = r.scores + 2 * positions * kGroup * 4;
+  r.values = r.keys + positions * (dim + kPad) * 2;
+  r.bytes = r.values + positions * dim * 2;
   const int meeting = r.keys + kAttentionThreads * 2 * kGroup * 4;  // where keys and values were
   const int joining = kGroup * chunks * 4;
   if (r.bytes < meeting) r.bytes = meeting;
@@ -47,7 +48,7 @@ __device__ inline void weighted(float2 (&out)[kGroup], const float* p, const Bf1
 }
 
 __global__ void __launch_bounds__(kAttentionThreads) attend_tensor(const __grid_constant__ AttentionParameters p) {
-  extern __shared__ __align__(128) char shared[];
+  extern __shared__ __align__(1024) char shared[];
   __shared__ float maximum[kGroup], total[kGroup];
   TP_MARKS;
   TP_MARK(0);
@@ -86,18 +87,24 @@ __global__ void __launch_bounds__(kAttentionThreads) attend_tensor(const __grid_
     bring(values, v, dim);
     if (done == 0) {
       const float* const q = p.args.q + (static_cast<int64_t>(sight.token) * h.heads + sight.first_head) * dim;
-#pragma unroll 2
-      for (int i = lane; i < dim; i += 32) queries[warp * row_of_keys + i] = warp < heads ? to_bf16(q[warp * dim + i]) : Bf16{0};
+#pragma unroll 1
+      for (int i = lane * 8; i < dim; i += 256) {
+        float x[8] = {};
+        if (warp < heads) eight(q + warp * dim + i, x);
+        *reinterpret_cast<uint4*>(queries + warp * row_of_keys + i) = pack(x);
+      }
     }
     TP_MARK(2);
     asm volatile("cp.async.wait_group 1;" ::: "memory");
     __syncthreads();
     TP_MARK(3);
 
-    // Warp w: positions 16 (w % 4) and on, half w / 4 of the head.
+    // A warp takes 16 positions; where there are but four times as many, two warps take a half of the head each.
+    const int tiles = p.positions / kTileRows, halves = kAttentionWarps > tiles ? 2 : 1;
     {
-      const int row = lane / 4, quarter = lane % 4, tile = warp % 4, half = warp / 4;
-      const int steps = dim / 32, first_step = half ? (steps + 1) / 2 : 0, last_step = half ? steps : (steps + 1) / 2;
+      const int row = lane / 4, quarter = lane % 4, tile = warp & (tiles - 1), half = warp >= tiles;
+      const int steps = dim / 32, middle = halves == 1 ? steps : (steps + 1) / 2;
+      const int first_step = half ? middle : 0, last_step = half ? steps : middle;
       const Bf16* const low = keys + (tile * kTileRows + row) * row_of_keys + quarter * 8;
       const Bf16* const column = queries + row * row_of_keys + quarter * 8;
       float even[4] = {}, odd[4] = {};
@@ -110,24 +117,26 @@ __global__ void __launch_bounds__(kAttentionThreads) attend_tensor(const __grid_
           multiply(even, a.x, b.x, a.y, b.y, x.x, x.y);
           multiply(odd, a.z, b.z, a.w, b.w, x.z, x.w);
         }
-      float* const to = scores + (half * kPositions + tile * kTileRows + row) * kGroup + 2 * quarter;
+      float* const to = scores + (half * p.positions + tile * kTileRows + row) * kGroup + 2 * quarter;
       to[0] = even[0] + odd[0], to[1] = even[1] + odd[1];
       to[8 * kGroup] = even[2] + odd[2], to[8 * kGroup + 1] = even[3] + odd[3];
     }
     __syncthreads();
     if (warp < kGroup) {  // a warp takes a head
       const int head = warp;
-      float s[2], max = -INFINITY, sum = 0;
+      constexpr int kPer = 4;  // at most 128 positions
+      float s[kPer], max = -INFINITY, sum = 0;
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
+      for (int i = 0; i < kPer; i++) {
         const int j = lane + 32 * i;
-        s[i] = j < count ? scores[j * kGroup + head] + scores[(kPositions + j) * kGroup + head] : -INFINITY;
+        s[i] = j < count ? scores[j * kGroup + head] : -INFINITY;
+        if (halves == 2 && j < count) s[i] += scores[(p.positions + j) * kGroup + head];
         max = s[i] > max ? s[i] : max;
       }
       max = warp_max(max);
       __syncwarp();
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
+      for (int i = 0; i < kPer; i++) {
         const int j = lane + 32 * i;
         if (j >= count) continue;
         const float weight = exp_f32(s[i] - max);

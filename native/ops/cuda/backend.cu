@@ -11,7 +11,7 @@ namespace cuda {
 namespace {
 
 constexpr size_t kStaging = size_t{16} << 20;
-constexpr int kMostHeadDim = 512, kMostTopK = 32, kMostExperts = 4096;
+constexpr int kMostHeadDim = 512, kMostTopK = 32;
 
 }  // namespace
 

@@ -67,6 +67,15 @@ __device__ inline float inverse_rms(float squares, int n, float eps) {
   return __frsqrt_rn(__fdividef(squares, static_cast<float>(n)) + eps);
 }
 
+/// Whole-number division without a divider: exact for numbers below 2^32 / divisor.
+struct Divider {
+  uint32_t divisor, magic;
+  __device__ int of(int x) const { return divisor == 1 ? x : static_cast<int>(__umulhi(static_cast<uint32_t>(x), magic)); }
+};
+inline Divider divider(int divisor) {
+  return {static_cast<uint32_t>(divisor), static_cast<uint32_t>((0x100000000ull + divisor - 1) / static_cast<uint64_t>(divisor))};
+}
+
 /// Asks for memory that no kernel writes to come near, so that it is there when the inputs are.
 __device__ inline void prefetch(const void* memory, int bytes) {
   for (int i = threadIdx.x * 128; i < bytes; i += kThreads * 128)
@@ -135,6 +144,7 @@ struct Row {
   }
 };
 constexpr int kMostRow = 2 * 8 * kThreads;
+constexpr int kMostExperts = 1024;
 
 /// Calls launch.template operator()<Per, Aligned>() with what holds rows of n elements.
 template <class Launch>

@@ -48,7 +48,7 @@ __device__ inline void choose_list(Chosen* list, int* length, const int* expert_
     if (lane == 0) counts[warp] = __popc(voters);
     meet_block();
     int at = done + __popc(voters & ((1u << lane) - 1));
-#pragma unroll 1
+#pragma unroll
     for (int w = 0; w < kWarps; w++) {
       if (w < warp) at += counts[w];
       done += counts[w];

@@ -3,7 +3,7 @@
 // A block of 16 warps stays on its multiprocessor and streams tiles of 16 weight rows through shared memory. The
 // columns (K) of a row are cut into segments, a warp takes one segment of a tile, and the warps of a tile form a group:
 // for sums that tensor parallelism splits a segment is a leaf, so one warp sums one leaf in an order that depends on its
-// length alone; else there are 8 segments, of every eighth cache line. Segments meet in tree order.
+// length alone; else there are 8 segments of whole cache lines. Segments meet in tree order.
 //
 // Products are tensor-core products of bfloat16 with fp32 sums, up to 8 columns at once: one token is one column, or in
 // float32 runs three, because an fp32 value is exactly the sum of three bfloat16 planes. What a column holds never
@@ -24,6 +24,7 @@ namespace tp::cuda {
 constexpr int kTileRows = 16;
 constexpr int kColumns = 8;
 constexpr int kSegments = 8;  // of a row that tensor parallelism does not split
+constexpr int kLine = 64;  // elements of a cache line
 constexpr int kMostChunk = 96, kMostSlots = 16;
 
 inline __host__ __device__ int least(int a, int b) { return a < b ? a : b; }
@@ -32,25 +33,25 @@ inline __host__ __device__ int least(int a, int b) { return a < b ? a : b; }
 struct Split {
   int total;          // elements of a row
   int segments;       // warps of a group; a power of two
-  int length;         // elements of a leaf
+  int length;         // elements of a segment; the last ones may have fewer or none
   int chunk, chunks;  // elements of a row in one slot, a multiple of 32; slots of a segment
   int first, step;    // chunk c of segment s begins at first * s + step * c
   int padded;         // and lies in shared memory at padded * s + step * c
   int plane;          // room of a column; 64 bytes past a multiple of 128, so that columns use other banks
-  bool leaves;        // segments are leaves, neighbouring stretches of a row; else they are every eighth chunk
+  bool leaves;        // segments are leaves
   bool aligned;       // every piece of 8 elements begins at a multiple of 16 bytes, so the copy engine can bring it
 
   __host__ __device__ int from(int segment, int c) const { return first * segment + step * c; }
-  /// Elements from chunk c on that belong to the segment.
-  __host__ __device__ int left(int segment, int c) const { return leaves ? length - step * c : total - from(segment, c); }
+  /// Elements from the segment's first one on that belong to it.
+  __host__ __device__ int size(int segment) const { return least(length, total - first * segment); }
   __host__ __device__ int slot_bytes() const { return kTileRows * chunk * static_cast<int>(sizeof(Bf16)); }
 };
 
 inline Split split_whole(int total) {
   Split s{};
-  s.total = total, s.segments = kSegments, s.chunk = s.first = s.padded = 64;  // a cache line
-  s.step = kSegments * s.chunk;
-  s.chunks = (total + s.step - 1) / s.step;
+  s.total = total, s.segments = kSegments, s.chunk = s.step = kLine;
+  s.chunks = (total + kSegments * kLine - 1) / (kSegments * kLine);
+  s.length = s.first = s.padded = s.chunks * kLine;
   s.plane = (total + 63) / 64 * 64 + 32;
   s.aligned = total % 8 == 0;
   return s;
@@ -61,7 +62,7 @@ inline Split split_leaves(int total, int leaves) {
   s.first = s.length = total / leaves;
   s.padded = (s.length + 7) / 8 * 8;
   s.aligned = s.length % 8 == 0;
-  const int most = s.length % 64 == 0 ? 64 : kMostChunk, count = (s.length + most - 1) / most;
+  const int most = s.length % kLine == 0 ? kLine : kMostChunk, count = (s.length + most - 1) / most;
   s.chunk = s.step = ((s.length + count - 1) / count + 31) / 32 * 32;
   s.chunks = (s.length + s.chunk - 1) / s.chunk;
   s.plane = (leaves * s.padded + 63) / 64 * 64 + 32;
@@ -69,8 +70,11 @@ inline Split split_leaves(int total, int leaves) {
 }
 
 /// `box`: rows that one copy brings, a tile's 16 or half of them.
+/// Rows of one cache line are laid out so that neighbours use other banks.
+inline __host__ __device__ bool swizzled(int chunk) { return chunk == kLine; }
+
 inline Matrix matrix_of(const Bf16* data, int64_t rows, const Split& s, int box = kTileRows) {
-  return matrix_of(data, rows, s.total, s.chunk, box, s.aligned);
+  return matrix_of(data, rows, s.total, s.chunk, box, swizzled(s.chunk), s.aligned);
 }
 
 /// Tokens as columns.
@@ -79,15 +83,6 @@ struct Columns {
   int tokens;  // tokens in this launch
   int planes;  // columns of a token: 1, or 3 in float32 runs
 };
-
-/// Whole-number division without a divider: exact for numbers below 2^32 / divisor.
-struct Divider {
-  uint32_t divisor, magic;
-  __device__ int of(int x) const { return divisor == 1 ? x : static_cast<int>(__umulhi(static_cast<uint32_t>(x), magic)); }
-};
-inline Divider divider(int divisor) {
-  return {static_cast<uint32_t>(divisor), static_cast<uint32_t>((0x100000000ull + divisor - 1) / static_cast<uint64_t>(divisor))};
-}
 
 /// A warp's place. Warp w is segment w % segments of group w / segments of the block.
 struct Place {
@@ -203,7 +198,7 @@ class Ring {
     __syncwarp();
 #pragma unroll 1
     for (int i = threadIdx.x % 32; i < kTileRows * s.chunk; i += 32) {
-      const int row = i / s.chunk, element = k + i % s.chunk;
+      const int row = i / s.chunk, element = k + (i % s.chunk ^ (swizzled(s.chunk) ? row % 8 * 8 : 0));
       const Rows& rows = tile.high.matrix && row >= 8 ? tile.high : tile.low;
       const int at = rows.first + (tile.high.matrix ? row % 8 : row);
       to[i] = element < s.total && at < rows.matrix->rows ? rows.matrix->data[static_cast<int64_t>(at) * s.total + element] : Bf16{0};
@@ -241,16 +236,18 @@ struct Sums {
   /// A slot times a column's elements (null: the lane's column is not in use); `left` of them are in the segment.
   __device__ void add(const Bf16* slot, int chunk, const uint4* column, int left, const Place& place) {
     constexpr int kSteps = kMostChunk / 32;
-    const Bf16* const low = slot + place.row * chunk + place.quarter * 8;
+    const Bf16* const low = slot + place.row * chunk;
     const Bf16* const high = low + 8 * chunk;
     const int end = least(left, chunk), mine = end - place.quarter * 8;
+    const int twist = swizzled(chunk) ? place.row * 8 : 0;  // where the copy engine put a piece: rows of a line use all banks
     uint4 a[kSteps], b[kSteps], x[kSteps];
 #pragma unroll
     for (int i = 0; i < kSteps; i++) {
       a[i] = b[i] = x[i] = make_uint4(0, 0, 0, 0);
       if (i * 32 >= mine) continue;
-      a[i] = *reinterpret_cast<const uint4*>(low + i * 32);
-      b[i] = *reinterpret_cast<const uint4*>(high + i * 32);
+      const int piece = (i * 32 + place.quarter * 8) ^ twist;
+      a[i] = *reinterpret_cast<const uint4*>(low + piece);
+      b[i] = *reinterpret_cast<const uint4*>(high + piece);
       if (column) x[i] = column[i * 4];
     }
 #pragma unroll
@@ -339,7 +336,7 @@ __device__ void load_columns(Bf16* columns, const Split& s, int count, int plane
     for (int piece = threadIdx.x % lanes; piece < pieces; piece += lanes) {
       const float* from = rows + static_cast<int64_t>(row0) * s.total + piece * 8;
       uint4* to = reinterpret_cast<uint4*>(columns + row0 * s.plane) + piece;
-#pragma unroll 2
+#pragma unroll 4
       for (int row = row0; row < count; row += 1 << shift) {
         float x[8];
         eight(from, x);
@@ -366,63 +363,53 @@ __device__ inline const uint4* column_of(const Bf16* columns, const Split& s, co
 template <bool Fast>
 __device__ void load_normed_columns(Bf16* columns, float* room, const Split& s, int count, int planes, float eps, const float* hidden,
                                     const int* index, const Bf16* weight) {
-  constexpr int kTogether = 4;
   const int n = s.total;
-  if constexpr (!Fast) clear_columns(columns, s, count * planes);
+  const auto row_of = [&](int r) { return hidden + static_cast<int64_t>(index ? index[r] : r) * n; };
+  if constexpr (Fast) {
+    // A thread has one piece of a row, in registers, of four rows at a time.
+    constexpr int kTogether = 4;
+    const int i = threadIdx.x * 8;
+    float w[8] = {};
+    if (i < n) eight(weight + i, w);
 #pragma unroll 1
-  for (int first = 0; first < count; first += kTogether) {
-    const float* row[kTogether];
-    float squares[kTogether] = {};
+    for (int first = 0; first < count; first += kTogether) {
+      float x[kTogether][8], squares[kTogether] = {};
 #pragma unroll
-    for (int r = 0; r < kTogether; r++) {
-      const int at = least(first + r, count - 1);
-      row[r] = hidden + static_cast<int64_t>(index ? index[at] : at) * n;
-    }
-    if constexpr (Fast) {
-#pragma unroll 1
-      for (int i = threadIdx.x * 8; i < n; i += kThreads * 8) {
-        float x[kTogether][8];
+      for (int r = 0; r < kTogether; r++)
+        if (i < n && first + r < count) eight(row_of(first + r) + i, x[r]);
 #pragma unroll
-        for (int r = 0; r < kTogether; r++) eight(row[r] + i, x[r]);
-#pragma unroll
-        for (int r = 0; r < kTogether; r++)
+      for (int r = 0; r < kTogether; r++)
+        if (i < n && first + r < count)
 #pragma unroll
           for (int j = 0; j < 8; j++) squares[r] = fused(x[r][j], x[r][j], squares[r]);
-      }
-    } else {
-#pragma unroll 1
-      for (int i = threadIdx.x; i < n; i += kThreads)
+      block_sums(squares, room);
 #pragma unroll
-        for (int r = 0; r < kTogether; r++) squares[r] = fused(row[r][i], row[r][i], squares[r]);
+      for (int r = 0; r < kTogether; r++) {
+        if (i >= n || first + r >= count) continue;
+        const float inverse = inverse_rms(squares[r], n, eps);
+#pragma unroll
+        for (int j = 0; j < 8; j++) x[r][j] = x[r][j] * inverse * w[j];
+        *reinterpret_cast<uint4*>(columns + (first + r) * s.plane + i) = pack(x[r]);
+      }
     }
-    block_sums(squares, room);
-#pragma unroll
-    for (int r = 0; r < kTogether; r++) squares[r] = inverse_rms(squares[r], n, eps);
-    if constexpr (Fast) {
+  } else {
+    clear_columns(columns, s, count * planes);
 #pragma unroll 1
-      for (int i = threadIdx.x * 8; i < n; i += kThreads * 8) {
-        float w[8];
-        eight(weight + i, w);
-#pragma unroll
-        for (int r = 0; r < kTogether; r++) {
-          if (first + r >= count) break;
-          float x[8];
-          eight(row[r] + i, x);
-#pragma unroll
-          for (int j = 0; j < 8; j++) x[j] = x[j] * squares[r] * w[j];
-          *reinterpret_cast<uint4*>(columns + (first + r) * s.plane + i) = pack(x);
-        }
-      }
-    } else {
+    for (int r = 0; r < count; r++) {
+      const float* const row = row_of(r);
+      float squares[1] = {0};
+#pragma unroll 1
+      for (int i = threadIdx.x; i < n; i += kThreads) squares[0] = fused(row[i], row[i], squares[0]);
+      block_sums(squares, room);
+      const float inverse = inverse_rms(squares[0], n, eps);
 #pragma unroll 1
       for (int i = threadIdx.x; i < n; i += kThreads)
-#pragma unroll
-        for (int r = 0; r < kTogether; r++)
-          if (first + r < count)
-            put_planes(columns, s, first + r, planes, i, round_to(planes == 1, row[r][i] * squares[r] * to_float(weight[i])));
+        put_planes(columns, s, r, planes, i, round_to(planes == 1, row[i] * inverse * to_float(weight[i])));
     }
   }
 }
+/// Rows that the fast form takes.
+constexpr int kMostNormed = 8 * kThreads;
 
 constexpr int kFillers = 4;  // warps that keep the rings filled
 constexpr int kGemvThreads = kThreads + kFillers * 32;
@@ -441,7 +428,7 @@ constexpr int kGemvThreads = kThreads + kFillers * 32;
 template <template <bool> class WorkOf, bool Fast>
 __global__ void __launch_bounds__(kGemvThreads, 1) gemv(const __grid_constant__ typename WorkOf<Fast>::Parameters p, int slots) {
   using Work = WorkOf<Fast>;
-  extern __shared__ __align__(128) char shared[];
+  extern __shared__ __align__(1024) char shared[];
   TP_MARKS;
   TP_MARK(0);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -494,7 +481,7 @@ __global__ void __launch_bounds__(kGemvThreads, 1) gemv(const __grid_constant__ 
     work.enter(at);
     const uint4* column = work.column();
     Sums sums;
-    int left = s.left(place.segment, 0);
+    int left = s.size(place.segment);
 #pragma unroll 1
     for (int c = 0; c < s.chunks; c++, left -= s.step) {
       if (Fast || s.aligned) {
@@ -515,9 +502,6 @@ __global__ void __launch_bounds__(kGemvThreads, 1) gemv(const __grid_constant__ 
   TP_SAY(Work::kName, tiles * parts);
 }
 
-/// Shared memory of all rings: more would only crowd the second-level cache.
-constexpr int kMostInFlight = 128 << 10;
-
 /// Launches a matrix op for `tokens` tokens, in chunks that fit the columns and the shared memory.
 /// p.bytes(): shared memory of the Work for p.columns.
 template <template <bool> class WorkOf>
@@ -525,7 +509,7 @@ void launch_gemv(CudaBackend& backend, const Dims& d, int tokens, typename WorkO
   const auto slots = [&](int count) {
     p.columns.tokens = count;
     const int room = backend.shared_memory() - 2048 - p.bytes() - kExchangeBytes - kBarrierBytes;  // 2 KB: a kernel's own
-    return room < 0 ? 0 : least(kMostSlots, least(room, kMostInFlight) / (kWarps * p.slot_bytes()));
+    return room < 0 ? 0 : least(kMostSlots, least(room, backend.ring_bytes) / (kWarps * p.slot_bytes()));
   };
   p.columns = {0, 0, d.bfloat16 ? 1 : 3};
   int most = least(kColumns / p.columns.planes, tokens);

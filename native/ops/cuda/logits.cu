@@ -16,7 +16,7 @@ struct LogitsParameters {
   float eps, softcap;
   __host__ __device__ int segments() const { return split.segments; }
   __host__ __device__ int slot_bytes() const { return split.slot_bytes(); }
-  bool aligned() const { return split.aligned; }
+  bool aligned() const { return split.aligned && split.total <= kMostNormed; }
   __host__ __device__ int bytes() const { return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16)); }
 };
 

@@ -14,7 +14,7 @@ struct QkvParameters {
   float eps;
   __host__ __device__ int segments() const { return split.segments; }
   __host__ __device__ int slot_bytes() const { return split.slot_bytes(); }
-  bool aligned() const { return split.aligned; }
+  bool aligned() const { return split.aligned && split.total <= kMostNormed; }
   __host__ __device__ int bytes() const { return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16)); }
 };
 
@@ -92,53 +92,142 @@ struct HeadParameters {
   bool bfloat16;
 };
 
-/// (mean(x^2) + eps)^-1/2 of one head, by one warp.
-__device__ float head_inverse(const float* x, int dim, float eps) {
-  float squares = 0;
-#pragma unroll 2
-  for (int i = threadIdx.x % 32; i < dim; i += 32) squares = fused(x[i], x[i], squares);
-  return inverse_rms(warp_sum(squares), dim, eps);
+/// Four neighbours; past `n` zeros.
+__device__ inline float4 four(const float* from, int i, int n) {
+  return i < n ? *reinterpret_cast<const float4*>(from + i) : make_float4(0, 0, 0, 0);
 }
-
-__device__ inline void to_cache(void* cache, int64_t at, float value, bool bfloat16) {
-  if (bfloat16)
-    static_cast<Bf16*>(cache)[at] = to_bf16(value);
-  else
-    static_cast<float*>(cache)[at] = value;
+__device__ inline float4 four(const Bf16* from, int i, int n) {
+  if (i >= n) return make_float4(0, 0, 0, 0);
+  const uint2 raw = *reinterpret_cast<const uint2*>(from + i);
+  return make_float4(float_of(raw.x << 16), float_of(raw.x & 0xffff0000u), float_of(raw.y << 16), float_of(raw.y & 0xffff0000u));
 }
+__device__ inline float squares(float4 x) { return fused(x.x, x.x, fused(x.y, x.y, fused(x.z, x.z, x.w * x.w))); }
 
-/// A warp takes one head of one token (blockIdx.y): a query head in place, or a key and its value into the cache.
+/// A warp takes one head of one token (blockIdx.y): a query head in place, or a key and its value into the cache. A lane keeps
+/// 4 neighbours of either half of the head, so that pairs that rotate are its own; dim <= 512, a multiple of 8.
 __global__ void __launch_bounds__(kHeadWarps * 32) finish_heads(const __grid_constant__ HeadParameters p) {
+  constexpr int kPer = 2;
   TP_MARKS;
   TP_MARK(0);
   const Heads& h = p.args.heads;
   const int dim = h.head_dim, half = dim / 2, t = blockIdx.y;
   const int head = blockIdx.x * kHeadWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (head >= h.heads + h.kv_heads) {
+    let_next_start();
+    return;
+  }
   const bool query = head < h.heads;
   const int kv_rows = h.kv_heads * dim, kv_head = head - h.heads;
   const Bf16* const weight = query ? p.args.q_norm : p.args.k_norm;
   float* const x = query ? p.args.q + (static_cast<int64_t>(t) * h.heads + head) * dim
                          : p.args.kv + static_cast<int64_t>(t) * 2 * kv_rows + kv_head * dim;
+  const float* const v = p.args.v_weight ? x + kv_rows : x;  // the raw k where there is no v projection
+  const auto r = [&](float value) { return round_to(p.bfloat16, value); };
+  float4 w[kPer][2];
+#pragma unroll
+  for (int j = 0; j < kPer; j++)
+    for (int part = 0; part < 2; part++) w[j][part] = lane * 4 + j * 128 < half ? four(weight, part * half + lane * 4 + j * 128, dim) : float4{};
   wait_for_inputs();
   TP_MARK(1);
   let_next_start();
+  float4 a[kPer][2], b[kPer][2], cosine[kPer], sine[kPer];
+  const int position = p.position[t], slot = p.slot[t];
+  float sum = 0, v_sum = 0;
+#pragma unroll
+  for (int j = 0; j < kPer; j++) {
+    const int i = lane * 4 + j * 128;
+    cosine[j] = four(p.args.cosine + static_cast<int64_t>(t) * h.rotary_pairs, i, h.rotary_pairs);
+    sine[j] = four(p.args.sine + static_cast<int64_t>(t) * h.rotary_pairs, i, h.rotary_pairs);
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+      a[j][part] = i < half ? four(x, part * half + i, dim) : float4{};
+      b[j][part] = !query && i < half ? four(v, part * half + i, dim) : float4{};
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kPer; j++)
+#pragma unroll
+    for (int part = 0; part < 2; part++) sum += squares(a[j][part]), v_sum += squares(b[j][part]);
+  const float inverse = inverse_rms(warp_sum(sum), dim, p.eps);
+  const float v_inverse = inverse_rms(warp_sum(v_sum), dim, p.eps);
+  const int row = position < p.args.cache.capacity ? position : position % p.args.cache.capacity;
+  const int64_t at = ((static_cast<int64_t>(slot) * h.kv_heads + kv_head) * p.args.cache.capacity + row) * dim;
+  const auto to_cache = [&](void* cache, int i, float4 y) {
+    if (p.bfloat16)
+      *reinterpret_cast<uint2*>(static_cast<Bf16*>(cache) + at + i) =
+          make_uint2(to_bf16(y.x) | static_cast<uint32_t>(to_bf16(y.y)) << 16, to_bf16(y.z) | static_cast<uint32_t>(to_bf16(y.w)) << 16);
+    else
+      *reinterpret_cast<float4*>(static_cast<float*>(cache) + at + i) = y;
+  };
+#pragma unroll
+  for (int j = 0; j < kPer; j++) {
+    const int i = lane * 4 + j * 128;
+    if (i >= half) continue;
+    float* const low = &a[j][0].x;
+    float* const high = &a[j][1].x;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      float y = r(low[e] * inverse * (&w[j][0].x)[e]), z = r(high[e] * inverse * (&w[j][1].x)[e]);
+      if (i + e < h.rotary_pairs) {
+        const float c = (&cosine[j].x)[e], s = (&sine[j].x)[e], y0 = y;
+        y = r(fused(y0, c, -(z * s)));
+        z = r(fused(z, c, y0 * s));
+      }
+      low[e] = y, high[e] = z;
+    }
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+      if (query) {
+        *reinterpret_cast<float4*>(x + part * half + i) = a[j][part];
+        continue;
+      }
+      to_cache(p.args.cache.k, part * half + i, a[j][part]);
+      float4 y = b[j][part];
+      y.x = r(y.x * v_inverse), y.y = r(y.y * v_inverse), y.z = r(y.z * v_inverse), y.w = r(y.w * v_inverse);
+      to_cache(p.args.cache.v, part * half + i, y);
+    }
+  }
+  TP_MARK(6);
+  TP_SAY("heads", 0);
+}
+
+/// The same for any even head size, and any number of rotary pairs, one element after another.
+__global__ void __launch_bounds__(kHeadWarps * 32) finish_odd_heads(const __grid_constant__ HeadParameters p) {
+  wait_for_inputs();
+  let_next_start();
+  const Heads& h = p.args.heads;
+  const int dim = h.head_dim, half = dim / 2, t = blockIdx.y, lane = threadIdx.x % 32;
+  const int head = blockIdx.x * kHeadWarps + threadIdx.x / 32;
   if (head >= h.heads + h.kv_heads) return;
+  const bool query = head < h.heads;
+  const int kv_rows = h.kv_heads * dim, kv_head = head - h.heads;
+  float* const x = query ? p.args.q + (static_cast<int64_t>(t) * h.heads + head) * dim
+                         : p.args.kv + static_cast<int64_t>(t) * 2 * kv_rows + kv_head * dim;
+  const float* const v = p.args.v_weight ? x + kv_rows : x;
+  const Bf16* const weight = query ? p.args.q_norm : p.args.k_norm;
   const float* const cosine = p.args.cosine + static_cast<int64_t>(t) * h.rotary_pairs;
   const float* const sine = p.args.sine + static_cast<int64_t>(t) * h.rotary_pairs;
-  int64_t at = 0;
-  if (!query) {
-    int position = p.position[t];
-    if (position >= p.args.cache.capacity) position %= p.args.cache.capacity;
-    at = ((static_cast<int64_t>(p.slot[t]) * h.kv_heads + kv_head) * p.args.cache.capacity + position) * dim;
-    const float* const v = p.args.v_weight ? x + kv_rows : x;  // the raw k where there is no v projection
-    const float inverse = head_inverse(v, dim, p.eps);
-#pragma unroll 2
-    for (int i = lane; i < dim; i += 32) to_cache(p.args.cache.v, at + i, round_to(p.bfloat16, v[i] * inverse), p.bfloat16);
+  const int64_t at = ((static_cast<int64_t>(p.slot[t]) * h.kv_heads + kv_head) * p.args.cache.capacity +
+                      p.position[t] % p.args.cache.capacity) * dim;
+  const auto to_cache = [&](void* cache, int i, float value) {
+    if (p.bfloat16)
+      static_cast<Bf16*>(cache)[at + i] = to_bf16(value);
+    else
+      static_cast<float*>(cache)[at + i] = value;
+  };
+  float sum = 0, v_sum = 0;
+#pragma unroll 1
+  for (int i = lane; i < dim; i += 32) {
+    sum = fused(x[i], x[i], sum);
+    if (!query) v_sum = fused(v[i], v[i], v_sum);
   }
-  const float inverse = head_inverse(x, dim, p.eps);
-  __syncwarp();
-#pragma unroll 2
+  const float inverse = inverse_rms(warp_sum(sum), dim, p.eps), v_inverse = inverse_rms(warp_sum(v_sum), dim, p.eps);
+#pragma unroll 1
   for (int i = lane; i < half; i += 32) {
+    if (!query) {
+      to_cache(p.args.cache.v, i, round_to(p.bfloat16, v[i] * v_inverse));
+      to_cache(p.args.cache.v, i + half, round_to(p.bfloat16, v[i + half] * v_inverse));
+    }
     float a = round_to(p.bfloat16, x[i] * inverse * to_float(weight[i]));
     float b = round_to(p.bfloat16, x[i + half] * inverse * to_float(weight[i + half]));
     if (i < h.rotary_pairs) {
@@ -147,15 +236,12 @@ __global__ void __launch_bounds__(kHeadWarps * 32) finish_heads(const __grid_con
       b = round_to(p.bfloat16, fused(b, cosine[i], a0 * sine[i]));
     }
     if (query) {
-      x[i] = a;
-      x[i + half] = b;
+      x[i] = a, x[i + half] = b;
     } else {
-      to_cache(p.args.cache.k, at + i, a, p.bfloat16);
-      to_cache(p.args.cache.k, at + i + half, b, p.bfloat16);
+      to_cache(p.args.cache.k, i, a);
+      to_cache(p.args.cache.k, i + half, b);
     }
   }
-  TP_MARK(6);
-  TP_SAY("heads", 0);
 }
 
 }  // namespace
@@ -170,7 +256,8 @@ void qkv(const QkvArgs& a, const Dims& d, const Input& in, Backend& backend) {
                     matrix_of(a.v_weight ? a.v_weight : a.k_weight, kv_rows, split), split, {}, q_rows, kv_rows, q_tiles, kv_tiles,
                     q_tiles + (a.v_weight ? 2 : 1) * kv_tiles, d.eps});
   const int heads = a.heads.heads + a.heads.kv_heads;
-  cuda.launch(finish_heads, dim3(static_cast<unsigned>((heads + kHeadWarps - 1) / kHeadWarps), static_cast<unsigned>(in.tokens)),
+  const bool even = a.heads.head_dim % 8 == 0 && a.heads.head_dim <= 512 && a.heads.rotary_pairs % 4 == 0;
+  cuda.launch(even ? finish_heads : finish_odd_heads, dim3(static_cast<unsigned>((heads + kHeadWarps - 1) / kHeadWarps), static_cast<unsigned>(in.tokens)),
               kHeadWarps * 32, 0, HeadParameters{a, in.slot, in.position, d.eps, d.bfloat16});
 }
 

@@ -8,7 +8,7 @@ namespace tp::cuda {
 
 namespace {
 
-constexpr int kCluster = 8;
+constexpr int kCluster = 8, kFewExperts = 128;
 static_assert(kCluster == kChunk);
 
 struct RouteParameters {
@@ -57,8 +57,50 @@ __device__ void token_norms(const RouteParameters& p, const RouteNorms<Per, Alig
   out.store(a.expert_in + at, n);
 }
 
-/// The K most probable experts of one token and their weights, by one warp. Equal probabilities: the lower id.
-__device__ void choose(const float* logits, float* probability, const RouteParameters& p, int t) {
+/// The K most probable experts of one token and their weights, by one warp; a lane has every 32nd expert.
+/// At most 128 experts. Equal probabilities: the lower id.
+__device__ void choose(const float* logits, const RouteParameters& p, int t) {
+  constexpr int kPer = kFewExperts / 32;
+  const int lane = threadIdx.x % 32;
+  float x[kPer], max = -INFINITY, total = 0;
+#pragma unroll
+  for (int i = 0; i < kPer; i++) {
+    x[i] = lane + 32 * i < p.experts ? __ldcg(logits + lane + 32 * i) : -INFINITY;
+    max = x[i] > max ? x[i] : max;
+  }
+  max = warp_max(max);
+#pragma unroll
+  for (int i = 0; i < kPer; i++) total += x[i] = lane + 32 * i < p.experts ? exp_f32(x[i] - max) : 0;
+  total = warp_sum(total);
+  // Probabilities are not negative, so their bits are in their order; one more, so that 0 is none.
+  uint32_t key[kPer];
+#pragma unroll
+  for (int i = 0; i < kPer; i++) key[i] = lane + 32 * i < p.experts ? bits_of(x[i] / total) + 1 : 0;
+  float chosen = 0, mine = 0;  // lane k keeps the k-th (K <= 32)
+  int index = 0;
+#pragma unroll 1
+  for (int k = 0; k < p.top_k; k++) {
+    uint32_t best = 0;
+    int at = 0;
+#pragma unroll
+    for (int i = 0; i < kPer; i++)
+      if (key[i] > best) best = key[i], at = i;
+    const uint32_t most = __reduce_max_sync(~0u, best);
+    const unsigned who = __reduce_min_sync(~0u, best == most ? static_cast<unsigned>(lane + 32 * at) : ~0u);
+#pragma unroll
+    for (int i = 0; i < kPer; i++)
+      if (who == static_cast<unsigned>(lane + 32 * i)) key[i] = 0;
+    if (lane == k) mine = float_of(most - 1), index = static_cast<int>(who);
+    chosen += float_of(most - 1);
+  }
+  if (lane < p.top_k) {
+    p.args.route_index[t * p.top_k + lane] = least(index, p.experts - 1);
+    p.args.route_weight[t * p.top_k + lane] = mine / chosen * to_float(p.args.per_expert_scale[least(index, p.experts - 1)]);
+  }
+}
+
+/// The same for any number of experts, in shared memory.
+__device__ __noinline__ void choose_of_many(const float* logits, float* probability, const RouteParameters& p, int t) {
   const int lane = threadIdx.x % 32, experts = p.experts;
   float max = -INFINITY;
 #pragma unroll 1
@@ -124,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 1) route_tokens(const __grid_constan
   namespace cg = cooperative_groups;
   TP_MARKS;
   TP_MARK(0);
-  extern __shared__ __align__(128) char shared[];
+  extern __shared__ __align__(1024) char shared[];
   __shared__ float room[kWarps];
   const cg::cluster_group cluster = cg::this_cluster();
   const int rank = static_cast<int>(cluster.block_rank());
@@ -179,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, 1) route_tokens(const __grid_constan
         if (c % p.slots == 0 && !asked) ask(tile, c);
         asked = false;
         const uint4* const x = column ? column + c * split.step / 8 : nullptr;
-        const int left = split.left(place.segment, c);
+        const int left = split.size(place.segment) - c * split.step;
         if (Aligned) {
           sums.add(taking.take(), split.chunk, x, left, place);
           taking.release();
@@ -198,8 +240,13 @@ __global__ void __launch_bounds__(kThreads, 1) route_tokens(const __grid_constan
     }
   TP_MARK(4);
   cluster.sync();
-  if (rank < tokens && threadIdx.x < 32)
-    choose(p.args.router_logits + static_cast<int64_t>(first + rank) * p.experts, exchange_room, p, first + rank);
+  if (rank < tokens && threadIdx.x < 32) {
+    const float* const logits = p.args.router_logits + static_cast<int64_t>(first + rank) * p.experts;
+    if (p.experts <= kFewExperts)
+      choose(logits, p, first + rank);
+    else
+      choose_of_many(logits, exchange_room, p, first + rank);
+  }
   TP_MARK(5);
   if (!p.sort) return;
   if (tokens > 1)
