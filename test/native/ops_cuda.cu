@@ -741,12 +741,12 @@ void time_all(int layer_count) {
         report(overlap ? "STEP" : "step, no PDL", size, T, microseconds(step, 1, 31), fixed + expert_bytes + head_bytes);
       }
       gpu->overlap = true;
-      for (const int kb : {64, 96, 160, 192}) {
+      for (const int kb : {64, 128, 160, 192}) {
         gpu->ring_bytes = kb << 10;
         std::printf("ring of %d KB: ", kb);
         report("STEP", size, T, microseconds(step, 1, 21), fixed + expert_bytes + head_bytes);
       }
-      gpu->ring_bytes = 128 << 10;
+      gpu->ring_bytes = 96 << 10;
     }
   }
 }

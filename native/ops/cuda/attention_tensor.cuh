@@ -50,10 +50,7 @@ __device__ inline void weighted(float2 (&out)[kGroup], const float* p, const Bf1
 __global__ void __launch_bounds__(kAttentionThreads) attend_tensor(const __grid_constant__ AttentionParameters p) {
   extern __shared__ __align__(1024) char shared[];
   __shared__ float maximum[kGroup], total[kGroup];
-  TP_MARKS;
-  TP_MARK(0);
   wait_for_inputs();
-  TP_MARK(1);
   let_next_start();
   const Heads& h = p.args.heads;
   const Sight sight(p);
@@ -94,10 +91,8 @@ __global__ void __launch_bounds__(kAttentionThreads) attend_tensor(const __grid_
         *reinterpret_cast<uint4*>(queries + warp * row_of_keys + i) = pack(x);
       }
     }
-    TP_MARK(2);
     asm volatile("cp.async.wait_group 1;" ::: "memory");
     __syncthreads();
-    TP_MARK(3);
 
     // A warp takes 16 positions; where there are but four times as many, two warps take a half of the head each.
     const int tiles = p.positions / kTileRows, halves = kAttentionWarps > tiles ? 2 : 1;
@@ -149,7 +144,6 @@ __global__ void __launch_bounds__(kAttentionThreads) attend_tensor(const __grid_
     asm volatile("cp.async.wait_group 0;" ::: "memory");
     __syncthreads();
 
-    TP_MARK(4);
     const int pairs = dim / 2, parts = kAttentionThreads / pairs;
     int pair = threadIdx.x, part = 0;
 #pragma unroll 1
@@ -192,13 +186,10 @@ __global__ void __launch_bounds__(kAttentionThreads) attend_tensor(const __grid_
       }
     }
     done++;
-    TP_MARK(5);
   }
   if (done == 0 || sight.visible == 1) return;
   if (last_to_arrive(p, sight, done)) {
     join_chunks(p, sight, reinterpret_cast<float*>(shared));
-    TP_MARK(6);
-    TP_SAY("attention", sight.visible);
   }
 }
 

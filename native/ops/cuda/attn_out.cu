@@ -21,9 +21,6 @@ struct AttnOutParameters {
 template <bool Fast>
 class AttnOut {
  public:
-#ifdef TP_TIMELINE
-  static constexpr const char* kName = "attn_out";
-#endif
   using Parameters = AttnOutParameters;
 
   __device__ AttnOut(const Parameters& p, const Place& place, float* exchange, char* memory)

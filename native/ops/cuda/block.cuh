@@ -15,17 +15,6 @@ __device__ inline void wait_for_inputs() { asm volatile("griddepcontrol.wait;" :
 /// Lets the next kernel start as blocks of this one end.
 __device__ inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
-#ifdef TP_TIMELINE
-#define TP_MARK(i) marks[i] = clock64(), walls[i] = wall()
-__device__ inline unsigned long long wall() { unsigned long long t; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t)); return t; }
-#define TP_MARKS long long marks[8] = {}; unsigned long long walls[8] = {}
-#define TP_SAY(name, n) if (threadIdx.x == 0 && (blockIdx.x % 44 == 3 || gridDim.x < 44) && blockIdx.y + blockIdx.z == 0) \
-  printf("MARK %s b%d start %llu clk %lld %lld %lld %lld %lld %lld end %llu n %d\n", name, blockIdx.x, walls[0], marks[1]-marks[0], marks[2]-marks[0], marks[3]-marks[0], marks[4]-marks[0], marks[5]-marks[0], marks[6]-marks[0], wall(), n)
-#else
-#define TP_MARK(i)
-#define TP_MARKS
-#define TP_SAY(name, n)
-#endif
 
 // Named barriers: 0 is __syncthreads, 1 to 8 are a matrix op's groups.
 constexpr int kListed = 14, kBlock = 15;

@@ -68,7 +68,7 @@ class CudaBackend final : public Backend {
     check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "launching a kernel");
   }
 
-  int ring_bytes = 128 << 10;  // of weights on their way to a block: more would only crowd the second-level cache
+  int ring_bytes = 96 << 10;  // of weights on their way to a block: more would only crowd the second-level cache
   bool overlap = true;  // kernels start before their predecessor ends; off for comparison
 
  private:

@@ -44,9 +44,6 @@ struct DownParameters {
 template <bool Fast>
 class Down {
  public:
-#ifdef TP_TIMELINE
-  static constexpr const char* kName = "down";
-#endif
   using Parameters = DownParameters;
 
   __device__ Down(const Parameters& p, const Place& place, float* exchange, char* memory)

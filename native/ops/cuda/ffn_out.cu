@@ -8,14 +8,11 @@ namespace {
 template <int Per, bool Aligned>
 __global__ void __launch_bounds__(kThreads) join_branches(FfnOutArgs a, int n, float eps, bool bfloat16) {
   __shared__ float room[2 * kWarps];
-  TP_MARKS;
-  TP_MARK(0);
   Row<Per, Aligned> dense, experts, hidden, dense_norm, expert_norm, norm;
   dense_norm.load(a.dense_norm, n), expert_norm.load(a.expert_norm, n), norm.load(a.norm, n);
   const float scalar = to_float(*a.layer_scalar);
   const auto r = [&](float x) { return round_to(bfloat16, x); };
   wait_for_inputs();
-  TP_MARK(1);
   let_next_start();
   const float* const sum = a.sum + static_cast<int64_t>(blockIdx.x) * 2 * n;
   float* const out = a.hidden + static_cast<int64_t>(blockIdx.x) * n;
@@ -31,8 +28,6 @@ __global__ void __launch_bounds__(kThreads) join_branches(FfnOutArgs a, int n, f
   const float inverse = inverse_rms(squares[0], n, eps);
   hidden.change([&](float m, float f, float w) { return r(r(m + r(f * inverse * w)) * scalar); }, dense, norm);
   hidden.store(out, n);
-  TP_MARK(6);
-  TP_SAY("ffn_out", 0);
 }
 
 }  // namespace

@@ -27,9 +27,6 @@ struct GateUpParameters {
 template <bool Fast>
 class GateUp {
  public:
-#ifdef TP_TIMELINE
-  static constexpr const char* kName = "gate_up";
-#endif
   using Parameters = GateUpParameters;
 
   __device__ GateUp(const Parameters& p, const Place& place, float* exchange, char* memory)

@@ -429,8 +429,6 @@ template <template <bool> class WorkOf, bool Fast>
 __global__ void __launch_bounds__(kGemvThreads, 1) gemv(const __grid_constant__ typename WorkOf<Fast>::Parameters p, int slots) {
   using Work = WorkOf<Fast>;
   extern __shared__ __align__(1024) char shared[];
-  TP_MARKS;
-  TP_MARK(0);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool fills = warp >= kWarps;
   // Lane i of filling warp j stands for warp j + kFillers * i.
@@ -465,16 +463,12 @@ __global__ void __launch_bounds__(kGemvThreads, 1) gemv(const __grid_constant__ 
     }
     return;
   }
-  TP_MARK(1);
   wait_for_inputs();
-  TP_MARK(2);
   let_next_start();
   work.list();
-  TP_MARK(3);
   if ((Fast || s.aligned) && !work.all_known()) asm volatile("bar.arrive %0, %1;" ::"n"(kListed), "n"(kGemvThreads) : "memory");
   work.load();
   meet_block();
-  TP_MARK(4);
   const int tiles = work.tiles(), parts = work.parts();
 #pragma unroll 1
   for (Cursor at; at.tile < tiles; at.advance(parts)) {
@@ -494,12 +488,7 @@ __global__ void __launch_bounds__(kGemvThreads, 1) gemv(const __grid_constant__ 
     }
     sums.join();
     work.finish(at, sums.even);
-#ifdef TP_TIMELINE
-    if (at.tile == 0) TP_MARK(5);
-#endif
   }
-  TP_MARK(6);
-  TP_SAY(Work::kName, tiles * parts);
 }
 
 /// Launches a matrix op for `tokens` tokens, in chunks that fit the columns and the shared memory.

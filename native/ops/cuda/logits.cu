@@ -23,9 +23,6 @@ struct LogitsParameters {
 template <bool Fast>
 class Logits {
  public:
-#ifdef TP_TIMELINE
-  static constexpr const char* kName = "logits";
-#endif
   using Parameters = LogitsParameters;
 
   __device__ Logits(const Parameters& p, const Place& place, float* exchange, char* memory)

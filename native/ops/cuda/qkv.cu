@@ -21,9 +21,6 @@ struct QkvParameters {
 template <bool Fast>
 class Qkv {
  public:
-#ifdef TP_TIMELINE
-  static constexpr const char* kName = "qkv";
-#endif
   using Parameters = QkvParameters;
 
   __device__ Qkv(const Parameters& p, const Place& place, float* exchange, char* memory)
@@ -107,8 +104,6 @@ __device__ inline float squares(float4 x) { return fused(x.x, x.x, fused(x.y, x.
 /// 4 neighbours of either half of the head, so that pairs that rotate are its own; dim <= 512, a multiple of 8.
 __global__ void __launch_bounds__(kHeadWarps * 32) finish_heads(const __grid_constant__ HeadParameters p) {
   constexpr int kPer = 2;
-  TP_MARKS;
-  TP_MARK(0);
   const Heads& h = p.args.heads;
   const int dim = h.head_dim, half = dim / 2, t = blockIdx.y;
   const int head = blockIdx.x * kHeadWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -128,7 +123,6 @@ __global__ void __launch_bounds__(kHeadWarps * 32) finish_heads(const __grid_con
   for (int j = 0; j < kPer; j++)
     for (int part = 0; part < 2; part++) w[j][part] = lane * 4 + j * 128 < half ? four(weight, part * half + lane * 4 + j * 128, dim) : float4{};
   wait_for_inputs();
-  TP_MARK(1);
   let_next_start();
   float4 a[kPer][2], b[kPer][2], cosine[kPer], sine[kPer];
   const int position = p.position[t], slot = p.slot[t];
@@ -187,8 +181,6 @@ __global__ void __launch_bounds__(kHeadWarps * 32) finish_heads(const __grid_con
       to_cache(p.args.cache.v, part * half + i, y);
     }
   }
-  TP_MARK(6);
-  TP_SAY("heads", 0);
 }
 
 /// The same for any even head size, and any number of rotary pairs, one element after another.

@@ -164,8 +164,6 @@ __device__ void sort_by_expert(const RouteArgs& a, const int* index, int count, 
 template <int Per, bool Aligned>
 __global__ void __launch_bounds__(kThreads, 1) route_tokens(const __grid_constant__ RouteParameters p) {
   namespace cg = cooperative_groups;
-  TP_MARKS;
-  TP_MARK(0);
   extern __shared__ __align__(1024) char shared[];
   __shared__ float room[kWarps];
   const cg::cluster_group cluster = cg::this_cluster();
@@ -192,12 +190,9 @@ __global__ void __launch_bounds__(kThreads, 1) route_tokens(const __grid_constan
   if (multiplies) ask(rank, 0);
   const RouteNorms<Per, Aligned> norms(p.args, p.split.total);
   wait_for_inputs();
-  TP_MARK(1);
   let_next_start();
   if (rank < tokens) token_norms(p, norms, first + rank, room);
-  TP_MARK(2);
   cluster.sync();
-  TP_MARK(3);
 
   const int planes = p.bfloat16 ? 1 : 3, most = kColumns / planes;
   bool asked = true;
@@ -238,7 +233,6 @@ __global__ void __launch_bounds__(kThreads, 1) route_tokens(const __grid_constan
           p.args.router_logits[static_cast<int64_t>(first + from + t) * p.experts + row] = exchange.template at<false>(i % kTileRows, t, planes);
       }
     }
-  TP_MARK(4);
   cluster.sync();
   if (rank < tokens && threadIdx.x < 32) {
     const float* const logits = p.args.router_logits + static_cast<int64_t>(first + rank) * p.experts;
@@ -247,7 +241,6 @@ __global__ void __launch_bounds__(kThreads, 1) route_tokens(const __grid_constan
     else
       choose_of_many(logits, exchange_room, p, first + rank);
   }
-  TP_MARK(5);
   if (!p.sort) return;
   if (tokens > 1)
     cluster.sync();
@@ -259,8 +252,6 @@ __global__ void __launch_bounds__(kThreads, 1) route_tokens(const __grid_constan
   for (int i = threadIdx.x; i < count; i += kThreads) index[i] = __ldcg(p.args.route_index + i);
   __syncthreads();
   sort_by_expert(p.args, index, count, p.experts, threadIdx.x, kThreads);
-  TP_MARK(6);
-  TP_SAY("route", tokens);
 }
 
 __global__ void __launch_bounds__(kThreads) sort_assignments(RouteArgs a, int count, int experts) {
