@@ -224,7 +224,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
   Napi::Value result(const Napi::CallbackInfo& info) {
     const Napi::Env env = info.Env();
     idle(env);
-    const Engine::Result r = engine_->result();
+    const Engine::Result r = guarded(env, [&] { return engine_->result(); });
     const auto rows = static_cast<size_t>(r.rows);
     const auto copy = [&](const float* from) {
       auto array = Napi::Float32Array::New(env, rows);

@@ -283,6 +283,11 @@ Engine::SyncBuffers Engine::sync_buffers(int index) const {
 }
 
 Engine::Result Engine::result() const {
+  for (int r = 0; r < input_.rows; r++)
+    if (buffers_->token[r] >= dims_.vocab || std::isnan(buffers_->logprob[r]))
+      fail("TP_NATIVE",
+           "the logits behind position %d of slot %d are not numbers; do the weights hold NaN or infinity?",
+           input_.position[input_.row[r]], input_.slot[input_.row[r]]);
   return {buffers_->token, buffers_->logprob, buffers_->target_logprob, input_.rows};
 }
 

@@ -40,6 +40,7 @@ class Engine {
     const float* target_logprob;
     int rows;
   };
+  /// TP_NATIVE when the logits were not numbers.
   Result result() const;
   /// (R, localVocab) of the last step.
   const float* logits() const { return buffers_->logits; }

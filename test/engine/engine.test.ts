@@ -186,6 +186,21 @@ describe('an engine', () => {
     expect(engine.stats()).toMatchObject({ readBytes: 0, expertsRead: 0 });
   });
 
+  it.each([
+    ['NaN', Number.NaN],
+    ['infinite', Number.POSITIVE_INFINITY],
+  ])('with %s weights says that there is no next token', async (_, value) => {
+    const engine = await load(openModel());
+    const { name, slice } = plan.tensors.find((t) => t.name === 'norm.weight')!;
+    await engine.synthesize(name, slice, [0, 0], 0, value);
+    await engine.prepare();
+    await logitsOf(engine);
+    expect(await refusal(() => engine.result())).toMatchObject({
+      code: 'TP_NATIVE',
+      message: expect.stringMatching(/logits behind position 2 of slot 0 are not numbers/),
+    });
+  });
+
   it.each(targets)('runs on $name with more threads than there is work', async ({ device, isa }) => {
     const one = await readyModel((s) => ({ ...s, device, isa }));
     const many = await readyModel((s) => ({ ...s, device, isa, threads: 13 }));
