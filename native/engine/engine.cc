@@ -51,6 +51,7 @@ Engine::Engine(EngineSpec spec) : spec_(std::move(spec)) {
   weights_ = std::make_unique<Weights>(spec_.tensors, *backend_);
   buffers_ = std::make_unique<Buffers>(spec_, dims_, *backend_);
   inspector_ = std::make_unique<Inspector>(spec_, dims_, input_, batch_, *buffers_, *backend_);
+  backend_->enter();  // the collective's memory belongs beside the weights
   const int64_t summary = int64_t{dims_.leaves} * (kSummaryFloats + kCandidateFloats * dims_.candidates);
   const int64_t most = std::max<int64_t>(int64_t{2} * dims_.hidden * spec_.limits.tokens, summary * spec_.limits.rows);
   if (spec_.collective == "peer") collective_ = make_peer(spec_.rank, spec_.size, most);
@@ -59,11 +60,14 @@ Engine::Engine(EngineSpec spec) : spec_(std::move(spec)) {
 }
 
 Engine::~Engine() {
-  if (collective_) collective_->abort();  // a peer may be gone: do not wait for it
+  if (!collective_) return;
+  backend_->enter();
+  collective_->abort();  // a peer may be gone: do not wait for it
 }
 
 DeviceCollective& Engine::collective() {
   if (!collective_) fail("TP_PLAN", "collective %s has nothing to join", spec_.collective.c_str());
+  backend_->enter();
   return *collective_;
 }
 
@@ -116,6 +120,7 @@ int Engine::run(int from) {
   const auto& calls = program_->calls();
   const auto first = static_cast<size_t>(from);
   if (from < 0 || first > calls.size()) fail("TP_PLAN", "run from step %d of %zu", from, calls.size());
+  backend_->enter();
   const bool host = spec_.collective == "host";
   // The step before `from` was a sync: its result is complete only now.
   if (host && first > 0 && calls[first - 1].sync != Program::Sync::none) inspect(calls[first - 1]);
@@ -136,6 +141,7 @@ Engine::Burst Engine::decode(int steps) {
   if (!program_) fail("TP_PLAN", "decode before prepare");
   check_burst(batch_, spec_, steps);
   if (steps < 1 || steps > kHistory) fail("TP_BATCH", "a burst of %d steps; it takes 1 to %d", steps, kHistory);
+  backend_->enter();
   const uint64_t first = *buffers_->fed_steps;
   for (int s = 0; s < steps; s++)
     backend_->replay(replay_key(0, input_, true), [&] { start_step(0, program_->calls().size(), true); });

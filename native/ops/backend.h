@@ -44,6 +44,8 @@ class Backend {
   virtual void read(void* host, const void* from, size_t bytes) { std::memcpy(host, from, bytes); }
   /// Memory that the host and the ops both reach, zeroed: what a step leaves for the host to see while it runs on.
   virtual void* allocate_shared(size_t bytes) { return allocate(bytes); }
+  /// Directs the calling thread's device calls to this backend's device; ops do it themselves.
+  virtual void enter() {}
   /// Waits for everything that was started.
   virtual void finish() {}
   /// The stream that ops run on, for device collectives; null on the host.

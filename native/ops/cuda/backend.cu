@@ -50,7 +50,7 @@ CudaBackend::~CudaBackend() {
 }
 
 void* CudaBackend::allocate(size_t bytes) {
-  check(cudaSetDevice(device_), "choosing the GPU");
+  enter();
   void* memory = nullptr;
   const cudaError_t status = cudaMalloc(&memory, std::max(bytes, size_t{16}));
   if (status == cudaErrorMemoryAllocation) {
@@ -67,7 +67,7 @@ void* CudaBackend::allocate(size_t bytes) {
 }
 
 void* CudaBackend::allocate_shared(size_t bytes) {
-  check(cudaSetDevice(device_), "choosing the GPU");
+  enter();
   void* memory = nullptr;
   check(cudaHostAlloc(&memory, bytes, cudaHostAllocMapped | cudaHostAllocPortable), "allocating pinned memory");
   std::memset(memory, 0, bytes);
@@ -75,8 +75,10 @@ void* CudaBackend::allocate_shared(size_t bytes) {
   return memory;  // one address for both sides: unified addressing is a given on 64-bit Linux
 }
 
+void CudaBackend::enter() { check(cudaSetDevice(device_), "choosing the GPU"); }
+
 void CudaBackend::finish() {
-  check(cudaSetDevice(device_), "choosing the GPU");
+  enter();
   check(cudaStreamSynchronize(stream_), "running a step");
 }
 
@@ -96,7 +98,7 @@ void* CudaBackend::scratch(int, size_t bytes) {
 }
 
 void CudaBackend::write(void* device, const void* host, size_t bytes) {
-  check(cudaSetDevice(device_), "choosing the GPU");
+  enter();
   for (size_t done = 0; done < bytes; done += kStaging) {
     const size_t piece = std::min(kStaging, bytes - done);
     std::memcpy(staging_, static_cast<const char*>(host) + done, piece);
@@ -106,7 +108,7 @@ void CudaBackend::write(void* device, const void* host, size_t bytes) {
 }
 
 void CudaBackend::read(void* host, const void* device, size_t bytes) {
-  check(cudaSetDevice(device_), "choosing the GPU");
+  enter();
   for (size_t done = 0; done < bytes; done += kStaging) {
     const size_t piece = std::min(kStaging, bytes - done);
     check(cudaMemcpyAsync(staging_, static_cast<const char*>(device) + done, piece, cudaMemcpyDeviceToHost, stream_),
@@ -141,7 +143,7 @@ void CudaBackend::prepare(const void* kernel, size_t shared) {
 }
 
 void CudaBackend::replay(uint64_t key, const std::function<void()>& work) {
-  check(cudaSetDevice(device_), "choosing the GPU");
+  enter();
   const auto found = graphs_.find(key);
   if (found != graphs_.end()) {
     check(cudaGraphLaunch(found->second, stream_), "starting a recorded step");

@@ -34,6 +34,7 @@ class CudaBackend final : public Backend {
   void replay(uint64_t key, const std::function<void()>& work) override;
 
   void* allocate_shared(size_t bytes) override;
+  void enter() override;
   void finish() override;
   void* stream_handle() override { return stream_; }
   cudaStream_t stream() const { return stream_; }
