@@ -8,8 +8,8 @@ import { fail, TpError } from './errors.js';
 
 export type Dtype = 'bfloat16' | 'float32';
 export type Device = 'cpu' | 'cuda';
-/** How the program treats a sync step: `local` does nothing (size 1), `host` returns to TypeScript. */
-export type NativeCollective = 'local' | 'host';
+/** How the program treats a sync step: `local` does nothing (size 1), `host` returns to TypeScript, others stay on the GPU. */
+export type NativeCollective = 'local' | 'host' | 'peer' | 'nccl';
 export type Isa = 'auto' | 'generic' | 'avx2' | 'avx512';
 
 /** A box of a stored tensor, see model/shard.ts. */
@@ -50,6 +50,8 @@ export interface EngineSpec {
   threads: number;
   rank: number;
   size: number;
+  /** GPU among those that the process sees; 0 on the CPU. */
+  deviceIndex: number;
   model: {
     hidden: number;
     vocab: number;
@@ -105,6 +107,23 @@ export interface StepResult {
   targetLogprobs: Float32Array; // [R] NaN where no target was asked
 }
 
+/** Results of a burst of decode steps. */
+export interface Burst {
+  tokens: Int32Array; // [steps, R]
+  logprobs: Float32Array; // [steps, R]
+  endMs: Float64Array; // [steps] when each ended, on the device's clock
+}
+
+/** One GPU as the driver shows it. */
+export interface CudaDevice {
+  name: string;
+  computeCapability: string;
+  freeBytes: number;
+  totalBytes: number;
+  /** GPUs whose memory it can reach. */
+  peers: number[];
+}
+
 /** Hashes of one stage's output in the last step. */
 export interface TraceEntry {
   stage: string;
@@ -138,6 +157,15 @@ export interface NativeEngine {
   begin(batch: Batch): void;
   /** Runs from step `from`; returns the index of the sync step that the host must do, or steps.length at the end. */
   run(from: number): Promise<number>;
+  /**
+   * Runs `steps` whole decode steps, each on what the one before it sampled, without the host between them: a batch
+   * whose every token has a row, and a collective that is not `host`. At most 256 steps.
+   */
+  decode(steps: number): Promise<Burst>;
+  /** What joinCollective needs of this rank, of one length on all ranks. */
+  collectiveHello(): Uint8Array;
+  /** Joins a device collective from all ranks' hellos, in rank order. */
+  joinCollective(hellos: readonly Uint8Array[], timeoutMs: number): Promise<void>;
   /** The buffer of sync step `index`: what this rank contributes; for an all-gather `gathered` has room for every rank's. */
   syncBuffers(index: number): { send: Float32Array; gathered: Float32Array | null };
   result(): StepResult;
@@ -167,6 +195,8 @@ export interface EngineStats {
 interface Addon {
   Engine: new (spec: EngineSpec) => NativeEngine;
   version(): { addon: string; cuda: string | null; isa: Isa[] };
+  /** GPUs and NCCL as this process finds them; `why` and `ncclWhy` say what is missing. */
+  cuda(): { devices: CudaDevice[]; why: string; nccl: string | null; ncclWhy: string };
   /** Ends this process (exit code 4) when the other end of pipe `fd` closes, from a native thread. */
   watchParent(fd: number): void;
   /** Elements [start, start + out.length) of a synthetic tensor as BF16 bits. */

@@ -99,6 +99,7 @@ EngineSpec to_spec(const Napi::Object& from) {
   spec.threads = integer(from, "threads");
   spec.rank = integer(from, "rank");
   spec.size = integer(from, "size");
+  spec.device_index = integer(from, "deviceIndex");
   spec.trace = boolean(from, "trace");
   const Napi::Object model = object(from, "model");
   spec.model = {integer(model, "hidden"),          integer(model, "vocab"),   integer(model, "intermediate"),

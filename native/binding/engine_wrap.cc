@@ -40,12 +40,23 @@ class EngineWrap;
 /// One call on its way: computed on the engine's thread, settled on the main thread.
 struct Task {
   explicit Task(Napi::Env env) : deferred(Napi::Promise::Deferred::New(env)) {}
-  std::function<double()> work;
-  bool has_value = false;
-  double value = 0;
+  using Answer = std::function<Napi::Value(Napi::Env)>;
+  std::function<Answer()> work;  // an empty answer resolves with undefined
+  Answer answer;
   std::optional<Error> error;
   Napi::Promise::Deferred deferred;
 };
+
+Task::Answer number_answer(double value) {
+  return [value](Napi::Env env) { return Napi::Number::New(env, value); };
+}
+
+template <class Array, class Element>
+Array typed_array(Napi::Env env, const std::vector<Element>& values) {
+  auto array = Array::New(env, values.size());
+  std::copy(values.begin(), values.end(), array.Data());
+  return array;
+}
 
 void settle(Napi::Env env, Napi::Function, EngineWrap* engine, Task* task);
 
@@ -59,6 +70,9 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
                            InstanceMethod<&EngineWrap::prepare>("prepare"),
                            InstanceMethod<&EngineWrap::begin>("begin"),
                            InstanceMethod<&EngineWrap::run>("run"),
+                           InstanceMethod<&EngineWrap::decode>("decode"),
+                           InstanceMethod<&EngineWrap::collective_hello>("collectiveHello"),
+                           InstanceMethod<&EngineWrap::join_collective>("joinCollective"),
                            InstanceMethod<&EngineWrap::sync_buffers>("syncBuffers"),
                            InstanceMethod<&EngineWrap::result>("result"),
                            InstanceMethod<&EngineWrap::logits>("logits"),
@@ -91,11 +105,10 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
  private:
   using Settle = Napi::TypedThreadSafeFunction<EngineWrap, Task, settle>;
 
-  Napi::Value submit(Napi::Env env, bool has_value, std::function<double()> work) {
+  Napi::Value submit(Napi::Env env, std::function<Task::Answer()> work) {
     open(env);
     auto task = std::make_unique<Task>(env);
     task->work = std::move(work);
-    task->has_value = has_value;
     const Napi::Value promise = task->deferred.Promise();
     if (pending_++ == 0) settle_.Ref(env);
     Ref();  // whoever drops the engine still gets the answer
@@ -118,7 +131,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
         queue_.pop_front();
       }
       try {
-        task->value = task->work();
+        task->answer = task->work();
       } catch (const Error& error) {
         task->error = error;
       } catch (const std::exception& error) {
@@ -159,9 +172,9 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
           {key.Get(0u).As<Napi::Number>().Uint32Value(), key.Get(1u).As<Napi::Number>().Uint32Value()},
           info[3].As<Napi::Number>().FloatValue(),
           info[4].As<Napi::Number>().FloatValue()};
-      return submit(info.Env(), false, [this, name, slice, source] {
+      return submit(info.Env(), [this, name, slice, source] {
         engine_->weights().synthesize(name, slice, source);
-        return 0.0;
+        return Task::Answer();
       });
     });
   }
@@ -172,17 +185,17 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
       const Slice slice = to_slice(info[1].As<Napi::Object>());
       const int fd = info[2].As<Napi::Number>().Int32Value();
       const int64_t offset = info[3].As<Napi::Number>().Int64Value();
-      return submit(info.Env(), false, [this, name, slice, fd, offset] {
+      return submit(info.Env(), [this, name, slice, fd, offset] {
         engine_->weights().read(name, slice, fd, offset);
-        return 0.0;
+        return Task::Answer();
       });
     });
   }
 
   Napi::Value prepare(const Napi::CallbackInfo& info) {
-    return submit(info.Env(), false, [this] {
+    return submit(info.Env(), [this] {
       engine_->prepare();
-      return 0.0;
+      return Task::Answer();
     });
   }
 
@@ -193,7 +206,40 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
 
   Napi::Value run(const Napi::CallbackInfo& info) {
     const int from = info[0].As<Napi::Number>().Int32Value();
-    return submit(info.Env(), true, [this, from] { return static_cast<double>(engine_->run(from)); });
+    return submit(info.Env(), [this, from] { return number_answer(engine_->run(from)); });
+  }
+
+  Napi::Value decode(const Napi::CallbackInfo& info) {
+    const int steps = info[0].As<Napi::Number>().Int32Value();
+    return submit(info.Env(), [this, steps]() -> Task::Answer {
+      return [burst = engine_->decode(steps)](Napi::Env env) {
+        Napi::Object out = Napi::Object::New(env);
+        out.Set("tokens", typed_array<Napi::Int32Array>(env, burst.token));
+        out.Set("logprobs", typed_array<Napi::Float32Array>(env, burst.logprob));
+        out.Set("endMs", typed_array<Napi::Float64Array>(env, burst.end_ms));
+        return out;
+      };
+    });
+  }
+
+  Napi::Value collective_hello(const Napi::CallbackInfo& info) {
+    idle(info.Env());
+    return guarded(info.Env(),
+                   [&] { return typed_array<Napi::Uint8Array>(info.Env(), engine_->collective().hello()); });
+  }
+
+  Napi::Value join_collective(const Napi::CallbackInfo& info) {
+    const auto list = info[0].As<Napi::Array>();
+    std::vector<std::vector<uint8_t>> hellos;
+    for (uint32_t i = 0; i < list.Length(); i++) {
+      const auto bytes = list.Get(i).As<Napi::Uint8Array>();
+      hellos.emplace_back(bytes.Data(), bytes.Data() + bytes.ElementLength());
+    }
+    const double timeout_s = info[1].As<Napi::Number>().DoubleValue() / 1000;
+    return submit(info.Env(), [this, hellos, timeout_s] {
+      engine_->collective().connect(hellos, timeout_s);
+      return Task::Answer();
+    });
   }
 
   /// A Float32Array over the engine's own memory. One ArrayBuffer per address: V8 forbids two over the same
@@ -225,18 +271,10 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
     const Napi::Env env = info.Env();
     idle(env);
     const Engine::Result r = guarded(env, [&] { return engine_->result(); });
-    const auto rows = static_cast<size_t>(r.rows);
-    const auto copy = [&](const float* from) {
-      auto array = Napi::Float32Array::New(env, rows);
-      std::copy_n(from, rows, array.Data());
-      return array;
-    };
-    auto tokens = Napi::Int32Array::New(env, rows);
-    std::copy_n(r.token, rows, tokens.Data());
     Napi::Object out = Napi::Object::New(env);
-    out.Set("tokens", tokens);
-    out.Set("logprobs", copy(r.logprob));
-    out.Set("targetLogprobs", copy(r.target_logprob));
+    out.Set("tokens", typed_array<Napi::Int32Array>(env, r.token));
+    out.Set("logprobs", typed_array<Napi::Float32Array>(env, r.logprob));
+    out.Set("targetLogprobs", typed_array<Napi::Float32Array>(env, r.target_logprob));
     return out;
   }
 
@@ -244,14 +282,14 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
     idle(info.Env());
     const auto floats = static_cast<size_t>(engine_->logits_floats());
     auto out = Napi::Float32Array::New(info.Env(), floats);
-    std::copy_n(engine_->logits(), floats, out.Data());
+    engine_->logits(out.Data());
     return out;
   }
 
   Napi::Value read_buffer(const Napi::CallbackInfo& info) {
     idle(info.Env());
     return guarded(info.Env(), [&] {
-      const std::vector<float> values = engine_->read_buffer(info[0].As<Napi::String>());
+      const std::vector<float> values = engine_->inspector().read(info[0].As<Napi::String>());
       auto out = Napi::Float32Array::New(info.Env(), values.size());
       std::copy(values.begin(), values.end(), out.Data());
       return out;
@@ -264,7 +302,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
       if (!info[1].IsTypedArray() || info[1].As<Napi::TypedArray>().TypedArrayType() != napi_float32_array)
         fail("TP_PLAN", "expected a Float32Array to write");
       const auto values = info[1].As<Napi::Float32Array>();
-      engine_->write_buffer(info[0].As<Napi::String>(), values.Data(), values.ElementLength());
+      engine_->inspector().write(info[0].As<Napi::String>(), values.Data(), values.ElementLength());
     });
   }
 
@@ -309,7 +347,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
 
   Napi::Value read_bandwidth(const Napi::CallbackInfo& info) {
     const double seconds = info[0].As<Napi::Number>().DoubleValue();
-    return submit(info.Env(), true, [this, seconds] { return engine_->read_bandwidth(seconds); });
+    return submit(info.Env(), [this, seconds] { return number_answer(engine_->read_bandwidth(seconds)); });
   }
 
   void close(const Napi::CallbackInfo&) {
@@ -338,8 +376,7 @@ void settle(Napi::Env env, Napi::Function, EngineWrap* engine, Task* task) {
   if (task->error)
     task->deferred.Reject(to_js(env, *task->error).Value());
   else
-    task->deferred.Resolve(task->has_value ? Napi::Value(Napi::Number::New(env, task->value))
-                                           : env.Undefined());
+    task->deferred.Resolve(task->answer ? task->answer(env) : env.Undefined());
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 
 #include "base/random.h"
 #include "binding/engine_wrap.h"
+#include "comm/collective.h"
 #include "ops/backend.h"
 
 #ifndef TP_RUN_VERSION
@@ -28,8 +29,33 @@ Napi::Value version(const Napi::CallbackInfo& info) {
   for (std::string name; std::getline(names, name, ',');) isas.Set(isas.Length(), name);
   Napi::Object out = Napi::Object::New(env);
   out.Set("addon", TP_RUN_VERSION);
-  out.Set("cuda", env.Null());
+  out.Set("cuda", cuda_version() ? Napi::Value(Napi::String::New(env, cuda_version())) : env.Null());
   out.Set("isa", isas);
+  return out;
+}
+
+Napi::Value cuda(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  const CudaDevices found = cuda_devices();
+  Napi::Array devices = Napi::Array::New(env);
+  for (const CudaDevice& device : found.devices) {
+    Napi::Object one = Napi::Object::New(env);
+    one.Set("name", device.name);
+    one.Set("computeCapability", std::to_string(device.major) + "." + std::to_string(device.minor));
+    one.Set("freeBytes", device.free_bytes);
+    one.Set("totalBytes", device.total_bytes);
+    Napi::Array peers = Napi::Array::New(env);
+    for (int peer : device.peers) peers.Set(peers.Length(), peer);
+    one.Set("peers", peers);
+    devices.Set(devices.Length(), one);
+  }
+  bool nccl_usable = false;
+  const std::string nccl = nccl_version(nccl_usable);
+  Napi::Object out = Napi::Object::New(env);
+  out.Set("devices", devices);
+  out.Set("why", found.why);
+  out.Set("nccl", nccl_usable ? Napi::Value(Napi::String::New(env, nccl)) : env.Null());
+  out.Set("ncclWhy", nccl_usable ? "" : nccl);
   return out;
 }
 
@@ -64,6 +90,7 @@ void synthesize(const Napi::CallbackInfo& info) {
 
 Napi::Object initialise(Napi::Env env, Napi::Object exports) {
   exports.Set("Engine", define_engine(env));
+  exports.Set("cuda", Napi::Function::New(env, cuda));
   exports.Set("version", Napi::Function::New(env, version));
   exports.Set("watchParent", Napi::Function::New(env, watch_parent));
   exports.Set("synthesize", Napi::Function::New(env, synthesize));

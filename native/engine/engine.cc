@@ -4,11 +4,9 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
-#include <set>
 
 #include "base/check.h"
-#include "base/random.h"
-#include "base/tree.h"
+#include "engine/checks.h"
 
 namespace tp {
 
@@ -34,55 +32,12 @@ Dims dims_of(const EngineSpec& s) {
   return d;
 }
 
-void check_layer(const EngineSpec& s, size_t index) {
-  const LayerSpec& l = s.layers[index];
-  const int leaves = s.model.leaves / s.size;
-  if (l.heads <= 0 || l.kv_heads <= 0 || l.heads % l.kv_heads || l.heads % leaves)
-    fail("TP_PLAN", "layer %zu: %d query heads do not divide into %d KV heads and %d virtual shards", index,
-         l.heads, l.kv_heads, leaves);
-  if (l.head_dim <= 0 || l.rotary_pairs < 0 || 2 * l.rotary_pairs > l.head_dim)
-    fail("TP_PLAN", "layer %zu: %d rotary pairs in heads of %d", index, l.rotary_pairs, l.head_dim);
-  if (l.window < 0) fail("TP_PLAN", "layer %zu: a window of %d positions", index, l.window);
-}
-
-void check_spec(const EngineSpec& s) {
-  const auto positive = [](const char* what, int value) {
-    if (value <= 0) fail("TP_PLAN", "%s is %d, must be positive", what, value);
-  };
-  positive("hidden size", s.model.hidden);
-  positive("vocabulary", s.model.vocab);
-  positive("dense width", s.model.intermediate);
-  positive("expert width", s.model.moe_intermediate);
-  positive("experts", s.model.experts);
-  positive("top-k experts", s.model.top_k);
-  positive("virtual shards", s.model.leaves);
-  positive("threads", s.threads);
-  positive("ranks", s.size);
-  positive("token limit", s.limits.tokens);
-  positive("row limit", s.limits.rows);
-  positive("sequence limit", s.limits.sequences);
-  positive("position limit", s.limits.positions);
-  positive("candidate limit", s.limits.candidates);
-  if (s.device != "cpu") fail("TP_DEVICE", "this addon was not compiled with CUDA; use --device cpu");
-  if (s.dtype != "bfloat16" && s.dtype != "float32") fail("TP_PLAN", "no dtype '%s'", s.dtype.c_str());
-  if (s.collective != "local" && s.collective != "host")
-    fail("TP_PLAN", "no collective '%s'", s.collective.c_str());
-  if (s.collective == "local" && s.size > 1)
-    fail("TP_PLAN", "a local collective cannot join %d ranks", s.size);
-  if (s.rank < 0 || s.rank >= s.size) fail("TP_PLAN", "rank %d of %d", s.rank, s.size);
-  const int leaves = s.model.leaves;
-  if (leaves > kMaxLeaves || (leaves & (leaves - 1)) || leaves % s.size)
-    fail("TP_PLAN", "%d virtual shards cannot be shared by %d ranks; their number is 1, 2, 4 or 8", leaves,
-         s.size);
-  if (s.model.vocab >= (1 << 24))
-    fail("TP_PLAN", "vocabulary of %d tokens: ids must fit 24 bits", s.model.vocab);
-  if (s.model.vocab % leaves || s.model.intermediate % (leaves / s.size) ||
-      s.model.moe_intermediate % (leaves / s.size))
-    fail("TP_PLAN", "vocabulary %d and widths %d and %d must divide into %d virtual shards", s.model.vocab,
-         s.model.intermediate, s.model.moe_intermediate, leaves);
-  if (s.model.top_k > s.model.experts)
-    fail("TP_PLAN", "%d experts a token of only %d", s.model.top_k, s.model.experts);
-  for (size_t i = 0; i < s.layers.size(); i++) check_layer(s, i);
+/// Steps of one key make the same calls.
+uint64_t replay_key(size_t from, const Input& in, bool feed) {
+  return (((static_cast<uint64_t>(from) << 20 | static_cast<uint64_t>(in.tokens)) << 20) |
+          static_cast<uint64_t>(in.rows))
+             << 1 |
+         (feed ? 1 : 0);
 }
 
 }  // namespace
@@ -90,10 +45,32 @@ void check_spec(const EngineSpec& s) {
 Engine::Engine(EngineSpec spec) : spec_(std::move(spec)) {
   check_spec(spec_);
   dims_ = dims_of(spec_);
-  backend_ = make_cpu_backend(spec_.isa.c_str(), spec_.threads);
+  backend_ = spec_.device == "cuda" ? make_cuda_backend(spec_.device_index)
+                                    : make_cpu_backend(spec_.isa.c_str(), spec_.threads);
+  for (const LayerSpec& l : spec_.layers)
+    backend_->require(dims_, {l.heads, l.kv_heads, l.head_dim, l.window, l.rotary_pairs});
   weights_ = std::make_unique<Weights>(spec_.tensors, *backend_);
   buffers_ = std::make_unique<Buffers>(spec_, dims_, *backend_);
+  inspector_ = std::make_unique<Inspector>(spec_, dims_, input_, batch_, *buffers_, *backend_);
+  backend_->enter();  // the collective's memory belongs beside the weights
+  const int64_t summary = int64_t{dims_.leaves} * (kSummaryFloats + kCandidateFloats * dims_.candidates);
+  const int64_t most =
+      std::max<int64_t>(int64_t{2} * dims_.hidden * spec_.limits.tokens, summary * spec_.limits.rows);
+  if (spec_.collective == "peer") collective_ = make_peer(spec_.rank, spec_.size, most);
+  if (spec_.collective == "nccl") collective_ = make_nccl(spec_.rank, spec_.size, most);
   stats_ = {weights_->bytes(), buffers_->cache_bytes, 0, 0};
+}
+
+Engine::~Engine() {
+  if (!collective_) return;
+  backend_->enter();
+  collective_->abort();  // a peer may be gone: do not wait for it
+}
+
+DeviceCollective& Engine::collective() {
+  if (!collective_) fail("TP_PLAN", "collective %s has nothing to join", spec_.collective.c_str());
+  backend_->enter();
+  return *collective_;
 }
 
 void Engine::prepare() {
@@ -102,168 +79,162 @@ void Engine::prepare() {
 }
 
 void Engine::begin(const Batch& batch) {
-  const auto& limits = spec_.limits;
-  const size_t tokens = batch.tokens.size(), rows = batch.rows.size();
-  if (tokens == 0 || tokens > static_cast<size_t>(limits.tokens) || rows > static_cast<size_t>(limits.rows))
-    fail("TP_BATCH", "a step of %zu tokens and %zu rows; the limits are %d and %d", tokens, rows,
-         limits.tokens, limits.rows);
-  if (batch.positions.size() != tokens || batch.slots.size() != tokens || batch.targets.size() != rows ||
-      batch.temperature.size() != rows || batch.top_k.size() != rows || batch.top_p.size() != rows ||
-      batch.seed.size() != rows || batch.sequence.size() != rows)
-    fail("TP_BATCH", "the arrays of a step of %zu tokens and %zu rows differ in length", tokens, rows);
-  for (size_t t = 0; t < tokens; t++) {
-    if (batch.tokens[t] < 0 || batch.tokens[t] >= dims_.vocab)
-      fail("TP_BATCH", "token id %d is outside the vocabulary of %d", batch.tokens[t], dims_.vocab);
-    if (batch.positions[t] < 0 || batch.positions[t] >= limits.positions)
-      fail("TP_BATCH", "position %d is outside the %d positions of this run", batch.positions[t],
-           limits.positions);
-    if (batch.slots[t] < 0 || batch.slots[t] >= limits.sequences)
-      fail("TP_BATCH", "slot %d of %d", batch.slots[t], limits.sequences);
-  }
-  for (size_t r = 0; r < rows; r++) {
-    if (batch.rows[r] < 0 || static_cast<size_t>(batch.rows[r]) >= tokens)
-      fail("TP_BATCH", "row %d of a step of %zu tokens", batch.rows[r], tokens);
-    if (batch.targets[r] < -1 || batch.targets[r] >= dims_.vocab)
-      fail("TP_BATCH", "target id %d is outside the vocabulary of %d", batch.targets[r], dims_.vocab);
-    check_sampling(batch.temperature[r], batch.top_k[r], batch.top_p[r]);
-  }
+  check_batch(batch, spec_);
   batch_ = batch;
-  input_ = {static_cast<int>(tokens), static_cast<int>(rows),    batch_.tokens.data(),
-            batch_.positions.data(),  batch_.slots.data(),       batch_.rows.data(),
-            batch_.targets.data(),    batch_.temperature.data(), batch_.top_k.data(),
-            batch_.top_p.data(),      batch_.seed.data(),        batch_.sequence.data()};
   trace_.clear();
-  rotate_angles();
+  upload();
 }
 
-void Engine::check_sampling(float temperature, int top_k, float top_p) const {
-  if (!(temperature >= 0) || std::isinf(temperature) || top_k < 0 || !(top_p >= 0 && top_p <= 1))
-    fail("TP_BATCH", "sampling with temperature %g, top-k %d and top-p %g", static_cast<double>(temperature),
-         top_k, static_cast<double>(top_p));
-  // A filter chooses among gathered candidates: any leaf may hold all that it keeps.
-  const int leaf = dims_.vocab / dims_.all_leaves;
-  int needed = 1;
-  if (temperature > 0 && top_k > 0)
-    needed = std::min(top_k, leaf);
-  else if (temperature > 0 && top_p < 1)
-    needed = leaf;
-  if (needed > dims_.candidates)
-    fail("TP_BATCH", "top-k %d and top-p %g need %d candidates of every virtual shard, the limit is %d",
-         top_k, static_cast<double>(top_p), needed, dims_.candidates);
-}
-
-void Engine::rotate_angles() {
-  // As the reference: frequency and angle in fp32; cosine and sine of that angle, correctly rounded to fp32.
-  std::set<int> done;
-  for (size_t l = 0; l < spec_.layers.size(); l++) {
-    const LayerSpec& layer = spec_.layers[l];
-    const int rope = buffers_->rope_of_layer[l];
-    if (!done.insert(rope).second) continue;
-    for (int i = 0; i < layer.rotary_pairs; i++) {
-      const auto frequency = static_cast<float>(std::pow(layer.rope_theta, -2.0 * i / layer.head_dim));
-      for (int t = 0; t < input_.tokens; t++) {
-        const float angle = frequency * static_cast<float>(input_.position[t]);
-        const size_t at =
-            static_cast<size_t>(t) * static_cast<size_t>(layer.rotary_pairs) + static_cast<size_t>(i);
-        buffers_->cosine[static_cast<size_t>(rope)][at] =
-            static_cast<float>(std::cos(static_cast<double>(angle)));
-        buffers_->sine[static_cast<size_t>(rope)][at] =
-            static_cast<float>(std::sin(static_cast<double>(angle)));
-      }
-    }
-  }
+void Engine::upload() {
+  // Fixed places, so that a recorded step finds its input: three arrays of T tokens, then seven of R rows.
+  const auto t = static_cast<size_t>(spec_.limits.tokens), r = static_cast<size_t>(spec_.limits.rows);
+  std::vector<uint32_t> packed(3 * t + 7 * r);
+  size_t at = 0;
+  const auto pack = [&](const auto& values, size_t room) {
+    static_assert(sizeof values[0] == sizeof(uint32_t));
+    std::memcpy(packed.data() + at, values.data(), values.size() * sizeof(uint32_t));
+    uint32_t* const place = buffers_->input + at;
+    at += room;
+    return place;
+  };
+  const auto ints = [&](const std::vector<int>& values, size_t room) {
+    return reinterpret_cast<int*>(pack(values, room));
+  };
+  const auto floats = [&](const std::vector<float>& values) {
+    return reinterpret_cast<float*>(pack(values, r));
+  };
+  input_.tokens = static_cast<int>(batch_.tokens.size());
+  input_.rows = static_cast<int>(batch_.rows.size());
+  input_.token = ints(batch_.tokens, t);
+  input_.position = ints(batch_.positions, t);
+  input_.slot = ints(batch_.slots, t);
+  input_.row = ints(batch_.rows, r);
+  input_.target = ints(batch_.targets, r);
+  input_.temperature = floats(batch_.temperature);
+  input_.top_k = ints(batch_.top_k, r);
+  input_.top_p = floats(batch_.top_p);
+  input_.seed = pack(batch_.seed, r);
+  input_.sequence = ints(batch_.sequence, r);
+  backend_->write(buffers_->input, packed.data(), packed.size() * sizeof(uint32_t));
 }
 
 int Engine::run(int from) {
   if (!program_) fail("TP_PLAN", "run before prepare");
   if (input_.tokens == 0) fail("TP_BATCH", "run before begin");
   const auto& calls = program_->calls();
-  const int count = static_cast<int>(calls.size());
-  if (from < 0 || from > count) fail("TP_PLAN", "run from step %d of %d", from, count);
+  const auto first = static_cast<size_t>(from);
+  if (from < 0 || first > calls.size()) fail("TP_PLAN", "run from step %d of %zu", from, calls.size());
+  backend_->enter();
   const bool host = spec_.collective == "host";
   // The step before `from` was a sync: its result is complete only now.
-  if (host && from > 0 && calls[static_cast<size_t>(from - 1)].sync != Program::Sync::none)
-    leave(calls[static_cast<size_t>(from - 1)]);
-  for (int i = from; i < count; i++) {
-    const Program::Call& call = calls[static_cast<size_t>(i)];
-    if (call.sync != Program::Sync::none) {
-      if (host) return i;
-      leave(call);
-      continue;
+  if (host && first > 0 && calls[first - 1].sync != Program::Sync::none) inspect(calls[first - 1]);
+
+  size_t to = first;
+  while (to < calls.size() && !(host && calls[to].sync != Program::Sync::none)) to++;
+  if (fault_ || spec_.trace)
+    start_step(first, to, false);
+  else
+    backend_->replay(replay_key(first, input_, false), [&] { start_step(first, to, false); });
+  backend_->finish();
+  require_joined();
+  if (to == calls.size()) count_reads();
+  return static_cast<int>(to);
+}
+
+Engine::Burst Engine::decode(int steps) {
+  if (!program_) fail("TP_PLAN", "decode before prepare");
+  check_burst(batch_, spec_, steps);
+  if (steps < 1 || steps > kHistory)
+    fail("TP_BATCH", "a burst of %d steps; it takes 1 to %d", steps, kHistory);
+  backend_->enter();
+  const uint64_t first = *buffers_->fed_steps;
+  for (int s = 0; s < steps; s++)
+    backend_->replay(replay_key(0, input_, true), [&] { start_step(0, program_->calls().size(), true); });
+  backend_->finish();
+  require_joined();
+
+  const int rows = input_.rows;
+  Burst burst{{}, {}, {}, rows};
+  for (int s = 0; s < steps; s++) {
+    const auto entry = static_cast<int64_t>((first + static_cast<uint64_t>(s)) % kHistory);
+    const int64_t at = entry * spec_.limits.rows;
+    burst.token.insert(burst.token.end(), buffers_->history_token + at, buffers_->history_token + at + rows);
+    burst.logprob.insert(burst.logprob.end(), buffers_->history_logprob + at,
+                         buffers_->history_logprob + at + rows);
+    burst.end_ms.push_back(static_cast<double>(buffers_->history_ns[entry]) / 1e6);
+    count_reads();
+    for (size_t t = 0; t < batch_.tokens.size(); t++) {
+      require_numbers(buffers_->history_token[at + static_cast<int64_t>(t)],
+                      buffers_->history_logprob[at + static_cast<int64_t>(t)], t);
+      batch_.tokens[t] = buffers_->history_token[at + static_cast<int64_t>(t)];
+      batch_.positions[t]++;
     }
+  }
+  return burst;
+}
+
+void Engine::start_step(size_t from, size_t to, bool feed) {
+  const auto& calls = program_->calls();
+  if (from == 0)
+    for (const AnglesArgs& rope : buffers_->ropes) backend_->ops().angles(rope, dims_, input_, *backend_);
+  for (size_t i = from; i < to; i++) {
+    start(calls[i]);
+    inspect(calls[i]);
+  }
+  if (to < calls.size()) return;
+  backend_->ops().advance(
+      {buffers_->expert_start, static_cast<int>(spec_.layers.size()), buffers_->experts_read, buffers_->token,
+       buffers_->logprob, feed, const_cast<int*>(input_.token), const_cast<int*>(input_.position), kHistory,
+       spec_.limits.rows, buffers_->history_token, buffers_->history_logprob, buffers_->history_ns,
+       buffers_->fed_steps},
+      dims_, input_, *backend_);
+}
+
+void Engine::start(const Program::Call& call) {
+  if (call.sync == Program::Sync::none) {
     call.run();
-    count_reads(call);
-    leave(call);
-  }
-  return count;
-}
-
-void Engine::leave(const Program::Call& call) {
-  if (fault_) add_fault(call);
-  if (spec_.trace) add_trace(call);
-}
-
-void Engine::count_reads(const Program::Call& call) {
-  stats_.read_bytes += call.weight_bytes;
-  if (call.expert_bytes > 0) {
-    int distinct = 0;
-    for (int e = 0; e < dims_.experts; e++)
-      distinct += buffers_->expert_start[e + 1] > buffers_->expert_start[e];
-    stats_.read_bytes += call.expert_bytes * distinct;
-    if (call.stage == "gateUp") stats_.experts_read += distinct;
-  }
-  if (call.stage == "attention") {
-    const LayerSpec& layer = spec_.layers[static_cast<size_t>(call.layer)];
-    // Tokens of one sequence read the same keys: count the furthest of each slot once.
-    std::vector<int> visible(static_cast<size_t>(spec_.limits.sequences), 0);
-    for (int t = 0; t < input_.tokens; t++) {
-      int& most = visible[static_cast<size_t>(input_.slot[t])];
-      const int seen = input_.position[t] + 1;
-      most = std::max(most, layer.window > 0 ? std::min(seen, layer.window) : seen);
-    }
-    for (int positions : visible)
-      stats_.read_bytes += 2.0 * positions * layer.kv_heads * layer.head_dim *
-                           static_cast<double>(dims_.bfloat16 ? sizeof(Bf16) : sizeof(float));
+  } else if (collective_ && call.sync == Program::Sync::all_reduce) {
+    collective_->all_reduce(static_cast<float*>(call.outputs[0].data), call.floats_per_token * input_.tokens,
+                            backend_->stream_handle());
+  } else if (collective_) {
+    collective_->all_gather(buffers_->candidates, buffers_->gathered, call.floats_per_row * input_.rows,
+                            backend_->stream_handle());
   }
 }
 
-void Engine::add_fault(const Program::Call& call) {
-  if (call.stage != fault_->stage || call.layer != fault_->layer || call.outputs.empty()) return;
-  const View& view = call.outputs[0];
-  const auto hit = [&](int t) {
-    return input_.position[t] == fault_->position && input_.slot[t] == fault_->slot;
-  };
-  const int rows = view.per_row ? input_.rows : input_.tokens;
-  for (int r = 0; r < rows; r++) {
-    if (!hit(view.per_row ? input_.row[r] : r)) continue;
-    auto* element = static_cast<uint32_t*>(view.data) + int64_t{r} * view.width;
-    *element ^= view.rounded && dims_.bfloat16 ? 0x10000u : 1u;
-  }
-}
-
-void Engine::add_trace(const Program::Call& call) {
+void Engine::inspect(const Program::Call& call) {
   if (call.outputs.empty()) return;
-  const bool sharded = call.outputs[0].sharded;
-  const int rows = call.outputs[0].per_row ? input_.rows : input_.tokens;
-  const int parts = sharded ? dims_.leaves : 1;
-  TraceEntry entry{call.stage, call.layer, parts, sharded,
-                   std::vector<uint64_t>(static_cast<size_t>(rows) * parts, 0)};
-  for (size_t o = 0; o < call.outputs.size(); o++) {
-    const View& view = call.outputs[o];
-    const int per_group = view.width / view.groups, part_width = per_group / parts;
-    for (int r = 0; r < rows; r++) {
-      const auto* row = static_cast<const uint32_t*>(view.data) + int64_t{r} * view.width;
-      for (int p = 0; p < parts; p++) {
-        uint64_t hash = 0;
-        for (int g = 0; g < view.groups; g++)
-          for (int i = 0; i < part_width; i++)
-            hash += hash_element(row[g * per_group + p * part_width + i],
-                                 static_cast<uint64_t>(g) * part_width + i);
-        entry.hashes[static_cast<size_t>(r) * parts + p] += mix64(hash + o);
-      }
-    }
+  if (fault_) inspector_->add_fault(call, *fault_);
+  if (spec_.trace) trace_.push_back(inspector_->trace(call));
+}
+
+void Engine::require_joined() const {
+  if (!collective_) return;
+  const std::string error = collective_->error();
+  if (!error.empty()) fail("TP_COLLECTIVE", "%s", error.c_str());
+}
+
+void Engine::count_reads() {
+  for (const Program::Call& call : program_->calls()) stats_.read_bytes += call.weight_bytes;
+  // Tokens of one sequence read the same keys: count the furthest of each slot once.
+  std::vector<int> seen(static_cast<size_t>(spec_.limits.sequences), 0);
+  for (size_t t = 0; t < batch_.tokens.size(); t++) {
+    int& most = seen[static_cast<size_t>(batch_.slots[t])];
+    most = std::max(most, batch_.positions[t] + 1);
   }
-  trace_.push_back(std::move(entry));
+  for (const LayerSpec& layer : spec_.layers)
+    for (int positions : seen)
+      stats_.read_bytes += 2.0 * (layer.window > 0 ? std::min(positions, layer.window) : positions) *
+                           layer.kv_heads * layer.head_dim *
+                           static_cast<double>(dims_.bfloat16 ? sizeof(Bf16) : sizeof(float));
+}
+
+void Engine::require_numbers(int token, float logprob, size_t row) const {
+  const auto t = static_cast<size_t>(batch_.rows[row]);
+  if (token >= dims_.vocab || std::isnan(logprob))
+    fail("TP_NATIVE",
+         "the logits behind position %d of slot %d are not numbers; do the weights hold NaN or infinity?",
+         batch_.positions[t], batch_.slots[t]);
 }
 
 Engine::SyncBuffers Engine::sync_buffers(int index) const {
@@ -273,81 +244,46 @@ Engine::SyncBuffers Engine::sync_buffers(int index) const {
       calls[static_cast<size_t>(index)].sync == Program::Sync::none)
     fail("TP_PLAN", "step %d is no sync point", index);
   const Program::Call& call = calls[static_cast<size_t>(index)];
-  if (call.sync == Program::Sync::all_reduce) {
-    const View& view = call.outputs[0];
-    return {static_cast<float*>(view.data), int64_t{input_.tokens} * view.width, nullptr, 0};
-  }
-  const int64_t floats =
-      int64_t{input_.rows} * dims_.leaves * (kSummaryFloats + int64_t{kCandidateFloats} * dims_.candidates);
+  if (call.sync == Program::Sync::all_reduce)
+    return {static_cast<float*>(call.outputs[0].data), call.floats_per_token * input_.tokens, nullptr, 0};
+  const int64_t floats = call.floats_per_row * input_.rows;
   return {buffers_->candidates, floats, buffers_->gathered, floats * dims_.size};
 }
 
 Engine::Result Engine::result() const {
-  for (int r = 0; r < input_.rows; r++)
-    if (buffers_->token[r] >= dims_.vocab || std::isnan(buffers_->logprob[r]))
-      fail("TP_NATIVE",
-           "the logits behind position %d of slot %d are not numbers; do the weights hold NaN or infinity?",
-           input_.position[input_.row[r]], input_.slot[input_.row[r]]);
-  return {buffers_->token, buffers_->logprob, buffers_->target_logprob, input_.rows};
-}
-
-Engine::Named Engine::named(const std::string& name) const {
-  const Buffers& b = *buffers_;
-  const Dims& d = dims_;
-  const auto floats = [](float* data, int width, bool per_row = false) {
-    return Named{View{data, width, per_row, false}, false};
-  };
-  size_t q_width = 0;
-  for (const LayerSpec& l : spec_.layers)
-    q_width = std::max(q_width, static_cast<size_t>(l.heads) * l.head_dim);
-  if (name == "hidden") return floats(b.hidden, d.hidden);
-  if (name == "normed") return floats(b.normed, d.hidden);
-  if (name == "q") return floats(b.q, static_cast<int>(q_width));
-  if (name == "attention") return floats(b.attention, static_cast<int>(q_width));
-  if (name == "attnSum") return floats(b.attn_sum, d.hidden);
-  if (name == "denseIn") return floats(b.dense_in, d.hidden);
-  if (name == "expertIn") return floats(b.expert_in, d.hidden);
-  if (name == "routerLogits") return floats(b.router_logits, d.experts);
-  if (name == "routeWeight") return floats(b.route_weight, d.top_k);
-  if (name == "routeIndex") return {View{b.route_index, d.top_k, false, false}, true};
-  if (name == "denseAct") return floats(b.dense_act, d.inter);
-  if (name == "expertAct") return floats(b.expert_act, d.top_k * d.moe_inter);
-  if (name == "ffnSum") return floats(b.ffn_sum, 2 * d.hidden);
-  if (name == "logits") return floats(b.logits, d.local_vocab, true);
-  fail("TP_PLAN", "no buffer '%s'", name.c_str());
-}
-
-std::vector<float> Engine::read_buffer(const std::string& name) const {
-  const Named buffer = named(name);
-  const size_t count =
-      static_cast<size_t>(buffer.view.per_row ? input_.rows : input_.tokens) * buffer.view.width;
-  std::vector<float> out(count);
-  if (buffer.integers)
-    std::copy_n(static_cast<const int*>(buffer.view.data), count, out.begin());
-  else
-    std::memcpy(out.data(), buffer.view.data, count * sizeof(float));
+  const auto rows = static_cast<size_t>(input_.rows);
+  Result out{std::vector<int>(rows), std::vector<float>(rows), std::vector<float>(rows)};
+  backend_->read(out.token.data(), buffers_->token, rows * sizeof(int));
+  backend_->read(out.logprob.data(), buffers_->logprob, rows * sizeof(float));
+  backend_->read(out.target_logprob.data(), buffers_->target_logprob, rows * sizeof(float));
+  for (size_t r = 0; r < rows; r++) require_numbers(out.token[r], out.logprob[r], r);
   return out;
 }
 
-void Engine::write_buffer(const std::string& name, const float* values, size_t count) {
-  const Named buffer = named(name);
-  const size_t room =
-      static_cast<size_t>(buffer.view.per_row ? input_.rows : input_.tokens) * buffer.view.width;
-  if (buffer.integers || count != room)
-    fail("TP_PLAN", "buffer %s takes %zu floats, not %zu", name.c_str(), room, count);
-  std::memcpy(buffer.view.data, values, count * sizeof(float));
+void Engine::logits(float* out) const {
+  backend_->read(out, buffers_->logits, static_cast<size_t>(logits_floats()) * sizeof(float));
 }
 
 Stats Engine::take_stats() {
-  const Stats taken = stats_;
-  stats_.read_bytes = stats_.experts_read = 0;
+  uint64_t experts = 0;
+  backend_->read(&experts, buffers_->experts_read, sizeof experts);
+  const auto read = static_cast<double>(experts - experts_counted_);
+  experts_counted_ = experts;
+  double bytes = 0;  // of one expert of one layer: every layer's are alike
+  if (program_ && !spec_.layers.empty())
+    for (const Program::Call& call : program_->calls())
+      bytes += call.expert_bytes / static_cast<double>(spec_.layers.size());
+  Stats taken = stats_;
+  taken.read_bytes += read * bytes;
+  taken.experts_read = read;
+  stats_.read_bytes = 0;
   return taken;
 }
 
 double Engine::read_bandwidth(double seconds) {
-  constexpr uint64_t kPiece = uint64_t{4} << 20;
+  // Host threads take pieces; a device takes all at once.
   const auto total = static_cast<uint64_t>(weights_->bytes());
-  const uint64_t piece = std::min(kPiece, total);
+  const uint64_t piece = backend_->on_host() ? std::min(uint64_t{4} << 20, total) : total;
   const int pieces = static_cast<int>(total / piece);  // a last part is left out
   const auto* memory = static_cast<const char*>(weights_->memory());
   volatile uint64_t sink = 0;  // keeps the loads
@@ -356,7 +292,7 @@ double Engine::read_bandwidth(double seconds) {
   std::chrono::duration<double> spent{};
   do {
     backend_->parallel(pieces, [&](int i, int) {
-      sink = backend_->ops().stream(memory + static_cast<uint64_t>(i) * piece, piece);
+      sink = backend_->ops().stream(memory + static_cast<uint64_t>(i) * piece, piece, *backend_);
     });
     bytes += static_cast<double>(piece) * pieces;
     spent = std::chrono::steady_clock::now() - start;

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "comm/collective.h"
+#include "engine/inspect.h"
 #include "engine/program.h"
 
 namespace tp {
@@ -14,10 +16,13 @@ namespace tp {
 class Engine {
  public:
   explicit Engine(EngineSpec spec);
+  ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
   Weights& weights() { return *weights_; }
+  /// The device collective's part of joining the ranks; TP_PLAN when the spec names none.
+  DeviceCollective& collective();
   /// Checks that every tensor is loaded and resolves the plan.
   void prepare();
   /// Takes one step's input; TP_BATCH when it breaks a limit.
@@ -25,6 +30,17 @@ class Engine {
   /// Runs from step `from` to the end or to a sync that the host must do; returns its index, or the number of
   /// steps.
   int run(int from);
+
+  /// What each step of a burst sampled, and when it ended, in ms on the backend's clock.
+  struct Burst {
+    std::vector<int> token;      // (steps, R)
+    std::vector<float> logprob;  // (steps, R)
+    std::vector<double> end_ms;  // (steps)
+    int rows;
+  };
+  /// Runs `steps` whole steps, up to kHistory, each on the tokens that the one before it sampled: the host
+  /// takes no part between them. The step's input is that of begin(): every token has a row, in order.
+  Burst decode(int steps);
 
   struct SyncBuffers {
     float* send;
@@ -35,21 +51,17 @@ class Engine {
   SyncBuffers sync_buffers(int index) const;
 
   struct Result {
-    const int* token;
-    const float* logprob;
-    const float* target_logprob;
-    int rows;
+    std::vector<int> token;             // (R)
+    std::vector<float> logprob;         // (R)
+    std::vector<float> target_logprob;  // (R)
   };
   /// TP_NATIVE when the logits were not numbers.
   Result result() const;
-  /// (R, localVocab) of the last step.
-  const float* logits() const { return buffers_->logits; }
+  /// Copies (R, localVocab) of the last step.
+  void logits(float* out) const;
   int64_t logits_floats() const { return int64_t{input_.rows} * dims_.local_vocab; }
 
-  /// A buffer by name, valid rows only; TP_PLAN for an unknown name. Index buffers come as floats.
-  std::vector<float> read_buffer(const std::string& name) const;
-  void write_buffer(const std::string& name, const float* values, size_t count);
-
+  Inspector& inspector() { return *inspector_; }
   const std::vector<TraceEntry>& trace() const { return trace_; }
   void plant_fault(std::optional<Fault> fault) { fault_ = std::move(fault); }
   Stats take_stats();
@@ -57,17 +69,13 @@ class Engine {
   double read_bandwidth(double seconds);
 
  private:
-  struct Named {
-    View view;
-    bool integers;
-  };
-  Named named(const std::string& name) const;
-  void check_sampling(float temperature, int top_k, float top_p) const;
-  void rotate_angles();
-  void leave(const Program::Call& call);
-  void count_reads(const Program::Call& call);
-  void add_fault(const Program::Call& call);
-  void add_trace(const Program::Call& call);
+  void upload();
+  void start(const Program::Call& call);
+  void start_step(size_t from, size_t to, bool feed);
+  void inspect(const Program::Call& call);
+  void count_reads();
+  void require_joined() const;
+  void require_numbers(int token, float logprob, size_t row) const;
 
   EngineSpec spec_;
   Dims dims_{};
@@ -76,12 +84,15 @@ class Engine {
   std::vector<TraceEntry> trace_;
   std::optional<Fault> fault_;
   Stats stats_{};
-  // Members die in reverse order: the program points into buffers and weights, those live in the backend's
-  // memory.
+  uint64_t experts_counted_ = 0;
+  // Members die in reverse order: recorded steps hold the collective's memory, the program points into
+  // buffers and weights, and those live in the backend's memory.
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Weights> weights_;
   std::unique_ptr<Buffers> buffers_;
+  std::unique_ptr<DeviceCollective> collective_;
   std::unique_ptr<Program> program_;
+  std::unique_ptr<Inspector> inspector_;
 };
 
 }  // namespace tp

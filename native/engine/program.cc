@@ -40,14 +40,18 @@ Program::Program(const EngineSpec& spec, const Dims& d, const Input& in, const W
   const auto call = [&](auto op, auto args) {
     return [op, args, &d, &in, &backend] { op(args, d, in, backend); };
   };
-  const View hidden{b.hidden, d.hidden, false, false};
-
-  using Build = std::function<void(const StepSpec&, Resolver&, Call&)>;
   const auto layer_of = [&](const StepSpec& step) -> const LayerSpec& {
     if (step.layer < 0 || step.layer >= static_cast<int>(spec.layers.size()))
       fail("TP_PLAN", "step %s names layer %d of %zu", step.op.c_str(), step.layer, spec.layers.size());
     return spec.layers[static_cast<size_t>(step.layer)];
   };
+  const auto expert_start = [&](const StepSpec& step) {
+    layer_of(step);  // checked
+    return b.expert_start + static_cast<int64_t>(step.layer) * (d.experts + 1);
+  };
+  const View hidden{b.hidden, d.hidden, false, false};
+
+  using Build = std::function<void(const StepSpec&, Resolver&, Call&)>;
   const auto heads_of = [](const LayerSpec& l) {
     return Heads{l.heads, l.kv_heads, l.head_dim, l.window, l.rotary_pairs};
   };
@@ -76,8 +80,8 @@ Program::Program(const EngineSpec& spec, const Dims& d, const Input& in, const W
          a.v_weight = l.k_eq_v ? nullptr : w("v", {kv_rows, h});
          a.q_norm = w("qNorm", {l.head_dim});
          a.k_norm = w("kNorm", {l.head_dim});
-         a.cosine = b.cosine[rope];
-         a.sine = b.sine[rope];
+         a.cosine = b.ropes[rope].cosine;
+         a.sine = b.ropes[rope].sine;
          a.normed = b.normed;
          a.q = b.q;
          a.kv = b.kv;
@@ -100,7 +104,7 @@ Program::Program(const EngineSpec& spec, const Dims& d, const Input& in, const W
          c.run = call(ops.attn_out, AttnOutArgs{b.attention, w("o", {h, columns}), b.attn_sum, columns});
        }},
       {"route",
-       [&](const StepSpec&, Resolver& w, Call& c) {
+       [&](const StepSpec& step, Resolver& w, Call& c) {
          RouteArgs a{};
          a.sum = b.attn_sum;
          a.hidden = b.hidden;
@@ -116,7 +120,7 @@ Program::Program(const EngineSpec& spec, const Dims& d, const Input& in, const W
          a.expert_in = b.expert_in;
          a.route_index = b.route_index;
          a.route_weight = b.route_weight;
-         a.expert_start = b.expert_start;
+         a.expert_start = expert_start(step);
          a.assignment = b.assignment;
          c.run = call(ops.route, a);
          c.outputs = {hidden,
@@ -124,7 +128,7 @@ Program::Program(const EngineSpec& spec, const Dims& d, const Input& in, const W
                       {b.route_index, d.top_k, false, false, 1, false}};
        }},
       {"gateUp",
-       [&](const StepSpec&, Resolver& w, Call& c) {
+       [&](const StepSpec& step, Resolver& w, Call& c) {
          GateUpArgs a{};
          a.dense_in = b.dense_in;
          a.expert_in = b.expert_in;
@@ -134,7 +138,7 @@ Program::Program(const EngineSpec& spec, const Dims& d, const Input& in, const W
          a.expert_gate_up = w("expertGateUp", {d.experts, 2 * d.moe_inter, h});
          c.expert_bytes = (w.bytes - c.weight_bytes) / d.experts;
          w.bytes = c.weight_bytes;
-         a.expert_start = b.expert_start;
+         a.expert_start = expert_start(step);
          a.assignment = b.assignment;
          a.dense_act = b.dense_act;
          a.expert_act = b.expert_act;
@@ -143,7 +147,7 @@ Program::Program(const EngineSpec& spec, const Dims& d, const Input& in, const W
                       {b.expert_act, d.top_k * d.moe_inter, false, true, d.top_k}};
        }},
       {"down",
-       [&](const StepSpec&, Resolver& w, Call& c) {
+       [&](const StepSpec& step, Resolver& w, Call& c) {
          DownArgs a{};
          a.dense_act = b.dense_act;
          a.expert_act = b.expert_act;
@@ -153,7 +157,7 @@ Program::Program(const EngineSpec& spec, const Dims& d, const Input& in, const W
          a.expert_down = w("expertDown", {d.experts, h, d.moe_inter});
          c.expert_bytes = (w.bytes - c.weight_bytes) / d.experts;
          w.bytes = c.weight_bytes;
-         a.expert_start = b.expert_start;
+         a.expert_start = expert_start(step);
          a.assignment = b.assignment;
          a.sum = b.ffn_sum;
          c.run = call(ops.down, a);
@@ -201,10 +205,12 @@ Program::Program(const EngineSpec& spec, const Dims& d, const Input& in, const W
       const auto found = reduced.find(step.buffer);
       if (found == reduced.end()) fail("TP_PLAN", "no buffer '%s' to all-reduce", step.buffer.c_str());
       c.sync = Sync::all_reduce;
+      c.floats_per_token = found->second.width;
       c.outputs = {found->second};
     } else if (step.op == "allGather") {
       if (step.buffer != "candidates") fail("TP_PLAN", "no buffer '%s' to all-gather", step.buffer.c_str());
       c.sync = Sync::all_gather;
+      c.floats_per_row = int64_t{d.leaves} * (kSummaryFloats + int64_t{kCandidateFloats} * d.candidates);
     } else {
       const auto found = builders.find(step.op);
       if (found == builders.end()) fail("TP_PLAN", "no op '%s'", step.op.c_str());

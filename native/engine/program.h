@@ -22,6 +22,7 @@ class Program {
     std::vector<View> outputs;  // what this stage leaves behind that is complete: for traces and faults
     double weight_bytes = 0;    // read whatever the input is
     double expert_bytes = 0;    // read for every distinct expert
+    int64_t floats_per_token = 0, floats_per_row = 0;  // of a sync's message
   };
 
   /// Throws TP_PLAN for a step that is unknown, misses a weight or has one of the wrong shape.

@@ -31,6 +31,7 @@ struct TensorSpec {
 struct EngineSpec {
   std::string device, dtype, collective, isa;
   int threads, rank, size;
+  int device_index;  // GPU among those that the process sees
   struct Model {
     int hidden, vocab, intermediate, moe_intermediate, experts, top_k, leaves;
     double eps, softcap, embed_scale;

@@ -131,12 +131,53 @@ Tensor& Weights::expect(const std::string& name, const Slice& slice) {
 
 void Weights::synthesize(const std::string& name, const Slice& slice, const Synthetic& source) {
   Tensor& tensor = expect(name, slice);
-  const std::vector<Run> pieces = pieces_of(slice, int64_t{1} << 18);
-  backend_.parallel(static_cast<int>(pieces.size()), [&](int i, int) {
-    const Run piece = pieces[static_cast<size_t>(i)];
-    backend_.ops().synthesize(source, static_cast<uint64_t>(piece.source), static_cast<uint64_t>(piece.count),
-                              tensor.data + piece.target);
+  struct Piece {
+    Stretch stretch;
+    Bf16* out;
+  };
+  // Runs of one length and one distance are a stretch; host threads share it out, a device takes it whole.
+  std::vector<Piece> pieces;
+  const auto add = [&](const Stretch& stretch, Bf16* out) {
+    constexpr uint64_t kMost = uint64_t{1} << 18;  // elements of a host thread's piece
+    if (!backend_.on_host()) return pieces.push_back({stretch, out});
+    if (stretch.count >= kMost) {
+      for (uint64_t r = 0; r < stretch.rows; r++)
+        for (uint64_t done = 0; done < stretch.count; done += kMost)
+          pieces.push_back(
+              {{stretch.start + r * stretch.stride + done, std::min(kMost, stretch.count - done), 0, 1},
+               out + r * stretch.count + done});
+      return;
+    }
+    const uint64_t rows = std::max<uint64_t>(1, kMost / stretch.count);
+    for (uint64_t r = 0; r < stretch.rows; r += rows)
+      pieces.push_back({{stretch.start + r * stretch.stride, stretch.count, stretch.stride,
+                         std::min(rows, stretch.rows - r)},
+                        out + r * stretch.count});
+  };
+  Stretch open{0, 0, 0, 0};
+  int64_t into = 0;
+  const auto end = [&] {
+    if (open.rows > 0) add(open, tensor.data + into);
+  };
+  for_each_run(slice, [&](int64_t from, int64_t to, int64_t count) {
+    const auto start = static_cast<uint64_t>(from), n = static_cast<uint64_t>(count);
+    const bool fits =
+        open.rows > 0 && open.count == n && (open.rows == 1 || start == open.start + open.rows * open.stride);
+    if (!fits) {
+      end();
+      open = {start, n, 0, 0};
+      into = to;
+    } else if (open.rows == 1) {
+      open.stride = start - open.start;
+    }
+    open.rows++;
   });
+  end();
+  backend_.parallel(static_cast<int>(pieces.size()), [&](int i, int) {
+    const Piece& piece = pieces[static_cast<size_t>(i)];
+    backend_.ops().synthesize(source, piece.stretch, piece.out, backend_);
+  });
+  backend_.finish();
   tensor.filled = true;
 }
 
@@ -148,6 +189,10 @@ void Weights::read(const std::string& name, const Slice& slice, int fd, int64_t 
       runs.empty() || runs[0].count * kSize >= kDirectBytes ||
       (runs.size() > 1 && (runs[1].source - runs[0].source - runs[0].count) * kSize >= kSkipBytes);
   const std::vector<Run> pieces = direct ? pieces_of(slice, kBounceBytes / kSize) : std::vector<Run>();
+
+  // A device's memory is filled through a copy on the host.
+  std::vector<Bf16> copy(backend_.on_host() ? 0 : static_cast<size_t>(tensor.elements));
+  Bf16* const into = backend_.on_host() ? tensor.data : copy.data();
 
   // Short runs: tasks of neighbouring runs whose span fits the bounce buffer.
   std::vector<std::pair<size_t, size_t>> groups;
@@ -174,7 +219,7 @@ void Weights::read(const std::string& name, const Slice& slice, int fd, int64_t 
     backend_.parallel(static_cast<int>(pieces.size()), [&](int i, int) {
       guarded([&] {
         const Run& piece = pieces[static_cast<size_t>(i)];
-        read_fully(fd, tensor.data + piece.target, piece.count * kSize, offset + piece.source * kSize);
+        read_fully(fd, into + piece.target, piece.count * kSize, offset + piece.source * kSize);
       });
     });
   } else {
@@ -186,12 +231,13 @@ void Weights::read(const std::string& name, const Slice& slice, int fd, int64_t 
         const auto bounce = static_cast<Bf16*>(backend_.scratch(thread, static_cast<size_t>(span * kSize)));
         read_fully(fd, bounce, span * kSize, offset + from * kSize);
         for (size_t r = first; r < last; r++)
-          std::memcpy(tensor.data + runs[r].target, bounce + (runs[r].source - from),
+          std::memcpy(into + runs[r].target, bounce + (runs[r].source - from),
                       static_cast<size_t>(runs[r].count * kSize));
       });
     });
   }
   if (error) std::rethrow_exception(error);
+  if (!backend_.on_host()) backend_.write(tensor.data, copy.data(), copy.size() * sizeof(Bf16));
   tensor.filled = true;
 }
 

@@ -2,8 +2,12 @@
 #pragma once
 
 #include <cstddef>
+#include <cstring>
+#include <functional>
 #include <initializer_list>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "ops/ops.h"
 
@@ -34,6 +38,26 @@ class Backend {
   /// Working memory of one thread of the pool, at least `bytes`, contents undefined.
   virtual void* scratch(int thread, size_t bytes) = 0;
 
+  /// Whether the host may touch allocate()d memory; else it goes through write() and read(), in the order of
+  /// the ops.
+  virtual bool on_host() const { return true; }
+  virtual void write(void* to, const void* host, size_t bytes) { std::memcpy(to, host, bytes); }
+  virtual void read(void* host, const void* from, size_t bytes) { std::memcpy(host, from, bytes); }
+  /// Memory that the host and the ops both reach, zeroed: what a step leaves for the host to see while it
+  /// runs on.
+  virtual void* allocate_shared(size_t bytes) { return allocate(bytes); }
+  /// Directs the calling thread's device calls to this backend's device; ops do it themselves.
+  virtual void enter() {}
+  /// Waits for everything that was started.
+  virtual void finish() {}
+  /// The stream that ops run on, for device collectives; null on the host.
+  virtual void* stream_handle() { return nullptr; }
+  /// Throws TP_LIMIT with the real values if an op of this backend cannot take a model or one of its layers.
+  virtual void require(const Dims&, const Heads&) const {}
+  /// Runs `work`, which does nothing but call ops. Work of the same key makes the same calls, so a device may
+  /// record it.
+  virtual void replay(uint64_t /*key*/, const std::function<void()>& work) { work(); }
+
   template <class Work>
   void parallel(int count, Work&& work) {
     parallel(
@@ -44,6 +68,25 @@ class Backend {
 
 /// isa: "auto", "generic", "avx2" or "avx512"; TP_ISA if this machine lacks it.
 std::unique_ptr<Backend> make_cpu_backend(const char* isa, int threads);
+
+/// `device`: index among the GPUs that this process sees. TP_DEVICE if there is none, or no driver.
+std::unique_ptr<Backend> make_cuda_backend(int device);
+
+/// What the driver shows this process, or why it shows nothing.
+struct CudaDevice {
+  std::string name;
+  int major, minor;  // compute capability
+  double free_bytes, total_bytes;
+  std::vector<int> peers;  // devices whose memory this one can reach
+};
+struct CudaDevices {
+  std::vector<CudaDevice> devices;
+  std::string why;
+};
+CudaDevices cuda_devices();
+
+/// Version of the CUDA that is compiled in, or null.
+const char* cuda_version();
 
 /// Comma-separated instruction sets that this machine can run, best first.
 const char* cpu_isas();

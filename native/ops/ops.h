@@ -63,6 +63,15 @@ struct Heads {
   int rotary_pairs;  // pairs (i, i + D/2), i < rotary_pairs, rotate
 };
 
+/// cosine and sine of position * frequency for the step's tokens: frequency and angle in fp32 as the
+/// reference has them, the functions of that angle in double, rounded once.
+struct AnglesArgs {
+  const float* frequency;  // (pairs)
+  float* cosine;           // (T, pairs)
+  float* sine;             // (T, pairs)
+  int pairs;
+};
+
 /// hidden = r(table[token] * scale)
 struct EmbedArgs {
   const Bf16* table;  // (vocab, H)
@@ -193,6 +202,31 @@ struct SampleArgs {
   float* target_logprob;    // (R) NaN without a target
 };
 
+/// The end of a step: counts the experts that it read; in a burst it also feeds the sampled tokens to the
+/// next step, one position on, and leaves them in the history, where the host reads them behind the running
+/// device.
+struct AdvanceArgs {
+  const int* expert_start;  // (layers, E + 1)
+  int layers;
+  uint64_t* experts_read;  // sum over layers of experts with a token
+  const int* sampled;      // (R)
+  const float* logprob;    // (R)
+  bool feed;               // row r is token r: its sampled token and the next position become the input
+  int* token;              // (T) input of the next step
+  int* position;           // (T)
+  int depth;               // entries of the history, used round and round
+  int most_rows;
+  int* history_token;      // (depth, mostRows) shared memory
+  float* history_logprob;  // (depth, mostRows)
+  uint64_t* history_ns;    // (depth) when the step ended, on the backend's own clock
+  uint64_t* steps;         // fed steps so far; written last
+};
+
+/// Elements of a stored tensor: `rows` times `count` neighbours, `stride` apart.
+struct Stretch {
+  uint64_t start, count, stride, rows;
+};
+
 class Backend;
 
 /// The ops of one backend, each void op(args, dims, input, backend).
@@ -200,6 +234,7 @@ struct Ops {
   template <class Args>
   using Op = void (*)(const Args&, const Dims&, const Input&, Backend&);
 
+  Op<AnglesArgs> angles;
   Op<EmbedArgs> embed;
   Op<QkvArgs> qkv;
   Op<AttentionArgs> attention;
@@ -210,11 +245,12 @@ struct Ops {
   Op<FfnOutArgs> ffn_out;
   Op<LogitsArgs> logits;
   Op<SampleArgs> sample;
-  /// out[i] = element start + i of a synthetic tensor, i < count.
-  void (*synthesize)(const Synthetic&, uint64_t start, uint64_t count, Bf16* out);
+  Op<AdvanceArgs> advance;
+  /// out[r * count + i] = element start + r * stride + i of a synthetic tensor.
+  void (*synthesize)(const Synthetic&, const Stretch&, Bf16* out, Backend&);
   /// Streams through memory with plain wide loads; returns a value that depends on every byte. For bandwidth
   /// tests.
-  uint64_t (*stream)(const void* memory, uint64_t bytes);
+  uint64_t (*stream)(const void* memory, uint64_t bytes, Backend&);
 };
 
 }  // namespace tp

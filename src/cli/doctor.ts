@@ -4,6 +4,7 @@ import { accessSync, constants } from 'node:fs';
 import { availableParallelism, tmpdir } from 'node:os';
 import { chooseCollective } from '../comm/collective.js';
 import { zeromqFacts } from '../comm/zeromq.js';
+import { gpuFacts } from '../engine/gpus.js';
 import { EXIT } from '../errors.js';
 import { native } from '../native.js';
 import { findLibrary, gpuNames, memoryGb, roomGb } from '../report/machine.js';
@@ -67,8 +68,8 @@ const PROBES: Record<string, (options: Options) => Omit<Finding, 'what'>> = {
     return ok(line ?? `${device}${devices.length ? ` ${devices.join(', ')}` : ''}`);
   },
   collective(options) {
-    const { device } = chooseDevice(options);
-    return ok(chooseCollective('auto', { ranks: options.gpus.count, device }).why);
+    const { device, devices } = chooseDevice(options);
+    return ok(chooseCollective('auto', { ranks: options.gpus.count, device, devices }, gpuFacts).why);
   },
 };
 

@@ -25,19 +25,42 @@ export type CollectiveName = 'peer' | 'nccl' | 'zmq' | 'local';
 export interface Topology {
   ranks: number;
   device: 'cpu' | 'cuda';
+  /** GPU of each rank; [] on the CPU. */
+  devices: readonly number[];
+}
+
+/** What only GPUs have: asked when a run is to use them. */
+export interface GpuFacts {
+  /** By device index: the devices whose memory each can reach. */
+  peers: readonly (readonly number[])[];
+  /** Why libnccl.so.2 cannot be used, or null. */
+  ncclWhy: string | null;
 }
 
 /** `true`, or a sentence that says why not. */
-type Supports = (topology: Topology) => true | string;
+type Supports = (topology: Topology, gpus: () => GpuFacts) => true | string;
 
-const onGpus = ({ device }: Topology): true | string =>
-  device === 'cpu' ? 'no GPU' : 'not built for CUDA workers';
+/** One host's GPUs that reach each other's memory; ranks may share a GPU. */
+const peerSupports: Supports = ({ device, devices }, gpus) => {
+  if (device === 'cpu') return 'no GPU';
+  const { peers } = gpus();
+  for (const a of devices)
+    for (const b of devices)
+      if (a !== b && !peers[a]?.includes(b)) return `GPU ${a} and ${b} have no P2P access`;
+  return true;
+};
+
+const ncclSupports: Supports = ({ device, devices }, gpus) => {
+  if (device === 'cpu') return 'no GPU';
+  if (new Set(devices).size < devices.length) return 'ranks share a GPU';
+  return gpus().ncclWhy ?? true;
+};
 
 /** Best first. */
 const COLLECTIVES: readonly { name: CollectiveName; supports: Supports }[] = [
   { name: 'local', supports: ({ ranks }) => ranks === 1 || 'several ranks' },
-  { name: 'peer', supports: onGpus },
-  { name: 'nccl', supports: onGpus },
+  { name: 'peer', supports: peerSupports },
+  { name: 'nccl', supports: ncclSupports },
   {
     name: 'zmq',
     supports: ({ ranks }) => Number.isInteger(Math.log2(ranks)) || `${ranks} is no power of two`,
@@ -51,8 +74,12 @@ export interface Choice {
 }
 
 /** The collective of a run; TP_COLLECTIVE_UNSUPPORTED when the one asked for cannot work here. */
-export function chooseCollective(wanted: 'auto' | CollectiveName, topology: Topology): Choice {
-  const answers = COLLECTIVES.map(({ name, supports }) => ({ name, answer: supports(topology) }));
+export function chooseCollective(
+  wanted: 'auto' | CollectiveName,
+  topology: Topology,
+  gpus: () => GpuFacts = () => ({ peers: [], ncclWhy: 'no GPU' }),
+): Choice {
+  const answers = COLLECTIVES.map(({ name, supports }) => ({ name, answer: supports(topology, gpus) }));
   if (wanted !== 'auto') {
     const answer = answers.find(({ name }) => name === wanted)!.answer;
     if (answer !== true) throw fail('TP_COLLECTIVE_UNSUPPORTED', wanted, answer);

@@ -1,13 +1,12 @@
 // The all-reduce alone, timed and checked: the sums are exact in fp32, so one wrong element counts.
 
 import type { Collective } from '../comm/collective.js';
-import type { Plan } from '../model/plan.js';
 import type { AllReduceJob, AllReduceReport, JobResult } from './job.js';
 
 /** Times every iteration of every size on this rank; all ranks run it together. */
 export async function benchAllReduce(
   collective: Collective,
-  { rank, size }: Pick<Plan, 'rank' | 'size'>,
+  { rank, size }: { rank: number; size: number },
   job: AllReduceJob,
 ): Promise<JobResult> {
   const sizes: AllReduceReport[] = [];

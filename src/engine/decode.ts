@@ -2,8 +2,7 @@
 // and the tokens so far, so nobody has to be told what comes next. All that crosses ranks is the plan's sync points.
 
 import type { Collective } from '../comm/collective.js';
-import type { Plan } from '../model/plan.js';
-import { type Batch, fromNative, type NativeEngine, type NativeStep } from '../native.js';
+import { type Batch, fromNative, type NativeEngine, type NativeStep, type StepResult } from '../native.js';
 import { benchAllReduce } from './bench-allreduce.js';
 import type {
   GenerateJob,
@@ -19,37 +18,30 @@ import type {
 } from './job.js';
 
 /** Runs one job on this rank; a report for every step of a generate or score job. */
-export async function runJob(
-  engine: NativeEngine,
-  collective: Collective,
-  plan: Plan,
-  spec: RunSpec,
-  job: Job,
-  report: Report,
-): Promise<JobResult> {
+export async function runJob(decoder: Decoder, job: Job, report: Report): Promise<JobResult> {
   switch (job.kind) {
     case 'generate':
-    case 'score': {
-      const { rank, steps } = plan;
-      const decoder = { rank, engine, collective, steps, limits: spec.limits, trace: spec.trace };
+    case 'score':
       return { kind: job.kind, steps: await decode(decoder, job, report) };
-    }
     case 'read-bandwidth':
-      return { kind: job.kind, gbPerS: await engine.readBandwidth(job.seconds) };
+      return { kind: job.kind, gbPerS: await decoder.engine.readBandwidth(job.seconds) };
     case 'allreduce':
-      return benchAllReduce(collective, plan, job);
+      return benchAllReduce(decoder.collective, decoder, job);
   }
 }
 
 /** What a rank decodes with. */
 export interface Decoder {
   rank: number;
+  size: number;
   engine: NativeEngine;
   collective: Collective;
   /** The plan's steps: their sync points are done here. */
   steps: readonly NativeStep[];
   limits: RunSpec['limits'];
   trace: boolean;
+  /** The collective stays on the device, so decode steps can follow each other without the host. */
+  bursts: boolean;
 }
 
 type Report = (report: StepReport) => Promise<void> | void;
@@ -71,12 +63,23 @@ interface WantedRow {
   position: number;
 }
 
+/** What a step gave, and how long it took. */
+interface Outcome {
+  result: StepResult;
+  time: { computeMs: number; syncMs: number };
+}
+
+/** Tokens of a burst come out together: this long is not seen, and hides the host's part. */
+const BURST_MS = 50;
+const MOST_BURST = 64;
+
 const GREEDY: Sampling = { temperature: 0, topK: 0, topP: 1, seed: 0 };
 
 /** Runs a job to its end; one report a step. Returns the number of steps. */
 export async function decode(decoder: Decoder, job: GenerateJob | ScoreJob, report: Report): Promise<number> {
   const waiting = job.sequences.filter((s) => job.kind === 'score' || s.maxTokens > 0);
   const slots: (Active | null)[] = Array(decoder.limits.sequences).fill(null);
+  const pace = new Pace();
   let step = 0;
   let last = performance.now();
   for (;;) {
@@ -87,29 +90,63 @@ export async function decode(decoder: Decoder, job: GenerateJob | ScoreJob, repo
     }
     const active = slots.filter((s) => s !== null);
     if (active.length === 0) return step;
-    const { batch, rows, tokens, kind } = nextBatch(decoder.limits, active, job);
 
-    const time = await runStep(decoder, batch);
-    const reports = rows.map((row, r): RowReport => finishRow(decoder, job, row, r));
-    for (const sequence of active) {
-      sequence.cached += tokens.filter((t) => t.sequence === sequence.spec.sequence).length;
-      if (job.kind === 'score') sequence.finished = sequence.cached === sequence.tokens.length;
-    }
-
-    const now = performance.now();
+    const first = nextBatch(decoder.limits, active, job);
+    const burst = mayBurst(decoder, job, first.kind) ? pace.steps(active) : 1;
+    const outcomes =
+      burst > 1 ? await runBurst(decoder, first.batch, burst) : [await runStep(decoder, first.batch)];
+    pace.took(outcomes);
     const { readBytes, expertsRead } = decoder.engine.stats();
-    await report({
-      step: step++,
-      kind,
-      tokens,
-      rows: reports,
-      time: { ...time, hostMs: now - last - time.computeMs - time.syncMs },
-      readBytes,
-      expertsRead,
-      logits: job.keepLogits ? decoder.engine.logits() : null,
-      trace: decoder.trace ? decoder.engine.trace() : null,
-    });
-    last = now;
+
+    for (const [k, { result, time }] of outcomes.entries()) {
+      // In a burst the next step follows from what this one sampled; a sequence that has ended has no part in it.
+      const going = active.filter((s) => !s.finished);
+      if (k > 0 && going.length === 0) break;
+      const { rows, tokens, kind } = k === 0 ? first : nextBatch(decoder.limits, going, job);
+      const rowOf = (wanted: WantedRow) => first.rows.findIndex((row) => row.sequence === wanted.sequence);
+      const reports = rows.map((row, r) => finishRow(job, row, result, k === 0 ? r : rowOf(row)));
+      for (const sequence of active) {
+        sequence.cached += tokens.filter((t) => t.sequence === sequence.spec.sequence).length;
+        if (job.kind === 'score') sequence.finished = sequence.cached === sequence.tokens.length;
+      }
+      const now = performance.now();
+      const hostMs =
+        k === 0
+          ? Math.max(0, now - last - outcomes.reduce((ms, o) => ms + o.time.computeMs + o.time.syncMs, 0))
+          : 0;
+      await report({
+        step: step++,
+        kind,
+        tokens,
+        rows: reports,
+        time: { ...time, hostMs },
+        readBytes: readBytes / outcomes.length,
+        expertsRead: expertsRead / outcomes.length,
+        logits: job.keepLogits ? decoder.engine.logits() : null,
+        trace: decoder.trace ? decoder.engine.trace() : null,
+      });
+    }
+    last = performance.now();
+  }
+}
+
+/** Steps can follow each other on the device when nobody wants to see what is between them. */
+function mayBurst(decoder: Decoder, job: GenerateJob | ScoreJob, kind: StepReport['kind']): boolean {
+  return decoder.bursts && kind === 'decode' && !decoder.trace && !job.keepLogits && !job.fault;
+}
+
+/** How many steps to run at a time: as many as a reader does not notice. Ranks may differ, their steps are the same. */
+class Pace {
+  #length = 1;
+
+  steps(active: readonly Active[]): number {
+    const left = active.map((s) => s.spec.maxTokens - (s.tokens.length - s.spec.promptIds.length));
+    return Math.min(this.#length, ...left);
+  }
+
+  took(outcomes: readonly Outcome[]): void {
+    const stepMs = outcomes.reduce((ms, { time }) => ms + time.computeMs, 0) / outcomes.length;
+    this.#length = Math.max(1, Math.min(MOST_BURST, 2 * this.#length, Math.floor(BURST_MS / stepMs)));
   }
 }
 
@@ -164,7 +201,7 @@ function nextBatch(limits: RunSpec['limits'], active: Active[], job: GenerateJob
 }
 
 /** Runs the whole plan on one batch: native code up to a sync point, the collective there, on. */
-async function runStep(decoder: Decoder, batch: Batch): Promise<{ computeMs: number; syncMs: number }> {
+async function runStep(decoder: Decoder, batch: Batch): Promise<Outcome> {
   const { engine, collective, steps } = decoder;
   const time = { computeMs: 0, syncMs: 0 };
   try {
@@ -174,7 +211,7 @@ async function runStep(decoder: Decoder, batch: Batch): Promise<{ computeMs: num
       at = await engine.run(at);
       const computed = performance.now();
       time.computeMs += computed - start;
-      if (at === steps.length) return time;
+      if (at === steps.length) return { result: engine.result(), time };
       const { send, gathered } = engine.syncBuffers(at);
       if (gathered) await collective.gather(send, gathered);
       else await collective.allReduce(send);
@@ -185,29 +222,45 @@ async function runStep(decoder: Decoder, batch: Batch): Promise<{ computeMs: num
   }
 }
 
-/** Takes the result of row `r`: extends the sequence (generate) or scores its next token (score). */
-function finishRow(decoder: Decoder, job: GenerateJob | ScoreJob, row: WantedRow, r: number): RowReport {
-  const { tokens, logprobs, targetLogprobs } = decoder.engine.result();
-  const { sequence, position } = row;
+/** Runs `steps` decode steps without the host; each is timed from the end of the one before it, on the device's clock. */
+async function runBurst({ engine }: Decoder, batch: Batch, steps: number): Promise<Outcome[]> {
+  try {
+    const start = performance.now();
+    engine.begin(batch);
+    const { tokens, logprobs, endMs } = await engine.decode(steps);
+    const firstMs = performance.now() - start - (endMs.at(-1)! - endMs[0]!);
+    const rows = tokens.length / steps;
+    return Array.from({ length: steps }, (_, k) => ({
+      result: {
+        tokens: tokens.subarray(k * rows, (k + 1) * rows),
+        logprobs: logprobs.subarray(k * rows, (k + 1) * rows),
+        targetLogprobs: new Float32Array(rows).fill(Number.NaN),
+      },
+      time: { computeMs: k === 0 ? firstMs : endMs[k]! - endMs[k - 1]!, syncMs: 0 },
+    }));
+  } catch (error) {
+    throw fromNative(error);
+  }
+}
+
+/** Takes row `r` of a step's result: extends the sequence (generate) or scores its next token (score). */
+function finishRow(
+  job: GenerateJob | ScoreJob,
+  { sequence, position }: WantedRow,
+  result: StepResult,
+  r: number,
+): RowReport {
   const key = { sequence: sequence.spec.sequence, position };
   if (job.kind === 'score') {
-    const target = targetLogprobs[r]!;
-    return {
-      ...key,
-      token: -1,
-      logprob: 0,
-      targetLogprob: Number.isNaN(target) ? null : target,
-      finish: null,
-    };
+    const target = result.targetLogprobs[r]!;
+    const targetLogprob = Number.isNaN(target) ? null : target;
+    return { ...key, token: -1, logprob: 0, targetLogprob, finish: null };
   }
-  const token = tokens[r]!;
+  const token = result.tokens[r]!;
   sequence.tokens.push(token);
   const generated = sequence.tokens.length - sequence.spec.promptIds.length;
-  const finish = job.stopTokenIds.includes(token)
-    ? 'stop'
-    : generated === sequence.spec.maxTokens
-      ? 'length'
-      : null;
+  const stopped = job.stopTokenIds.includes(token);
+  const finish = stopped ? 'stop' : generated === sequence.spec.maxTokens ? 'length' : null;
   sequence.finished = finish !== null;
-  return { ...key, token, logprob: logprobs[r]!, targetLogprob: null, finish };
+  return { ...key, token, logprob: result.logprobs[r]!, targetLogprob: null, finish };
 }

@@ -12,6 +12,7 @@ import { EXIT, fail, TpError } from '../errors.js';
 import { log } from '../log.js';
 import { Deferred } from './deferred.js';
 import { Execution, type OnStep } from './execution.js';
+import { gpuFacts } from './gpus.js';
 import type { Job, JobResult, RunSpec } from './job.js';
 import { type Exit, RankProcess } from './process.js';
 import { describeExit, describePlace, RankFailure, type RankState, Supervisor } from './supervise.js';
@@ -53,7 +54,7 @@ export interface Run {
  * code 2), TP_STAGE_TIMEOUT, TP_WORKER_DIED, TP_INTERRUPTED; no process is left then.
  */
 export async function launch(spec: RunSpec, hooks: LaunchHooks = {}): Promise<Run> {
-  const collective = chooseCollective(spec.collective, spec);
+  const collective = chooseCollective(spec.collective, spec, gpuFacts);
   log.info(`collective: ${collective.why}`);
   const launcher = new Launcher(spec, collective, hooks);
   await launcher.start();

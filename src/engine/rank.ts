@@ -8,8 +8,8 @@ import { ZmqCollective } from '../comm/zmq.js';
 import { EXIT, fail } from '../errors.js';
 import { makePlan, type Plan } from '../model/plan.js';
 import { loadWeights, weightBytes } from '../model/weights.js';
-import { type EngineSpec, fromNative, native } from '../native.js';
-import { runJob } from './decode.js';
+import { type EngineSpec, fromNative, type NativeEngine, native } from '../native.js';
+import { type Decoder, runJob } from './decode.js';
 import type { Job, RunSpec } from './job.js';
 import { Life, type Place, type RunJob } from './life.js';
 import { openModel } from './open.js';
@@ -41,12 +41,13 @@ async function live(life: Life): Promise<void> {
   life.enter('device');
   const model = openModel(spec.model);
   const plan = makePlan(model.config, rank, ranks);
-  const engine = new Engine(engineSpec(spec, plan));
+  const engine = new Engine(engineSpec(spec, plan, name));
 
   life.enter('collective');
   zmq.connect(peers);
   const collective: Collective = name === 'local' ? localCollective : zmq;
   await collective.allReduce(new Float32Array(1)); // returns when everybody is there
+  if (name === 'peer' || name === 'nccl') await joinOnDevice(engine, collective, ranks, spec.initTimeoutMs);
 
   life.enter('weights');
   const total = weightBytes(plan);
@@ -55,7 +56,18 @@ async function live(life: Life): Promise<void> {
   await engine.prepare();
 
   life.enter('warm-up');
-  const run: RunJob = (job, report) => runJob(engine, collective, plan, spec, job, report);
+  const { limits, trace } = spec;
+  const decoder: Decoder = {
+    rank,
+    size: ranks,
+    engine,
+    collective,
+    steps: plan.steps,
+    limits,
+    trace,
+    bursts: name !== 'zmq',
+  };
+  const run: RunJob = (job, report) => runJob(decoder, job, report);
   await run(WARM_UP, async () => {});
   const { weightBytes: resident, cacheBytes } = engine.stats();
   collective.limit(spec.stepTimeoutMs);
@@ -73,6 +85,21 @@ const WARM_UP: Job = {
   keepLogits: false,
   fault: null,
 };
+
+/** Ids and memory handles are bytes: the host's collective carries them, then the GPUs talk to each other. */
+async function joinOnDevice(
+  engine: NativeEngine,
+  host: Collective,
+  ranks: number,
+  timeoutMs: number,
+): Promise<void> {
+  const hello = engine.collectiveHello();
+  const all = new Uint8Array(hello.length * ranks);
+  const floats = (bytes: Uint8Array) => new Float32Array(bytes.buffer, bytes.byteOffset, bytes.length / 4);
+  await host.gather(floats(hello), floats(all));
+  const hellos = Array.from({ length: ranks }, (_, r) => all.slice(r * hello.length, (r + 1) * hello.length));
+  await engine.joinCollective(hellos, timeoutMs);
+}
 
 /** Says hello and waits for the launcher to have heard all ranks. */
 async function meet(
@@ -102,15 +129,15 @@ async function serve(life: Life, collective: Collective, run: RunJob): Promise<v
   }
 }
 
-function engineSpec(spec: RunSpec, plan: Plan): EngineSpec {
+function engineSpec(spec: RunSpec, plan: Plan, collective: Setup['collective']): EngineSpec {
   const { device, dtype, isa, threads, limits, trace } = spec;
   const { rank, size, model, layers, steps } = plan;
   const tensors = plan.tensors.map(({ name, shape }) => ({ name, shape }));
-  const collective = size === 1 ? 'local' : 'host';
   return {
     device,
+    deviceIndex: spec.devices[rank] ?? 0,
     dtype,
-    collective,
+    collective: collective === 'zmq' ? 'host' : collective,
     isa,
     threads,
     rank,

@@ -21,6 +21,7 @@ export function openModel(change: Change = () => ({})): NativeEngine {
     dtype: 'bfloat16',
     collective: 'local',
     isa: 'auto',
+    deviceIndex: 0,
     threads: 1,
     limits: { tokens: 16, rows: 4, sequences: 2, positions: 64, candidates: 8 },
     trace: false,

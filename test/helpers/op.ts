@@ -99,6 +99,7 @@ export function engineSpec(plan: OpPlan, dtype: Dtype, target: Target): EngineSp
     dtype,
     collective: 'host',
     isa: target.isa,
+    deviceIndex: 0,
     threads: 2,
     rank: plan.rank ?? 0,
     size: plan.size ?? 1,

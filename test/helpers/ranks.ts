@@ -7,12 +7,20 @@ import { openCheckpoint } from '../../src/model/checkpoint.js';
 import type { ModelConfig } from '../../src/model/config.js';
 import { makePlan, type Plan } from '../../src/model/plan.js';
 import { loadWeights, type WeightSource } from '../../src/model/weights.js';
-import { type Dtype, type Isa, type NativeCollective, type NativeEngine, native } from '../../src/native.js';
+import {
+  type Device,
+  type Dtype,
+  type Isa,
+  type NativeCollective,
+  type NativeEngine,
+  native,
+} from '../../src/native.js';
 
 export interface RanksOptions {
   size: number;
   dtype?: Dtype;
   isa?: Isa;
+  device?: Device;
   threads?: number;
   trace?: boolean;
   /** `host` even for one rank: its sync points come back to TypeScript too. */
@@ -35,7 +43,8 @@ export async function openRanks(config: ModelConfig, source: WeightSource, optio
       const plan = makePlan(config, rank, options.size);
       const engine = new (native().Engine)({
         ...plan,
-        device: 'cpu',
+        device: options.device ?? 'cpu',
+        deviceIndex: 0,
         dtype: options.dtype ?? 'float32',
         collective: options.collective ?? (options.size === 1 ? 'local' : 'host'),
         isa: options.isa ?? 'auto',
@@ -62,11 +71,13 @@ export async function openRanks(config: ModelConfig, source: WeightSource, optio
           const { plan, engine, collective } = rank;
           const decoder = {
             rank: plan.rank,
+            size: plan.size,
             engine,
             collective,
             steps: plan.steps,
             limits,
             trace: options.trace ?? false,
+            bursts: options.size === 1,
           };
           await decode(decoder, job, (report) => {
             reports.push(report);

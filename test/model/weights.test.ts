@@ -28,6 +28,7 @@ function engineOf(plan: ReturnType<typeof makePlan>): NativeEngine {
     dtype: 'float32',
     collective: plan.size === 1 ? 'local' : 'host',
     isa: 'auto',
+    deviceIndex: 0,
     threads: 1,
     limits: { tokens: 4, rows: 4, sequences: 1, positions: 16, candidates: 1 },
     trace: false,

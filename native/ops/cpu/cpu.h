@@ -7,6 +7,7 @@
 
 namespace tp::TP_ISA {
 
+void angles(const AnglesArgs&, const Dims&, const Input&, Backend&);
 void embed(const EmbedArgs&, const Dims&, const Input&, Backend&);
 void qkv(const QkvArgs&, const Dims&, const Input&, Backend&);
 void attention(const AttentionArgs&, const Dims&, const Input&, Backend&);
@@ -17,8 +18,9 @@ void down(const DownArgs&, const Dims&, const Input&, Backend&);
 void ffn_out(const FfnOutArgs&, const Dims&, const Input&, Backend&);
 void logits(const LogitsArgs&, const Dims&, const Input&, Backend&);
 void sample(const SampleArgs&, const Dims&, const Input&, Backend&);
-void synthesize(const Synthetic&, uint64_t start, uint64_t count, Bf16* out);
-uint64_t stream(const void* memory, uint64_t bytes);
+void advance(const AdvanceArgs&, const Dims&, const Input&, Backend&);
+void synthesize(const Synthetic&, const Stretch&, Bf16* out, Backend&);
+uint64_t stream(const void* memory, uint64_t bytes, Backend&);
 const Ops& ops();
 
 /// Weight rows that one task takes: enough to stream, few enough to share out evenly.

@@ -2,7 +2,10 @@
 
 namespace tp::TP_ISA {
 
-void synthesize(const Synthetic& source, uint64_t start, uint64_t count, Bf16* out) {
+namespace {
+
+/// out[i] = element start + i.
+void make_elements(const Synthetic& source, uint64_t start, uint64_t count, Bf16* out) {
   while (count > 0) {
     // Within 2^32 elements the high half of the index is constant: the inner loop is 32-bit and vectorises.
     const auto low = static_cast<uint32_t>(start);
@@ -17,7 +20,14 @@ void synthesize(const Synthetic& source, uint64_t start, uint64_t count, Bf16* o
   }
 }
 
-uint64_t stream(const void* memory, uint64_t bytes) {
+}  // namespace
+
+void synthesize(const Synthetic& source, const Stretch& stretch, Bf16* out, Backend&) {
+  for (uint64_t r = 0; r < stretch.rows; r++)
+    make_elements(source, stretch.start + r * stretch.stride, stretch.count, out + r * stretch.count);
+}
+
+uint64_t stream(const void* memory, uint64_t bytes, Backend&) {
   // Four runs side by side, integer sums of whole cache lines, no prefetch hints: the fastest of the patterns
   // tried (1 to 8 runs, hints of 0 to 4 KB), so what a decode step is measured against is what the memory
   // really gives.
@@ -36,8 +46,8 @@ uint64_t stream(const void* memory, uint64_t bytes) {
 }
 
 const Ops& ops() {
-  static const Ops table = {embed, qkv,     attention, attn_out, route,      gate_up,
-                            down,  ffn_out, logits,    sample,   synthesize, stream};
+  static const Ops table = {angles, embed,   qkv,    attention, attn_out, route,      gate_up,
+                            down,   ffn_out, logits, sample,    advance,  synthesize, stream};
   return table;
 }
 

@@ -1,0 +1,20 @@
+// What stands in for the device collectives in a build without CUDA.
+#include "base/check.h"
+#include "comm/collective.h"
+
+namespace tp {
+
+std::unique_ptr<DeviceCollective> make_peer(int, int, int64_t) {
+  fail("TP_COLLECTIVE", "peer: this addon was not compiled with CUDA");
+}
+
+std::unique_ptr<DeviceCollective> make_nccl(int, int, int64_t) {
+  fail("TP_COLLECTIVE", "nccl: this addon was not compiled with CUDA");
+}
+
+std::string nccl_version(bool& usable) {
+  usable = false;
+  return "this addon was not compiled with CUDA";
+}
+
+}  // namespace tp

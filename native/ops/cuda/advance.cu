@@ -1,0 +1,47 @@
+#include "ops/cuda/block.cuh"
+
+namespace tp::cuda {
+
+namespace {
+
+__device__ uint64_t clock_ns() {
+  uint64_t t;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+  return t;
+}
+
+// One block: a thread a row, and all of them count experts.
+__global__ void __launch_bounds__(kThreads) end_step(AdvanceArgs a, int experts, int rows) {
+  __shared__ float room[kWarps];
+  wait_for_inputs();
+  let_next_start();
+  float counts[1] = {0};  // whole numbers, exact
+  for (int i = threadIdx.x; i < a.layers * experts; i += kThreads) {
+    const int* const start = a.expert_start + static_cast<int64_t>(i / experts) * (experts + 1) + i % experts;
+    counts[0] += start[1] > start[0] ? 1.0f : 0.0f;
+  }
+  block_sums(counts, room);
+  if (threadIdx.x == 0) *a.experts_read += static_cast<uint64_t>(counts[0]);
+  if (!a.feed) return;
+  const uint64_t step = *a.steps;
+  const auto entry = static_cast<int>(step % static_cast<uint64_t>(a.depth));
+  for (int r = threadIdx.x; r < rows; r += kThreads) {
+    a.history_token[entry * a.most_rows + r] = a.token[r] = a.sampled[r];
+    a.history_logprob[entry * a.most_rows + r] = a.logprob[r];
+    a.position[r]++;
+  }
+  __threadfence_system();
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  a.history_ns[entry] = clock_ns();
+  __threadfence_system();
+  *static_cast<volatile uint64_t*>(a.steps) = step + 1;
+}
+
+}  // namespace
+
+void advance(const AdvanceArgs& a, const Dims& d, const Input& in, Backend& backend) {
+  of(backend).launch(end_step, dim3(1), kThreads, 0, a, d.experts, in.rows);
+}
+
+}  // namespace tp::cuda

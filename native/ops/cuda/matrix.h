@@ -1,0 +1,22 @@
+// A weight matrix as the copy engine sees it.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "base/dtype.h"
+
+namespace tp::cuda {
+
+struct Matrix {
+  CUtensorMap map;  // boxes of 8 rows by `chunk` elements; rows past the end are zero
+  const Bf16* data;
+  int rows;
+};
+
+/// A matrix of rows of `width` elements, to be read in boxes of `chunk`. Without `aligned` the map stays
+/// empty and readers take the elements one by one.
+Matrix matrix_of(const Bf16* data, int64_t rows, int width, int chunk, bool aligned);
+
+}  // namespace tp::cuda
