@@ -211,10 +211,11 @@ struct AdvanceArgs {
   uint64_t* experts_read;  // sum over layers of experts with a token
   const int* sampled;      // (R)
   const float* logprob;    // (R)
-  bool feed;               // row r is token r: its sampled token and the next position become the input
-  int* token;              // (T) input of the next step
-  int* position;           // (T)
-  int depth;               // entries of the history, used round and round
+  bool feed;      // row r is token r: its sampled token and the next position become the input; in place
+                  // of no token (the logits were not numbers) 0, the history keeps what was sampled
+  int* token;     // (T) input of the next step
+  int* position;  // (T)
+  int depth;      // entries of the history, used round and round
   int most_rows;
   int* history_token;      // (depth, mostRows) shared memory
   float* history_logprob;  // (depth, mostRows)

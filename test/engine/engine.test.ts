@@ -146,7 +146,8 @@ describe('an engine', () => {
       const { Engine } = createRequire(import.meta.url)(${JSON.stringify(`${root}/build/tp_run.node`)});
       const size = 1 << 20;
       let engine = new Engine({
-        device: 'cpu', dtype: 'float32', collective: 'host', isa: 'auto', threads: 2, rank: 0, size: 1,
+        device: 'cpu', dtype: 'float32', collective: 'host', isa: 'auto', deviceIndex: 0, threads: 2,
+        rank: 0, size: 1,
         model: { hidden: 8, vocab: 8, intermediate: 8, moeIntermediate: 8, experts: 1, topK: 1, eps: 1e-6,
                  softcap: 0, leaves: 1, embedScale: 1 },
         layers: [], tensors: [{ name: 'w', shape: [size] }], steps: [],

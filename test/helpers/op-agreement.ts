@@ -46,7 +46,10 @@ export class Agreement {
   /** Call when all is compared. */
   finish() {
     expect(this.all).toBeGreaterThan(0);
-    if (this.rounded) expect(this.same / this.all, 'share of equal elements').toBeGreaterThan(this.share);
+    if (!this.rounded) return;
+    // Few elements may differ even where there are few.
+    const allowed = Math.max(8, (1 - this.share) * this.all);
+    expect(this.all - this.same, `differing elements of ${this.all}`).toBeLessThanOrEqual(allowed);
   }
 }
 
