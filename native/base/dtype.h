@@ -26,10 +26,16 @@ TP_INLINE float to_float(Bf16 bits) { return float_of(static_cast<uint32_t>(bits
 
 /// Rounds to bfloat16. NaN stays NaN (quiet), infinities stay.
 TP_INLINE Bf16 to_bf16(float value) {
+#ifdef __CUDA_ARCH__
+  Bf16 out;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out) : "f"(value));
+  return out;
+#else
   const uint32_t bits = bits_of(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   return static_cast<Bf16>(nan ? (bits >> 16) | 0x40u : rounded);
+#endif
 }
 
 /// An activation at one of the reference's rounding points: bfloat16-valued in bfloat16 runs, untouched in

@@ -76,13 +76,16 @@ __device__ inline void join_chunks(const AttentionParameters& p, const Sight& si
   __shared__ float total[kGroup];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, visible = sight.visible,
             dim = p.args.heads.head_dim;
+#pragma unroll 1
   for (int head = warp; head < sight.heads; head += kAttentionWarps) {
     float max = -INFINITY, sum = 0;
+#pragma unroll 1
     for (int c = lane; c < visible; c += 32) {
       const float m = room[head * visible + c] = __ldcg(sight.partial(p, head, c));
       max = m > max ? m : max;
     }
     max = warp_max(max);
+#pragma unroll 1
     for (int c = lane; c < visible; c += 32) {
       const float scale = room[head * visible + c] = exp_f32(room[head * visible + c] - max);
       sum = fused(scale, __ldcg(sight.partial(p, head, c) + 1), sum);
@@ -91,11 +94,16 @@ __device__ inline void join_chunks(const AttentionParameters& p, const Sight& si
     if (lane == 0) total[head] = sum;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < sight.heads * dim / 2; i += kAttentionThreads) {
-    const int head = i / (dim / 2), pair = i % (dim / 2);
+  // A thread keeps its pair of columns from head to head.
+  const int pairs = dim / 2, together = kAttentionThreads / pairs;
+  int pair = threadIdx.x, head = 0;
+  while (pair >= pairs) pair -= pairs, head++;
+  if (head >= together) return;
+#pragma unroll 1
+  for (; head < sight.heads; head += together) {
     const float* from = sight.partial(p, head, 0) + 2 + 2 * pair;
     float2 sum = {0, 0};
-#pragma unroll 8
+#pragma unroll 4
     for (int c = 0; c < visible; c++) {
       const float2 x = __ldcg(reinterpret_cast<const float2*>(from + static_cast<int64_t>(c) * (dim + 2)));
       const float scale = room[head * visible + c];
@@ -103,8 +111,9 @@ __device__ inline void join_chunks(const AttentionParameters& p, const Sight& si
       sum.y = fused(scale, x.y, sum.y);
     }
     float* const to = sight.out(p, head) + 2 * pair;
-    to[0] = round_to(p.bfloat16, sum.x / total[head]);
-    to[1] = round_to(p.bfloat16, sum.y / total[head]);
+    const float inverse = __frcp_rn(total[head]);
+    to[0] = round_to(p.bfloat16, sum.x * inverse);
+    to[1] = round_to(p.bfloat16, sum.y * inverse);
   }
 }
 

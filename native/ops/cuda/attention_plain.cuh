@@ -9,17 +9,6 @@ namespace tp::cuda {
 __device__ inline float element(const float* x) { return *x; }
 __device__ inline float element(const Bf16* x) { return to_float(*x); }
 
-/// Eight neighbours.
-__device__ inline void eight(const float* from, float (&x)[8]) {
-  const float4 a = reinterpret_cast<const float4*>(from)[0], b = reinterpret_cast<const float4*>(from)[1];
-  x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
-}
-__device__ inline void eight(const Bf16* from, float (&x)[8]) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(from);
-  const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-  for (int i = 0; i < 8; i++) x[i] = float_of(i % 2 ? pairs[i / 2] & 0xffff0000u : pairs[i / 2] << 16);
-}
 __device__ inline float2 two(const float* from) { return *reinterpret_cast<const float2*>(from); }
 __device__ inline float2 two(const Bf16* from) {
   const uint32_t raw = *reinterpret_cast<const uint32_t*>(from);
@@ -130,8 +119,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
     }
     if (alone) {
       float* const to = sight.out(p, head) + 2 * pair;
-      to[0] = round_to(p.bfloat16, sum.x / total[head]);
-      to[1] = round_to(p.bfloat16, sum.y / total[head]);
+      to[0] = round_to(p.bfloat16, sum.x * __frcp_rn(total[head]));
+      to[1] = round_to(p.bfloat16, sum.y * __frcp_rn(total[head]));
     } else {
       float* const to = sight.partial(p, head, chunk);
       if (pair == 0) to[0] = maximum[head], to[1] = total[head];

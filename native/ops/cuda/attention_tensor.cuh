@@ -8,6 +8,7 @@
 
 namespace tp::cuda {
 
+static_assert(kAttentionWarps == kGroup);
 constexpr int kPad = 32;  // elements behind a key or query row, so that neighbouring rows use other banks
 
 struct TensorRoom {
@@ -34,7 +35,7 @@ __device__ inline void copy_16(void* to, const void* from) {
 template <int Heads>
 __device__ inline void weighted(float2 (&out)[kGroup], const float* p, const Bf16* v, int dim, int pair,
                                 int part, int parts, int count) {
-#pragma unroll 4
+#pragma unroll 2
   for (int j = part; j < count; j += parts) {
     const uint32_t raw = *reinterpret_cast<const uint32_t*>(v + j * dim + 2 * pair);
     const float x = float_of(raw << 16), y = float_of(raw & 0xffff0000u);
@@ -51,7 +52,10 @@ __global__ void __launch_bounds__(kAttentionThreads)
     attend_tensor(const __grid_constant__ AttentionParameters p) {
   extern __shared__ __align__(128) char shared[];
   __shared__ float maximum[kGroup], total[kGroup];
+  TP_MARKS;
+  TP_MARK(0);
   wait_for_inputs();
+  TP_MARK(1);
   let_next_start();
   const Heads& h = p.args.heads;
   const Sight sight(p);
@@ -67,31 +71,36 @@ __global__ void __launch_bounds__(kAttentionThreads)
       (static_cast<int64_t>(p.slot[sight.token]) * h.kv_heads + sight.kv_head) * capacity * dim;
   const auto* const k = static_cast<const Bf16*>(p.args.cache.k) + cache;
   const auto* const v = static_cast<const Bf16*>(p.args.cache.v) + cache;
-  const int pieces = dim / 8;
   int done = 0;
+#pragma unroll 1
   for (int chunk = blockIdx.x; chunk < sight.visible; chunk += gridDim.x) {
     const int from = sight.from(chunk), count = sight.count(chunk);
     __syncthreads();
-    for (int i = threadIdx.x; i < count * pieces; i += kAttentionThreads) {
-      const int j = i / pieces, piece = i % pieces;
-      copy_16(keys + j * row_of_keys + piece * 8,
-              k + static_cast<int64_t>((from + j) % capacity) * dim + piece * 8);
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
-    for (int i = threadIdx.x; i < count * pieces; i += kAttentionThreads) {
-      const int j = i / pieces, piece = i % pieces;
-      copy_16(values + j * dim + piece * 8,
-              v + static_cast<int64_t>((from + j) % capacity) * dim + piece * 8);
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    // A warp takes a row; the cache may be a ring.
+    const int at = from < capacity ? from : from % capacity;
+    const auto bring = [&](Bf16* to, const Bf16* cache_rows, int pitch) {
+#pragma unroll 2
+      for (int j = warp; j < count; j += kAttentionWarps) {
+        const Bf16* const row =
+            cache_rows + static_cast<int64_t>(at + j < capacity ? at + j : at + j - capacity) * dim;
+#pragma unroll 1
+        for (int i = lane * 8; i < dim; i += 256) copy_16(to + j * pitch + i, row + i);
+      }
+      asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    bring(keys, k, row_of_keys);
+    bring(values, v, dim);
     if (done == 0) {
       const float* const q =
           p.args.q + (static_cast<int64_t>(sight.token) * h.heads + sight.first_head) * dim;
-      for (int i = threadIdx.x; i < kGroup * dim; i += kAttentionThreads)
-        queries[i / dim * row_of_keys + i % dim] = i / dim < heads ? to_bf16(q[i]) : Bf16{0};
+#pragma unroll 2
+      for (int i = lane; i < dim; i += 32)
+        queries[warp * row_of_keys + i] = warp < heads ? to_bf16(q[warp * dim + i]) : Bf16{0};
     }
+    TP_MARK(2);
     asm volatile("cp.async.wait_group 1;" ::: "memory");
     __syncthreads();
+    TP_MARK(3);
 
     // Warp w: positions 16 (w % 4) and on, half w / 4 of the head.
     {
@@ -102,6 +111,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
       const Bf16* const column = queries + row * row_of_keys + quarter * 8;
       float even[4] = {}, odd[4] = {};
       if (tile * kTileRows < count)
+#pragma unroll 2
         for (int s = first_step; s < last_step; s++) {
           const uint4 a = *reinterpret_cast<const uint4*>(low + s * 32);
           const uint4 b = *reinterpret_cast<const uint4*>(low + 8 * row_of_keys + s * 32);
@@ -139,8 +149,11 @@ __global__ void __launch_bounds__(kAttentionThreads)
     asm volatile("cp.async.wait_group 0;" ::: "memory");
     __syncthreads();
 
-    const int pairs = dim / 2, parts = kAttentionThreads / pairs, pair = threadIdx.x % pairs,
-              part = threadIdx.x / pairs;
+    TP_MARK(4);
+    const int pairs = dim / 2, parts = kAttentionThreads / pairs;
+    int pair = threadIdx.x, part = 0;
+#pragma unroll 1
+    while (pair >= pairs) pair -= pairs, part++;
     float2 out[kGroup] = {};
     if (part < parts) {
       if (heads <= 2)
@@ -150,39 +163,43 @@ __global__ void __launch_bounds__(kAttentionThreads)
     }
     // The parts meet in their order where the keys were.
     auto* const meeting = reinterpret_cast<float2*>(keys);
-    if (parts > 1) {
-      __syncthreads();  // the values may lie there too
+    __syncthreads();  // the values may lie there too
+    if (part < parts)
 #pragma unroll
       for (int head = 0; head < kGroup; head++)
-        if (head < heads && part < parts) meeting[(head * parts + part) * pairs + pair] = out[head];
-      __syncthreads();
-    }
+        if (head < heads) meeting[(head * parts + part) * pairs + pair] = out[head];
+    __syncthreads();
     const bool alone = sight.visible == 1;
-    if (part == 0) {
-#pragma unroll
-      for (int head = 0; head < kGroup; head++) {
-        if (head >= heads) continue;
-        float2 sum = out[head];
-        for (int i = 1; i < parts; i++) {
-          const float2 other = meeting[(head * parts + i) * pairs + pair];
-          sum.x += other.x;
-          sum.y += other.y;
-        }
-        if (alone) {
-          float* const to = sight.out(p, head) + 2 * pair;
-          to[0] = round_to(true, sum.x / total[head]);
-          to[1] = round_to(true, sum.y / total[head]);
-        } else {
-          float* const to = sight.partial(p, head, chunk);
-          if (pair == 0) to[0] = maximum[head], to[1] = total[head];
-          *reinterpret_cast<float2*>(to + 2 + 2 * pair) = sum;
-        }
+    // Part i takes every parts'th head.
+#pragma unroll 1
+    for (int head = part < parts ? part : heads; head < heads; head += parts) {
+      float2 sum = meeting[head * parts * pairs + pair];
+#pragma unroll 1
+      for (int i = 1; i < parts; i++) {
+        const float2 other = meeting[(head * parts + i) * pairs + pair];
+        sum.x += other.x;
+        sum.y += other.y;
+      }
+      if (alone) {
+        const float inverse = __frcp_rn(total[head]);
+        float* const to = sight.out(p, head) + 2 * pair;
+        to[0] = round_to(true, sum.x * inverse);
+        to[1] = round_to(true, sum.y * inverse);
+      } else {
+        float* const to = sight.partial(p, head, chunk);
+        if (pair == 0) to[0] = maximum[head], to[1] = total[head];
+        *reinterpret_cast<float2*>(to + 2 + 2 * pair) = sum;
       }
     }
     done++;
+    TP_MARK(5);
   }
   if (done == 0 || sight.visible == 1) return;
-  if (last_to_arrive(p, sight, done)) join_chunks(p, sight, reinterpret_cast<float*>(shared));
+  if (last_to_arrive(p, sight, done)) {
+    join_chunks(p, sight, reinterpret_cast<float*>(shared));
+    TP_MARK(6);
+    TP_SAY("attention", sight.visible);
+  }
 }
 
 }  // namespace tp::cuda

@@ -15,6 +15,35 @@ __device__ inline void wait_for_inputs() { asm volatile("griddepcontrol.wait;" :
 /// Lets the next kernel start as blocks of this one end.
 __device__ inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
+#ifdef TP_TIMELINE
+#define TP_MARK(i) marks[i] = clock64(), walls[i] = wall()
+__device__ inline unsigned long long wall() {
+  unsigned long long t;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+  return t;
+}
+#define TP_MARKS           \
+  long long marks[8] = {}; \
+  unsigned long long walls[8] = {}
+#define TP_SAY(name, n)                                                                                \
+  if (threadIdx.x == 0 && (blockIdx.x % 44 == 3 || gridDim.x < 44) && blockIdx.y + blockIdx.z == 0)    \
+  printf("MARK %s b%d start %llu clk %lld %lld %lld %lld %lld %lld end %llu n %d\n", name, blockIdx.x, \
+         walls[0], marks[1] - marks[0], marks[2] - marks[0], marks[3] - marks[0], marks[4] - marks[0], \
+         marks[5] - marks[0], marks[6] - marks[0], wall(), n)
+#else
+#define TP_MARK(i)
+#define TP_MARKS
+#define TP_SAY(name, n)
+#endif
+
+// Named barriers: 0 is __syncthreads, 1 to 8 are a matrix op's groups.
+constexpr int kListed = 14, kBlock = 15;
+
+/// Waits for kThreads threads; a block may have more that do not take part.
+__device__ inline void meet_block() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kBlock), "n"(kThreads) : "memory");
+}
+
 __device__ inline float warp_sum(float x) {
   for (int span = 16; span > 0; span /= 2) x += __shfl_xor_sync(~0u, x, span);
   return x;
@@ -37,17 +66,17 @@ __device__ inline void block_sums(float (&values)[N], float* room) {
     values[n] = warp_sum(values[n]);
     if (lane == 0) room[n * kWarps + warp] = values[n];
   }
-  __syncthreads();
+  meet_block();
   for (int n = 0; n < N; n++) {
     float x = room[n * kWarps + lane % kWarps];
     for (int span = kWarps / 2; span > 0; span /= 2) x += __shfl_xor_sync(~0u, x, span);
     values[n] = x;
   }
-  __syncthreads();
+  meet_block();
 }
 
 __device__ inline float inverse_rms(float squares, int n, float eps) {
-  return 1.0f / sqrtf(squares / static_cast<float>(n) + eps);
+  return __frsqrt_rn(__fdividef(squares, static_cast<float>(n)) + eps);
 }
 
 /// Asks for memory that no kernel writes to come near, so that it is there when the inputs are.
@@ -56,38 +85,78 @@ __device__ inline void prefetch(const void* memory, int bytes) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(memory) + i));
 }
 
-/// A row of n <= kThreads * Per elements, spread over the block's registers: element i is with thread i %
-/// kThreads.
-template <int Per>
-struct Row {
-  float x[Per];
+__device__ inline void eight(const float* from, float (&x)[8]) {
+  const float4 a = reinterpret_cast<const float4*>(from)[0], b = reinterpret_cast<const float4*>(from)[1];
+  x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+}
+__device__ inline void eight(const Bf16* from, float (&x)[8]) {
+  const uint4 raw = *reinterpret_cast<const uint4*>(from);
+  const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int j = 0; j < 8; j++) x[j] = float_of(j % 2 ? pairs[j / 2] & 0xffff0000u : pairs[j / 2] << 16);
+}
+__device__ inline float one(float x) { return x; }
+__device__ inline float one(Bf16 x) { return to_float(x); }
 
+/// A row of n <= kThreads * 8 * Per elements, spread over the block's registers in pieces of 8: piece i is
+/// with thread i % kThreads. Past the end it is zero. Aligned: n is a multiple of 8.
+template <int Per, bool Aligned>
+struct Row {
+  float x[Per][8];
+
+  static __device__ int element(int piece) { return (threadIdx.x + piece * kThreads) * 8; }
   template <class Source>
   __device__ void load(const Source* from, int n) {
 #pragma unroll
-    for (int j = 0; j < Per; j++) x[j] = index(j) < n ? number(from[index(j)]) : 0;
+    for (int p = 0; p < Per; p++) {
+#pragma unroll
+      for (int j = 0; j < 8; j++) x[p][j] = 0;
+      if (Aligned && element(p) < n) eight(from + element(p), x[p]);
+      if (!Aligned)
+        for (int j = 0; j < 8; j++)
+          if (element(p) + j < n) x[p][j] = one(from[element(p) + j]);
+    }
   }
-  __device__ static int index(int j) { return threadIdx.x + j * kThreads; }
+  __device__ void store(float* to, int n) const {
+#pragma unroll
+    for (int p = 0; p < Per; p++) {
+      if (Aligned && element(p) < n) {
+        reinterpret_cast<float4*>(to + element(p))[0] = make_float4(x[p][0], x[p][1], x[p][2], x[p][3]);
+        reinterpret_cast<float4*>(to + element(p))[1] = make_float4(x[p][4], x[p][5], x[p][6], x[p][7]);
+      }
+      if (!Aligned)
+        for (int j = 0; j < 8; j++)
+          if (element(p) + j < n) to[element(p) + j] = x[p][j];
+    }
+  }
+  /// x = f(x, elements of other rows).
+  template <class Change, class... Others>
+  __device__ void change(Change&& f, const Others&... others) {
+#pragma unroll
+    for (int p = 0; p < Per; p++)
+#pragma unroll
+      for (int j = 0; j < 8; j++) x[p][j] = f(x[p][j], others.x[p][j]...);
+  }
   __device__ float squares() const {
     float sum = 0;
 #pragma unroll
-    for (int j = 0; j < Per; j++) sum = fused(x[j], x[j], sum);
+    for (int p = 0; p < Per; p++)
+#pragma unroll
+      for (int j = 0; j < 8; j++) sum = fused(x[p][j], x[p][j], sum);
     return sum;
   }
-
- private:
-  __device__ static float number(float value) { return value; }
-  __device__ static float number(Bf16 value) { return to_float(value); }
 };
-constexpr int kMostRow = 8192;
+constexpr int kMostRow = 2 * 8 * kThreads;
 
-/// Calls launch.template operator()<Per>() with a Per that holds rows of n elements.
+/// Calls launch.template operator()<Per, Aligned>() with what holds rows of n elements.
 template <class Launch>
 void with_row(int n, Launch&& launch) {
-  if (n <= 6 * kThreads)
-    launch.template operator()<6>();
+  if (n % 8 != 0)
+    launch.template operator()<2, false>();
+  else if (n <= 8 * kThreads)
+    launch.template operator()<1, true>();
   else
-    launch.template operator()<kMostRow / kThreads>();
+    launch.template operator()<2, true>();
 }
 
 }  // namespace tp::cuda

@@ -3,15 +3,16 @@
 // A block of 16 warps stays on its multiprocessor and streams tiles of 16 weight rows through shared memory.
 // The columns (K) of a row are cut into segments, a warp takes one segment of a tile, and the warps of a tile
 // form a group: for sums that tensor parallelism splits a segment is a leaf, so one warp sums one leaf in an
-// order that depends on its length alone; else there are 8 segments. Segments meet in tree order.
+// order that depends on its length alone; else there are 8 segments, of every eighth cache line. Segments
+// meet in tree order.
 //
 // Products are tensor-core products of bfloat16 with fp32 sums, up to 8 columns at once: one token is one
 // column, or in float32 runs three, because an fp32 value is exactly the sum of three bfloat16 planes. What a
 // column holds never changes what its neighbours compute, so a token's bits do not depend on the batch.
 //
-// Every warp has a ring of slots of its own, filled by the copy engine: boxes of 8 rows by `chunk` elements.
-// The copies run as far ahead as there is room, without a barrier between warps, and start before the
-// kernel's inputs are there.
+// Every warp has a ring of slots of its own, a slot being the tile's 16 rows by `chunk` elements, and four
+// more warps do nothing but keep the rings filled by the copy engine. The copies run as far ahead as there is
+// room, without a barrier between warps, and start before the kernel's inputs are there.
 #pragma once
 
 #include <climits>
@@ -24,62 +25,57 @@ namespace tp::cuda {
 constexpr int kTileRows = 16;
 constexpr int kColumns = 8;
 constexpr int kSegments = 8;  // of a row that tensor parallelism does not split
-constexpr int kUnit = 64;     // such segments are whole multiples of it: one cache line
 constexpr int kMostChunk = 96, kMostSlots = 16;
 
-/// How rows of `total` elements are cut.
-struct Split {
-  int total;     // elements of a row
-  int segments;  // warps of a group; a power of two
-  int length;    // elements of a segment
-  int longer;    // this many first segments have kUnit elements more
-  int padded;    // room of a segment in shared memory: a multiple of 8
-  int plane;  // room of a column in shared memory; 64 bytes past a multiple of 128, so that columns use other
-              // banks
-  int chunk;  // elements of a row that one copy brings
-  bool aligned;  // every piece of 8 elements begins at a multiple of 16 bytes
+inline __host__ __device__ int least(int a, int b) { return a < b ? a : b; }
 
-  __host__ __device__ int start(int segment) const {
-    return segment * length + min_of(segment, longer) * kUnit;
-  }
-  __host__ __device__ int size(int segment) const {
-    const int left = total - start(segment), size = length + (segment < longer ? kUnit : 0);
-    return left < 0 ? 0 : min_of(left, size);
-  }
-  /// Where a segment's activations lie in shared memory.
-  __host__ __device__ int place(int segment) const {
-    return segment * padded + min_of(segment, longer) * kUnit;
+/// How rows of `total` elements are cut. All segments take the same number of chunks; the last may find
+/// nothing there.
+struct Split {
+  int total;          // elements of a row
+  int segments;       // warps of a group; a power of two
+  int length;         // elements of a leaf
+  int chunk, chunks;  // elements of a row in one slot, a multiple of 32; slots of a segment
+  int first, step;    // chunk c of segment s begins at first * s + step * c
+  int padded;         // and lies in shared memory at padded * s + step * c
+  int plane;          // room of a column; 64 bytes past a multiple of 128, so that columns use other banks
+  bool leaves;  // segments are leaves, neighbouring stretches of a row; else they are every eighth chunk
+  bool
+      aligned;  // every piece of 8 elements begins at a multiple of 16 bytes, so the copy engine can bring it
+
+  __host__ __device__ int from(int segment, int c) const { return first * segment + step * c; }
+  /// Elements from chunk c on that belong to the segment.
+  __host__ __device__ int left(int segment, int c) const {
+    return leaves ? length - step * c : total - from(segment, c);
   }
   __host__ __device__ int slot_bytes() const { return kTileRows * chunk * static_cast<int>(sizeof(Bf16)); }
-  static __host__ __device__ int min_of(int a, int b) { return a < b ? a : b; }
 };
 
-inline Split split_of(int total, int segments, int length, int longer) {
+inline Split split_whole(int total) {
   Split s{};
-  s.total = total;
-  s.segments = segments;
-  s.length = length;
-  s.longer = longer;
-  s.padded = (length + 7) / 8 * 8;
-  s.plane = (segments * s.padded + longer * kUnit + 63) / 64 * 64 + kMostChunk;
-  s.plane += (96 - s.plane % 64) % 64;
-  s.aligned = total % 8 == 0 && length % 8 == 0;
-  s.chunk = 64;
-  for (int chunk = kMostChunk; chunk > 32 && length % 64 != 0; chunk -= 8)
-    if (s.padded % chunk == 0) {
-      s.chunk = chunk;
-      break;
-    }
+  s.total = total, s.segments = kSegments, s.chunk = s.first = s.padded = 64;  // a cache line
+  s.step = kSegments * s.chunk;
+  s.chunks = (total + s.step - 1) / s.step;
+  s.plane = (total + 63) / 64 * 64 + 32;
+  s.aligned = total % 8 == 0;
   return s;
 }
-inline Split split_whole(int total) {
-  const int units = (total + kUnit - 1) / kUnit;
-  return split_of(total, kSegments, units / kSegments * kUnit, units % kSegments);
+inline Split split_leaves(int total, int leaves) {
+  Split s{};
+  s.total = total, s.segments = leaves, s.leaves = true;
+  s.first = s.length = total / leaves;
+  s.padded = (s.length + 7) / 8 * 8;
+  s.aligned = s.length % 8 == 0;
+  const int most = s.length % 64 == 0 ? 64 : kMostChunk, count = (s.length + most - 1) / most;
+  s.chunk = s.step = ((s.length + count - 1) / count + 31) / 32 * 32;
+  s.chunks = (s.length + s.chunk - 1) / s.chunk;
+  s.plane = (leaves * s.padded + 63) / 64 * 64 + 32;
+  return s;
 }
-inline Split split_leaves(int total, int leaves) { return split_of(total, leaves, total / leaves, 0); }
 
-inline Matrix matrix_of(const Bf16* data, int64_t rows, const Split& s) {
-  return matrix_of(data, rows, s.total, s.chunk, s.aligned);
+/// `box`: rows that one copy brings, a tile's 16 or half of them.
+inline Matrix matrix_of(const Bf16* data, int64_t rows, const Split& s, int box = kTileRows) {
+  return matrix_of(data, rows, s.total, s.chunk, box, s.aligned);
 }
 
 /// Tokens as columns.
@@ -89,25 +85,35 @@ struct Columns {
   int planes;  // columns of a token: 1, or 3 in float32 runs
 };
 
+/// Whole-number division without a divider: exact for numbers below 2^32 / divisor.
+struct Divider {
+  uint32_t divisor, magic;
+  __device__ int of(int x) const {
+    return divisor == 1 ? x : static_cast<int>(__umulhi(static_cast<uint32_t>(x), magic));
+  }
+};
+inline Divider divider(int divisor) {
+  return {static_cast<uint32_t>(divisor),
+          static_cast<uint32_t>((0x100000000ull + divisor - 1) / static_cast<uint64_t>(divisor))};
+}
+
 /// A warp's place. Warp w is segment w % segments of group w / segments of the block.
 struct Place {
-  int lane, row, quarter;    // of a tile: rows `row` and `row + 8`, elements 8 * quarter .. of every 32
-  int segment, group;        // in the block
-  int groups, global_group;  // in the grid
-  int thread;                // in the group
-  int threads;               // of the group
+  int warp, lane, row, quarter;  // of a tile: rows `row` and `row + 8`, elements 8 * quarter .. of every 32
+  int segment, group;            // in the block
+  int groups, global_group;      // in the grid
+  int thread, threads;           // in the group, of the group
 
-  __device__ explicit Place(int segments) {
-    const int warp = threadIdx.x / 32;
-    lane = threadIdx.x % 32;
+  __device__ Place(int segments, int warp_, int lane_) : warp(warp_), lane(lane_) {
+    const int shift = __ffs(segments) - 1;
     row = lane / 4;
     quarter = lane % 4;
-    segment = warp % segments;
-    group = warp / segments;
-    groups = gridDim.x * (kWarps / segments);
+    segment = warp & (segments - 1);
+    group = warp >> shift;
+    groups = gridDim.x * (kWarps >> shift);
     global_group = group * gridDim.x + blockIdx.x;
     threads = segments * 32;
-    thread = threadIdx.x % threads;
+    thread = segment * 32 + lane;
   }
   __device__ void meet() const {
     if (threads == 32)
@@ -115,16 +121,23 @@ struct Place {
     else
       asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "r"(threads) : "memory");
   }
-  /// How many of `tiles` tiles this group takes: its own number, then every `step`th.
+  /// How many of `tiles` tiles this group takes: its own number, then every `groups`th.
   __device__ int share(int tiles) const {
-    return tiles <= global_group ? 0 : (tiles - global_group + groups - 1) / groups;
+    return tiles <= global_group ? 0 : __float2int_rd(__fdividef(tiles - global_group - 0.5f, groups)) + 1;
   }
 };
 
-/// Eight neighbouring rows of a matrix; the upper or the lower half of a tile.
-struct Half {
+inline int tiles_of(int rows) { return (rows + kTileRows - 1) / kTileRows; }
+
+/// Neighbouring rows of a matrix.
+struct Rows {
   const Matrix* matrix;
-  int row;
+  int first;
+};
+
+/// The 16 rows of a tile: neighbours, or, when `high` has a matrix, 8 and 8.
+struct Tile {
+  Rows low, high;
 };
 
 /// Where a walk through the units of a group stands: a tile, and of an expert tile the expert.
@@ -139,103 +152,96 @@ __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-/// The warp's ring of weights. fill() and push() ask for the next pieces, pop() waits for the oldest.
+/// Waits until the phase of a barrier in shared memory with that parity is over. Gives up after minutes: what
+/// it waits for will not come, and a kernel that hangs would take the GPU with it.
+__device__ inline void wait_for(uint32_t barrier, uint32_t parity) {
+  uint32_t over = 0;
+  uint64_t begin = 0;
+  for (int tries = 0;; tries++) {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(over)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    if (over) return;
+    if (tries % 4096 != 4095) continue;
+    uint64_t now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    if (begin == 0) begin = now;
+    if (now - begin > 200'000'000'000ull) __trap();
+  }
+}
+
+/// One warp's ring of slots, as the thread that fills or the warp that takes walks through it. Shared memory:
+/// two barriers (arrived, free) for every slot of every warp, then the slots.
 class Ring {
  public:
-  /// `memory`: kMostSlots arrival counters for every warp, then all warps' slots.
-  __device__ Ring(char* memory, const Place& place, int slots)
-      : arrivals_(shared_address(memory) + threadIdx.x / 32 * kMostSlots * 8),
-        slots_(slots),
-        memory_(memory) {
-    if (place.lane == 0) {
-      for (int i = 0; i < slots; i++)
-        asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(arrivals_ + i * 8) : "memory");
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    }
-    __syncwarp();
-  }
+  __device__ Ring(char* memory, int warp, int slots, int bytes)
+      : slots_(slots),
+        bytes_(bytes),
+        barriers_(shared_address(memory) + warp * kMostSlots * 16),
+        data_(memory + kWarps * kMostSlots * 16 + warp * slots * bytes) {}
 
-  /// Asks for pieces until the ring is full or the first `tiles` tiles are all asked for.
-  template <class Work>
-  __device__ void fill(const Work& work, const Place& place, int tiles) {
-    while (waiting_ < slots_ && next_.tile < tiles) push(work, place, tiles);
+  /// By one thread, before others use the ring.
+  __device__ void prepare() const {
+    for (int i = 0; i < 2 * slots_; i++)
+      asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barriers_ + i * 8) : "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
-  template <class Work>
-  __device__ void push(const Work& work, const Place& place, int tiles) {
-    if (next_.tile >= tiles) return;
-    const Split& s = work.split();
-    const int bytes = s.slot_bytes(), from = s.start(place.segment) + offset_;
-    char* const slot = slot_at(in_, bytes);
-    if (s.aligned) {
-      if (place.lane == 0) {
-        const Half low = work.low(next_), high = work.high(next_);
-        const uint32_t arrival = arrivals_ + in_ * 8;
-        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(arrival), "r"(bytes)
-                     : "memory");
-        copy(slot, low, from, arrival);
-        copy(slot + bytes / 2, high, from, arrival);
-      }
-    } else {
-      const Half low = work.low(next_), high = work.high(next_);
-      auto* const to = reinterpret_cast<Bf16*>(slot);
-      for (int i = place.lane; i < kTileRows * s.chunk; i += 32) {
-        const int row = i / s.chunk, k = from + i % s.chunk;
-        const Half& half = row < 8 ? low : high;
-        const int at = half.row + row % 8;
-        to[i] = k < s.total && at < half.matrix->rows
-                    ? half.matrix->data[static_cast<int64_t>(at) * s.total + k]
-                    : Bf16{0};
-      }
-    }
-    in_ = in_ + 1 == slots_ ? 0 : in_ + 1;
-    waiting_++;
-    offset_ += s.chunk;
-    if (offset_ < s.size(place.segment)) return;
-    offset_ = 0;
-    next_.advance(work.parts());
+  __device__ void advance() {
+    if (++at_ == slots_) at_ = 0, phase_ ^= 1;
   }
-  /// The oldest piece, 16 rows by `chunk`. The warp gives it back by release() when all lanes have read.
-  __device__ const Bf16* pop(const Split& s) {
-    if (s.aligned) {
-      const uint32_t arrival = arrivals_ + out_ * 8;
-      uint32_t here = 0;
-      for (int tries = 0; !here; tries++) {
-        asm volatile(
-            "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-            : "=r"(here)
-            : "r"(arrival), "r"(phase_)
-            : "memory");
-        if (tries > (1 << 24)) __trap();  // seconds: the copy never comes
-      }
-    } else {
-      __syncwarp();
-    }
-    return reinterpret_cast<const Bf16*>(slot_at(out_, s.slot_bytes()));
+  /// Asks for a tile's rows from element k on, as soon as the slot is free, and goes on. By one thread.
+  __device__ void ask(const Tile& tile, int k, int bytes) {
+    const uint32_t arrived = barriers_ + at_ * 16, slot = shared_address(data_) + at_ * bytes_;
+    wait_for(arrived + 8, phase_ ^ 1);
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(arrived), "r"(bytes) : "memory");
+    copy(slot, tile.low, k, arrived);
+    if (tile.high.matrix) copy(slot + bytes / 2, tile.high, k, arrived);
+    advance();
+  }
+  /// The oldest slot, when it is there. The warp gives it back by release() when all lanes have read.
+  __device__ const Bf16* take() const {
+    wait_for(barriers_ + at_ * 16, phase_);
+    return reinterpret_cast<const Bf16*>(data_ + at_ * bytes_);
   }
   __device__ void release() {
     __syncwarp();
-    if (++out_ == slots_) out_ = 0, phase_ ^= 1;
-    waiting_--;
+    if (threadIdx.x % 32 == 0)
+      asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barriers_ + at_ * 16 + 8) : "memory");
+    advance();
+  }
+  /// Fills the first slot element by element, where the copy engine cannot: rows that do not begin at 16
+  /// bytes.
+  __device__ const Bf16* gather(const Tile& tile, const Split& s, int k) const {
+    auto* const to = reinterpret_cast<Bf16*>(data_);
+    __syncwarp();
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < kTileRows * s.chunk; i += 32) {
+      const int row = i / s.chunk, element = k + i % s.chunk;
+      const Rows& rows = tile.high.matrix && row >= 8 ? tile.high : tile.low;
+      const int at = rows.first + (tile.high.matrix ? row % 8 : row);
+      to[i] = element < s.total && at < rows.matrix->rows
+                  ? rows.matrix->data[static_cast<int64_t>(at) * s.total + element]
+                  : Bf16{0};
+    }
+    __syncwarp();
+    return to;
   }
 
  private:
-  __device__ char* slot_at(int slot, int bytes) const {
-    return memory_ + kWarps * kMostSlots * 8 + (threadIdx.x / 32 * slots_ + slot) * bytes;
-  }
-  static __device__ void copy(char* to, const Half& from, int k, uint32_t arrival) {
+  static __device__ void copy(uint32_t to, const Rows& from, int k, uint32_t arrived) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
-        "[%4];" ::"r"(shared_address(to)),
-        "l"(&from.matrix->map), "r"(k), "r"(from.row), "r"(arrival)
+        "[%4];" ::"r"(to),
+        "l"(&from.matrix->map), "r"(k), "r"(from.first), "r"(arrived)
         : "memory");
   }
 
-  Cursor next_;
-  uint32_t arrivals_, phase_ = 0;
-  int slots_, in_ = 0, out_ = 0, waiting_ = 0, offset_ = 0;
-  char* memory_;
+  int slots_, bytes_, at_ = 0;
+  uint32_t phase_ = 0, barriers_;
+  char* data_;
 };
-constexpr int kArrivalBytes = kWarps * kMostSlots * 8;
+constexpr int kBarrierBytes = kWarps * kMostSlots * 16;
 
 /// acc += 16 rows x 16 elements of weights times 16 elements x 8 columns.
 __device__ inline void multiply(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
@@ -247,45 +253,38 @@ __device__ inline void multiply(float (&acc)[4], uint32_t a0, uint32_t a1, uint3
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-/// acc += one slot of weights times a column's elements; `left` of them are in the segment.
-__device__ inline void multiply_slot(float (&even)[4], float (&odd)[4], const Bf16* slot, int chunk,
-                                     const uint4* column, int left, const Place& place) {
-  const Bf16* const low = slot + place.row * chunk + place.quarter * 8;
-  const Bf16* const high = low + 8 * chunk;
-  for (int k = 0; k < chunk; k += 32) {
-    uint4 a = {0, 0, 0, 0}, b = {0, 0, 0, 0}, x = {0, 0, 0, 0};
-    if (k + place.quarter * 8 < min(left, chunk)) {
-      a = *reinterpret_cast<const uint4*>(low + k);
-      b = *reinterpret_cast<const uint4*>(high + k);
-      if (column) x = column[k / 8];
-    }
-    multiply(even, a.x, b.x, a.y, b.y, x.x, x.y);
-    multiply(odd, a.z, b.z, a.w, b.w, x.z, x.w);
-  }
-}
+/// A lane's sums of a unit: (row, column 2 quarter), (row, 2 quarter + 1) and the same of row + 8. Two of
+/// each, taken by turns.
+struct Sums {
+  float even[4] = {}, odd[4] = {};
 
-/// Multiplies every unit of `work` and hands it the 4 sums of this lane: (row, column 2 quarter), (row, 2
-/// quarter + 1) and the same of row + 8. A unit is one tile, or one expert's part of a tile.
-template <class Work>
-__device__ void multiply_all(Ring& ring, Work& work, const Place& place) {
-  const int tiles = work.tiles();
-  ring.fill(work, place, tiles);
-  const Split& s = work.split();
-  const int size = s.size(place.segment);
-  for (Cursor at; at.tile < tiles; at.advance(work.parts())) {
-    const uint4* column = work.column(at);
-    float even[4] = {}, odd[4] = {};
-    for (int k = 0; k == 0 || k < size; k += s.chunk) {
-      const Bf16* const slot = ring.pop(s);
-      multiply_slot(even, odd, slot, s.chunk, column, size - k, place);
-      ring.release();
-      ring.push(work, place, tiles);
-      if (column) column += s.chunk / 8;
+  /// A slot times a column's elements (null: the lane's column is not in use); `left` of them are in the
+  /// segment.
+  __device__ void add(const Bf16* slot, int chunk, const uint4* column, int left, const Place& place) {
+    constexpr int kSteps = kMostChunk / 32;
+    const Bf16* const low = slot + place.row * chunk + place.quarter * 8;
+    const Bf16* const high = low + 8 * chunk;
+    const int end = least(left, chunk), mine = end - place.quarter * 8;
+    uint4 a[kSteps], b[kSteps], x[kSteps];
+#pragma unroll
+    for (int i = 0; i < kSteps; i++) {
+      a[i] = b[i] = x[i] = make_uint4(0, 0, 0, 0);
+      if (i * 32 >= mine) continue;
+      a[i] = *reinterpret_cast<const uint4*>(low + i * 32);
+      b[i] = *reinterpret_cast<const uint4*>(high + i * 32);
+      if (column) x[i] = column[i * 4];
     }
-    for (int i = 0; i < 4; i++) even[i] += odd[i];
-    work.finish(at, even);
+#pragma unroll
+    for (int i = 0; i < kSteps; i++) {
+      if (i * 32 >= end) continue;
+      multiply(even, a[i].x, b[i].x, a[i].y, b[i].y, x[i].x, x[i].y);
+      multiply(odd, a[i].z, b[i].z, a[i].w, b[i].w, x[i].z, x[i].w);
+    }
   }
-}
+  __device__ void join() {
+    for (int i = 0; i < 4; i++) even[i] += odd[i];
+  }
+};
 
 /// Where the warps of a group lay their sums side by side: two turns of (segment, row, column).
 class Exchange {
@@ -303,14 +302,16 @@ class Exchange {
     place.meet();
   }
   /// The tree over the segments; a segment's value of a token is the sum of its planes, the smallest first.
+  template <bool Fast>
   __device__ float at(int row, int token, int planes) const {
-    const float* from = room_ + turn_ * segments_ * kTileRows * kColumns + row * kColumns + token * planes;
+    const float* from =
+        room_ + turn_ * segments_ * kTileRows * kColumns + row * kColumns + token * (Fast ? 1 : planes);
     float leaf[kSegments];
 #pragma unroll
     for (int s = 0; s < kSegments; s++) {
       leaf[s] = 0;
       if (s >= segments_) continue;
-      leaf[s] = planes == 1 ? from[0] : (from[2] + from[1]) + from[0];
+      leaf[s] = Fast || planes == 1 ? from[0] : (from[2] + from[1]) + from[0];
       from += kTileRows * kColumns;
     }
 #pragma unroll
@@ -327,161 +328,249 @@ class Exchange {
 };
 constexpr int kExchangeBytes = 2 * kWarps * kTileRows * kColumns * static_cast<int>(sizeof(float));
 
-/// Activations as they lie in memory: rows of fp32, `stride` apart.
-struct Plain {
-  const float* rows;
-  int64_t stride;
-  __device__ float one(int row, int i) const { return rows[row * stride + i]; }
-  __device__ void eight(int row, int i, float (&x)[8]) const {
-    const auto* const from = reinterpret_cast<const float4*>(rows + row * stride + i);
-    const float4 a = from[0], b = from[1];
-    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
-  }
-};
-
-/// The bfloat16 planes whose sum is x: one that x is rounded to, or three that hold every bit.
-__device__ inline void planes_of(float x, int planes, Bf16 (&plane)[3]) {
-  for (int p = 0; p < 3; p++) {
-    plane[p] = p < planes ? to_bf16(x) : Bf16{0};
-    x -= to_float(plane[p]);
+/// Eight neighbours of a row as bfloat16, rounded.
+__device__ inline uint4 pack(const float (&x)[8]) {
+  uint32_t out[4];
+#pragma unroll
+  for (int j = 0; j < 4; j++) out[j] = to_bf16(x[2 * j]) | static_cast<uint32_t>(to_bf16(x[2 * j + 1])) << 16;
+  return make_uint4(out[0], out[1], out[2], out[3]);
+}
+/// The bfloat16 planes whose sum is x, to where column and element are; planes lie s.plane apart.
+__device__ inline void put_planes(Bf16* columns, const Split& s, int row, int planes, int element, float x) {
+  const int at = s.leaves ? element / s.length * s.padded + element % s.length : element;
+  for (int p = 0; p < planes; p++) {
+    const Bf16 plane = to_bf16(x);
+    columns[(row * planes + p) * s.plane + at] = plane;
+    x -= to_float(plane);
   }
 }
+__device__ inline void clear_columns(Bf16* columns, const Split& s, int count) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count * s.plane / 8; i += kThreads)
+    reinterpret_cast<uint4*>(columns)[i] = make_uint4(0, 0, 0, 0);
+  meet_block();
+}
 
-/// Puts `rows` rows of s.total activations into shared memory as columns, `planes` each. All threads call it.
-template <class Source>
-__device__ void load_columns(Bf16* columns, const Split& s, int rows, int planes, const Source& source) {
-  if (!s.aligned) {
-    auto* const words = reinterpret_cast<uint4*>(columns);
-    for (int i = threadIdx.x; i < rows * planes * s.plane / 8; i += kThreads)
-      words[i] = make_uint4(0, 0, 0, 0);
-    __syncthreads();
-    for (int i = threadIdx.x; i < rows * s.total; i += kThreads) {
-      const int row = i / s.total, element = i % s.total;
-      Bf16 plane[3];
-      planes_of(source.one(row, element), planes, plane);
-      int segment = 0;
-      while (segment + 1 < s.segments && element >= s.start(segment + 1)) segment++;
-      const int at = s.place(segment) + element - s.start(segment);
-      for (int p = 0; p < planes; p++) columns[(row * planes + p) * s.plane + at] = plane[p];
-    }
-    return;
-  }
-  // Whole pieces of 8; the room behind the last element is read too and must be finite.
-  const int pieces = s.plane / 8;
-  for (int i = threadIdx.x; i < rows * pieces; i += kThreads) {
-    const int row = i / pieces, piece = i % pieces;
-    union {
-      Bf16 element[8];
-      uint4 all;
-    } out[3] = {};
-    if (8 * piece < s.total) {
-      float x[8];
-      source.eight(row, 8 * piece, x);
-#pragma unroll
-      for (int j = 0; j < 8; j++) {
-        Bf16 plane[3];
-        planes_of(x[j], planes, plane);
-        for (int p = 0; p < 3; p++) out[p].element[j] = plane[p];
+/// Puts `count` rows of s.total activations into shared memory as columns, `planes` each. All threads call
+/// it. Fast: one plane, and all pieces aligned.
+template <bool Fast>
+__device__ void load_columns(Bf16* columns, const Split& s, int count, int planes, const float* rows) {
+  if constexpr (Fast) {
+    // A thread takes the same piece of every row, or of every `together`th where rows are short.
+    const int pieces = s.total / 8, shift = pieces <= 128 ? 2 : pieces <= 256 ? 1 : 0;
+    const int lanes = kThreads >> shift, row0 = threadIdx.x / lanes;
+#pragma unroll 1
+    for (int piece = threadIdx.x % lanes; piece < pieces; piece += lanes) {
+      const float* from = rows + static_cast<int64_t>(row0) * s.total + piece * 8;
+      uint4* to = reinterpret_cast<uint4*>(columns + row0 * s.plane) + piece;
+#pragma unroll 2
+      for (int row = row0; row < count; row += 1 << shift) {
+        float x[8];
+        eight(from, x);
+        *to = pack(x);
+        from += s.total << shift;
+        to += (s.plane << shift) / 8;
       }
     }
-    for (int p = 0; p < 3; p++)
-      if (p < planes) reinterpret_cast<uint4*>(columns + (row * planes + p) * s.plane)[piece] = out[p].all;
+  } else {
+    clear_columns(columns, s, count * planes);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count * s.total; i += kThreads)
+      put_planes(columns, s, i / s.total, planes, i % s.total, rows[i]);
   }
 }
 
-/// The lane's own column of `columns`, at its quarter; null when the lane's column is not in use.
+/// The lane's own column of `columns`, at its segment and quarter; null when the lane's column is not in use.
 __device__ inline const uint4* column_of(const Bf16* columns, const Split& s, const Place& place, int used) {
   if (place.row >= used) return nullptr;
-  return reinterpret_cast<const uint4*>(columns + place.row * s.plane + s.place(place.segment)) +
+  return reinterpret_cast<const uint4*>(columns + place.row * s.plane + place.segment * s.padded) +
          place.quarter;
 }
 
-/// Rows on their way through an RMSNorm. `index` null: row r is row r.
-struct Normed {
-  const float* rows;
-  const int* index;
-  const Bf16* weight;
-  int n;
-  bool bfloat16;
-  const float* inverse;  // (rows) in shared memory
-
-  __device__ const float* row(int r) const { return rows + static_cast<int64_t>(index ? index[r] : r) * n; }
-  __device__ float one(int r, int i) const {
-    return round_to(bfloat16, row(r)[i] * inverse[r] * to_float(weight[i]));
-  }
-  __device__ void eight(int r, int i, float (&x)[8]) const {
-    Plain{row(r), 0}.eight(0, i, x);
-    const uint4 w = *reinterpret_cast<const uint4*>(weight + i);
-    const uint32_t pairs[4] = {w.x, w.y, w.z, w.w};
+/// Columns of up to kColumns rows after their RMSNorm. index null: row r is row r. `room`: 4 * kWarps floats.
+template <bool Fast>
+__device__ void load_normed_columns(Bf16* columns, float* room, const Split& s, int count, int planes,
+                                    float eps, const float* hidden, const int* index, const Bf16* weight) {
+  constexpr int kTogether = 4;
+  const int n = s.total;
+  if constexpr (!Fast) clear_columns(columns, s, count * planes);
+#pragma unroll 1
+  for (int first = 0; first < count; first += kTogether) {
+    const float* row[kTogether];
+    float squares[kTogether] = {};
 #pragma unroll
-    for (int j = 0; j < 8; j++)
-      x[j] = round_to(bfloat16,
-                      x[j] * inverse[r] * float_of(j % 2 ? pairs[j / 2] & 0xffff0000u : pairs[j / 2] << 16));
-  }
-};
-
-/// Columns of up to kColumns rows after their RMSNorm.
-__device__ inline void load_normed_columns(Bf16* columns, float* room, const Split& s, int rows, int planes,
-                                           float eps, Normed source) {
-  float squares[kColumns];
+    for (int r = 0; r < kTogether; r++) {
+      const int at = least(first + r, count - 1);
+      row[r] = hidden + static_cast<int64_t>(index ? index[at] : at) * n;
+    }
+    if constexpr (Fast) {
+#pragma unroll 1
+      for (int i = threadIdx.x * 8; i < n; i += kThreads * 8) {
+        float x[kTogether][8];
 #pragma unroll
-  for (int r = 0; r < kColumns; r++) {
-    squares[r] = 0;
-    if (r >= rows) continue;
-    const float* const row = source.row(r);
-    for (int i = threadIdx.x; i < s.total; i += kThreads) squares[r] = fused(row[i], row[i], squares[r]);
-  }
-  block_sums(squares, room);
-  __shared__ float inverse[kColumns];
-  if (threadIdx.x == 0)
+        for (int r = 0; r < kTogether; r++) eight(row[r] + i, x[r]);
 #pragma unroll
-    for (int r = 0; r < kColumns; r++) inverse[r] = inverse_rms(squares[r], s.total, eps);
-  __syncthreads();
-  source.inverse = inverse;
-  load_columns(columns, s, rows, planes, source);
+        for (int r = 0; r < kTogether; r++)
+#pragma unroll
+          for (int j = 0; j < 8; j++) squares[r] = fused(x[r][j], x[r][j], squares[r]);
+      }
+    } else {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < n; i += kThreads)
+#pragma unroll
+        for (int r = 0; r < kTogether; r++) squares[r] = fused(row[r][i], row[r][i], squares[r]);
+    }
+    block_sums(squares, room);
+#pragma unroll
+    for (int r = 0; r < kTogether; r++) squares[r] = inverse_rms(squares[r], n, eps);
+    if constexpr (Fast) {
+#pragma unroll 1
+      for (int i = threadIdx.x * 8; i < n; i += kThreads * 8) {
+        float w[8];
+        eight(weight + i, w);
+#pragma unroll
+        for (int r = 0; r < kTogether; r++) {
+          if (first + r >= count) break;
+          float x[8];
+          eight(row[r] + i, x);
+#pragma unroll
+          for (int j = 0; j < 8; j++) x[j] = x[j] * squares[r] * w[j];
+          *reinterpret_cast<uint4*>(columns + (first + r) * s.plane + i) = pack(x);
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < n; i += kThreads)
+#pragma unroll
+        for (int r = 0; r < kTogether; r++)
+          if (first + r < count)
+            put_planes(columns, s, first + r, planes, i,
+                       round_to(planes == 1, row[r][i] * squares[r] * to_float(weight[i])));
+    }
+  }
 }
 
-/// A matrix op is a Work: made from its Parameters, this warp's place and shared memory, it says which
-/// weights its group multiplies (known() tiles of them before the inputs are there), loads the columns, and
-/// takes the sums.
-template <class Work>
-__global__ void __launch_bounds__(kThreads, 1)
-    gemv(const __grid_constant__ typename Work::Parameters p, int slots) {
+constexpr int kFillers = 4;  // warps that keep the rings filled
+constexpr int kGemvThreads = kThreads + kFillers * 32;
+
+/// A matrix op is a Work<Fast>: made from its Parameters, a warp's place and shared memory, it says which
+/// weights the warp's group multiplies, loads the columns, and takes the sums. In this order, where `all` is
+/// the 16 warps and those that fill:
+///   early()   the 16 warps: what can be done before the inputs are there
+///   known()   all: tiles known then
+///   list()    the 16 warps: with the inputs there, what it takes to know the others
+///   tiles()   all: all tiles, of parts() units each; rows(): a unit's weights
+///   load()    the 16 warps: the columns
+///   enter()   the 16 warps: goes to a unit; column(): the lane's column there
+///   finish()  the 16 warps: the sums of the unit
+/// Fast is for bfloat16 runs with aligned rows. Code that has not run lately comes from memory too, and
+/// slowly: what every step runs is kept short, and the rest is in a kernel of its own.
+template <template <bool> class WorkOf, bool Fast>
+__global__ void __launch_bounds__(kGemvThreads, 1)
+    gemv(const __grid_constant__ typename WorkOf<Fast>::Parameters p, int slots) {
+  using Work = WorkOf<Fast>;
   extern __shared__ __align__(128) char shared[];
-  const Place place(p.segments());
-  auto* const exchange = reinterpret_cast<float*>(shared + kArrivalBytes + kWarps * slots * p.slot_bytes());
-  Ring ring(shared, place, slots);
+  TP_MARKS;
+  TP_MARK(0);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bool fills = warp >= kWarps;
+  // Lane i of filling warp j stands for warp j + kFillers * i.
+  const int filled = warp - kWarps + kFillers * lane;
+  const bool asks = fills && filled < kWarps;
+  const Place place(p.segments(), fills ? filled % kWarps : warp, fills ? 0 : lane);
+  Ring ring(shared, place.warp, slots, p.slot_bytes());
+  auto* const exchange = reinterpret_cast<float*>(shared + kBarrierBytes + kWarps * slots * p.slot_bytes());
   Work work(p, place, exchange, reinterpret_cast<char*>(exchange) + kExchangeBytes);
-  ring.fill(work, place, work.known());
-  wait_for_inputs();
-  let_next_start();
-  work.load();
+  if (asks) ring.prepare();
+  if (!fills) work.early();
   __syncthreads();
-  multiply_all(ring, work, place);
+  const Split& s = work.split();
+  if (fills) {
+    // All segments have the same number of slots in a tile, so no lane waits for what another one holds back.
+    if (!Fast && !s.aligned) return;
+    Cursor at;
+#pragma unroll 1
+    for (int round = 0; round < 2; round++) {
+      const int tiles = round == 0 ? work.known() : work.tiles();
+      if (asks)
+#pragma unroll 1
+        for (; at.tile < tiles; at.advance(work.parts())) {
+          const Tile tile = work.rows(at);
+          int k = s.from(place.segment, 0);
+#pragma unroll 1
+          for (int c = 0; c < s.chunks; c++, k += s.step) ring.ask(tile, k, s.slot_bytes());
+        }
+      __syncwarp();
+      if (work.all_known()) return;
+      if (round == 0) asm volatile("bar.sync %0, %1;" ::"n"(kListed), "n"(kGemvThreads) : "memory");
+    }
+    return;
+  }
+  TP_MARK(1);
+  wait_for_inputs();
+  TP_MARK(2);
+  let_next_start();
+  work.list();
+  TP_MARK(3);
+  if ((Fast || s.aligned) && !work.all_known())
+    asm volatile("bar.arrive %0, %1;" ::"n"(kListed), "n"(kGemvThreads) : "memory");
+  work.load();
+  meet_block();
+  TP_MARK(4);
+  const int tiles = work.tiles(), parts = work.parts();
+#pragma unroll 1
+  for (Cursor at; at.tile < tiles; at.advance(parts)) {
+    work.enter(at);
+    const uint4* column = work.column();
+    Sums sums;
+    int left = s.left(place.segment, 0);
+#pragma unroll 1
+    for (int c = 0; c < s.chunks; c++, left -= s.step) {
+      if (Fast || s.aligned) {
+        sums.add(ring.take(), s.chunk, column, left, place);
+        ring.release();
+      } else {
+        sums.add(ring.gather(work.rows(at), s, s.from(place.segment, c)), s.chunk, column, left, place);
+      }
+      if (column) column += s.step / 8;
+    }
+    sums.join();
+    work.finish(at, sums.even);
+#ifdef TP_TIMELINE
+    if (at.tile == 0) TP_MARK(5);
+#endif
+  }
+  TP_MARK(6);
+  TP_SAY(Work::kName, tiles * parts);
 }
+
+/// Shared memory of all rings: more would only crowd the second-level cache.
+constexpr int kMostInFlight = 128 << 10;
 
 /// Launches a matrix op for `tokens` tokens, in chunks that fit the columns and the shared memory.
 /// p.bytes(): shared memory of the Work for p.columns.
-template <class Work>
-void launch_gemv(CudaBackend& backend, const Dims& d, int tokens, typename Work::Parameters p) {
+template <template <bool> class WorkOf>
+void launch_gemv(CudaBackend& backend, const Dims& d, int tokens, typename WorkOf<true>::Parameters p) {
   const auto slots = [&](int count) {
     p.columns.tokens = count;
     const int room =
-        backend.shared_memory() - 1024 - p.bytes() - kExchangeBytes - kArrivalBytes;  // 1 KB: a kernel's own
-    return room < 0 ? 0 : Split::min_of(kMostSlots, room / (kWarps * p.slot_bytes()));
+        backend.shared_memory() - 2048 - p.bytes() - kExchangeBytes - kBarrierBytes;  // 2 KB: a kernel's own
+    return room < 0 ? 0 : least(kMostSlots, least(room, kMostInFlight) / (kWarps * p.slot_bytes()));
   };
   p.columns = {0, 0, d.bfloat16 ? 1 : 3};
-  int most = kColumns / p.columns.planes < tokens ? kColumns / p.columns.planes : tokens;
+  int most = least(kColumns / p.columns.planes, tokens);
   while (most > 1 && slots(most) < 2) most--;
   if (slots(most) < 1)
     fail("TP_LIMIT",
          "the activations of one token need %d bytes of shared memory in one op, the GPU gives %d",
-         p.bytes() + kExchangeBytes + kArrivalBytes + kWarps * p.slot_bytes(), backend.shared_memory());
+         p.bytes() + kExchangeBytes + kBarrierBytes + kWarps * p.slot_bytes(), backend.shared_memory());
+  const bool fast = d.bfloat16 && p.aligned();
   for (int first = 0; first < tokens; first += most) {
-    const int count = slots(tokens - first < most ? tokens - first : most);
+    const int count = slots(least(tokens - first, most));
     p.columns.first = first;
-    backend.launch(gemv<Work>, dim3(static_cast<unsigned>(backend.processors())), kThreads,
-                   p.bytes() + kExchangeBytes + kArrivalBytes + kWarps * count * p.slot_bytes(), p, count);
+    backend.launch(fast ? gemv<WorkOf, true> : gemv<WorkOf, false>,
+                   dim3(static_cast<unsigned>(backend.processors())), kGemvThreads,
+                   p.bytes() + kExchangeBytes + kBarrierBytes + kWarps * count * p.slot_bytes(), p, count);
   }
 }
 

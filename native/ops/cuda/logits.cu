@@ -7,66 +7,77 @@ namespace tp::cuda {
 
 namespace {
 
+struct LogitsParameters {
+  LogitsArgs args;
+  Matrix table;
+  Split split;
+  Columns columns;
+  const int* row;
+  int rows, tiles;
+  float eps, softcap;
+  __host__ __device__ int segments() const { return split.segments; }
+  __host__ __device__ int slot_bytes() const { return split.slot_bytes(); }
+  bool aligned() const { return split.aligned; }
+  __host__ __device__ int bytes() const {
+    return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16));
+  }
+};
+
+template <bool Fast>
 class Logits {
  public:
-  struct Parameters {
-    LogitsArgs args;
-    Matrix table;
-    Split split;
-    Columns columns;
-    const int* row;
-    int rows;
-    float eps, softcap;
-    __host__ __device__ int segments() const { return split.segments; }
-    __host__ __device__ int slot_bytes() const { return split.slot_bytes(); }
-    __host__ __device__ int bytes() const {
-      return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16));
-    }
-  };
+#ifdef TP_TIMELINE
+  static constexpr const char* kName = "logits";
+#endif
+  using Parameters = LogitsParameters;
 
   __device__ Logits(const Parameters& p, const Place& place, float* exchange, char* memory)
       : p_(p),
         place_(place),
         room_(exchange),
         exchange_(exchange, place, p.split.segments),
-        columns_(reinterpret_cast<Bf16*>(memory)) {
-    prefetch(p.args.norm, p.split.total * static_cast<int>(sizeof(Bf16)));
-  }
+        columns_(reinterpret_cast<Bf16*>(memory)),
+        tiles_(place.share(p.tiles)) {}
 
-  __device__ int tiles() const { return place_.share((p_.rows + kTileRows - 1) / kTileRows); }
-  __device__ int known() const { return tiles(); }
+  __device__ int tiles() const { return tiles_; }
+  __device__ int known() const { return tiles_; }
+  __device__ bool all_known() const { return true; }
   __device__ int parts() const { return 1; }
   __device__ const Split& split() const { return p_.split; }
+  __device__ Tile rows(const Cursor& at) const { return {{&p_.table, first_row(at)}, {}}; }
+  __device__ void early() { prefetch(p_.args.norm, p_.split.total * static_cast<int>(sizeof(Bf16))); }
+  __device__ void list() {}
   __device__ void load() {
-    load_normed_columns(columns_, room_, p_.split, p_.columns.tokens, p_.columns.planes, p_.eps,
-                        Normed{p_.args.hidden, p_.row + p_.columns.first, p_.args.norm, p_.split.total,
-                               p_.columns.planes == 1, nullptr});
+    load_normed_columns<Fast>(columns_, room_, p_.split, p_.columns.tokens, p_.columns.planes, p_.eps,
+                              p_.args.hidden, p_.row + p_.columns.first, p_.args.norm);
   }
-  __device__ int first_row(const Cursor& at) const {
-    return (place_.global_group + at.tile * place_.groups) * kTileRows;
-  }
-  __device__ Half low(const Cursor& at) const { return {&p_.table, first_row(at)}; }
-  __device__ Half high(const Cursor& at) const { return {&p_.table, first_row(at) + 8}; }
-  __device__ const uint4* column(const Cursor&) const {
+  __device__ void enter(const Cursor&) {}
+  __device__ const uint4* column() const {
     return column_of(columns_, p_.split, place_, p_.columns.tokens * p_.columns.planes);
   }
   __device__ void finish(const Cursor& at, const float (&sums)[4]) {
     exchange_.give(place_, sums);
+#pragma unroll 1
     for (int i = place_.thread; i < kTileRows * p_.columns.tokens; i += place_.threads) {
       const int row = first_row(at) + i % kTileRows, r = i / kTileRows;
       if (row >= p_.rows) continue;
-      const float x = exchange_.at(i % kTileRows, r, p_.columns.planes);
+      const float x = exchange_.template at<Fast>(i % kTileRows, r, p_.columns.planes);
       p_.args.logits[static_cast<int64_t>(p_.columns.first + r) * p_.rows + row] =
           p_.softcap > 0 ? p_.softcap * tanh_f32(x / p_.softcap) : x;
     }
   }
 
  private:
+  __device__ int first_row(const Cursor& at) const {
+    return (place_.global_group + at.tile * place_.groups) * kTileRows;
+  }
+
   const Parameters& p_;
   const Place& place_;
   float* room_;
   Exchange exchange_;
   Bf16* columns_;
+  int tiles_;
 };
 
 /// One row of one leaf a block: its maximum, the sum of exponentials, the target's logit and the best
@@ -136,9 +147,16 @@ void logits(const LogitsArgs& a, const Dims& d, const Input& in, Backend& backen
   if (in.rows == 0) return;
   CudaBackend& cuda = of(backend);
   const Split split = split_whole(d.hidden);
-  launch_gemv<Logits>(
-      cuda, d, in.rows,
-      {a, matrix_of(a.table, d.local_vocab, split), split, {}, in.row, d.local_vocab, d.eps, d.softcap});
+  launch_gemv<Logits>(cuda, d, in.rows,
+                      {a,
+                       matrix_of(a.table, d.local_vocab, split),
+                       split,
+                       {},
+                       in.row,
+                       d.local_vocab,
+                       tiles_of(d.local_vocab),
+                       d.eps,
+                       d.softcap});
   cuda.launch(summarise, dim3(static_cast<unsigned>(in.rows * d.leaves)), kThreads, 0, a.logits, a.candidates,
               d, in);
 }

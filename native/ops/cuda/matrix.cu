@@ -25,18 +25,19 @@ Encode encoder() {
 
 }  // namespace
 
-Matrix matrix_of(const Bf16* data, int64_t rows, int width, int chunk, bool aligned) {
+Matrix matrix_of(const Bf16* data, int64_t rows, int width, int chunk, int box, bool aligned) {
   Matrix m{};
   m.data = data;
   m.rows = static_cast<int>(rows);
   if (!aligned) return m;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(rows)};
   const cuuint64_t stride[1] = {static_cast<cuuint64_t>(width) * sizeof(Bf16)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(chunk), 8}, steps[2] = {1, 1};
+  const cuuint32_t sides[2] = {static_cast<cuuint32_t>(chunk), static_cast<cuuint32_t>(box)},
+                   steps[2] = {1, 1};
   const CUresult status =
-      encoder()(&m.map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<Bf16*>(data), sizes, stride, box,
+      encoder()(&m.map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<Bf16*>(data), sizes, stride, sides,
                 steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS)
     fail("TP_CUDA", "describing a matrix of %lld rows of %d elements to the copy engine: error %d",
          static_cast<long long>(rows), width, static_cast<int>(status));

@@ -10,13 +10,13 @@
 namespace tp::cuda {
 
 struct Matrix {
-  CUtensorMap map;  // boxes of 8 rows by `chunk` elements; rows past the end are zero
+  CUtensorMap map;  // rows and elements past the end read as zero
   const Bf16* data;
   int rows;
 };
 
-/// A matrix of rows of `width` elements, to be read in boxes of `chunk`. Without `aligned` the map stays
-/// empty and readers take the elements one by one.
-Matrix matrix_of(const Bf16* data, int64_t rows, int width, int chunk, bool aligned);
+/// A matrix of rows of `width` elements, to be read in boxes of `box` rows by `chunk` elements. Without
+/// `aligned` the map stays empty and readers take the elements one by one.
+Matrix matrix_of(const Bf16* data, int64_t rows, int width, int chunk, int box, bool aligned);
 
 }  // namespace tp::cuda

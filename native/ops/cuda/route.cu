@@ -22,9 +22,9 @@ struct RouteParameters {
 };
 
 /// The norms' weights of a block's rows, asked for before the inputs are there.
-template <int Per>
+template <int Per, bool Aligned>
 struct RouteNorms {
-  Row<Per> post, dense, expert, scale;
+  Row<Per, Aligned> post, dense, expert, scale;
   __device__ RouteNorms(const RouteArgs& a, int n) {
     post.load(a.post_norm, n), dense.load(a.dense_norm, n), expert.load(a.expert_norm, n),
         scale.load(a.scale, n);
@@ -32,36 +32,32 @@ struct RouteNorms {
 };
 
 /// The residual after attention, the inputs of dense MLP and experts, and z, of one token, by one block.
-template <int Per>
-__device__ void token_norms(const RouteParameters& p, const RouteNorms<Per>& norms, int t, float* room) {
+template <int Per, bool Aligned>
+__device__ void token_norms(const RouteParameters& p, const RouteNorms<Per, Aligned>& norms, int t,
+                            float* room) {
   const RouteArgs& a = p.args;
   const int n = p.split.total;
   const int64_t at = static_cast<int64_t>(t) * n;
-  Row<Per> row, hidden;
-  row.load(a.sum + at, n), hidden.load(a.hidden + at, n);
-#pragma unroll
-  for (int j = 0; j < Per; j++) row.x[j] = round_to(p.bfloat16, row.x[j]);
-  float squares[1] = {row.squares()};
+  const auto r = [&](float x) { return round_to(p.bfloat16, x); };
+  Row<Per, Aligned> m, out;
+  m.load(a.sum + at, n), out.load(a.hidden + at, n);
+  m.change(r);
+  float squares[1] = {m.squares()};
   block_sums(squares, room);
   const float of_branch = inverse_rms(squares[0], n, p.eps);
-#pragma unroll
-  for (int j = 0; j < Per; j++)
-    row.x[j] =
-        round_to(p.bfloat16, hidden.x[j] + round_to(p.bfloat16, row.x[j] * of_branch * norms.post.x[j]));
-  squares[0] = row.squares();
+  m.change([&](float x, float hidden, float w) { return r(hidden + r(x * of_branch * w)); }, out, norms.post);
+  squares[0] = m.squares();
   block_sums(squares, room);
   const float inverse = inverse_rms(squares[0], n, p.eps);
-#pragma unroll
-  for (int j = 0; j < Per; j++) {
-    const int64_t i = at + row.index(j);
-    if (row.index(j) >= n) continue;
-    const float normed = row.x[j] * inverse;
-    const float scaled = round_to(p.bfloat16, round_to(p.bfloat16, normed) * norms.scale.x[j]);
-    a.normed[i] = round_to(p.bfloat16, scaled * p.root);
-    a.hidden[i] = row.x[j];
-    a.dense_in[i] = round_to(p.bfloat16, normed * norms.dense.x[j]);
-    a.expert_in[i] = round_to(p.bfloat16, normed * norms.expert.x[j]);
-  }
+  const auto z = [&](float, float x, float w) { return r(r(r(x * inverse) * w) * p.root); };
+  const auto normed = [&](float, float x, float w) { return r(x * inverse * w); };
+  out.change(z, m, norms.scale);
+  out.store(a.normed + at, n);
+  m.store(a.hidden + at, n);
+  out.change(normed, m, norms.dense);
+  out.store(a.dense_in + at, n);
+  out.change(normed, m, norms.expert);
+  out.store(a.expert_in + at, n);
 }
 
 /// The K most probable experts of one token and their weights, by one warp. Equal probabilities: the lower
@@ -69,12 +65,14 @@ __device__ void token_norms(const RouteParameters& p, const RouteNorms<Per>& nor
 __device__ void choose(const float* logits, float* probability, const RouteParameters& p, int t) {
   const int lane = threadIdx.x % 32, experts = p.experts;
   float max = -INFINITY;
+#pragma unroll 1
   for (int e = lane; e < experts; e += 32) {
     const float logit = probability[e] = __ldcg(logits + e);
     max = logit > max ? logit : max;
   }
   max = warp_max(max);
   float total = 0;
+#pragma unroll 1
   for (int e = lane; e < experts; e += 32) total += probability[e] = exp_f32(probability[e] - max);
   total = warp_sum(total);
   // Every lane knows the best of its own experts. Probabilities are positive: their bits are in their order.
@@ -82,14 +80,17 @@ __device__ void choose(const float* logits, float* probability, const RouteParam
   int at = INT_MAX;
   const auto look = [&] {
     best = 0, at = INT_MAX;
+#pragma unroll 1
     for (int e = lane; e < experts; e += 32)
       if (probability[e] >= 0 && (at == INT_MAX || bits_of(probability[e]) > best))
         best = bits_of(probability[e]), at = e;
   };
+#pragma unroll 1
   for (int e = lane; e < experts; e += 32) probability[e] /= total;
   look();
   float chosen = 0, mine = 0;  // lane k keeps the k-th (K <= 32)
   int index = 0;
+#pragma unroll 1
   for (int k = 0; k < p.top_k; k++) {
     const uint32_t most = __reduce_max_sync(~0u, best);
     unsigned who = __reduce_min_sync(~0u, best == most ? static_cast<unsigned>(at) : INT_MAX);
@@ -113,86 +114,106 @@ __device__ void sort_by_expert(const RouteArgs& a, const int* index, int count, 
                                int threads) {
   for (int e = thread; e <= experts; e += threads) {
     int before = 0;
+#pragma unroll 4
     for (int i = 0; i < count; i++) before += index[i] < e;
     a.expert_start[e] = before;
   }
   for (int i = thread; i < count; i += threads) {
     const int expert = index[i];
     int before = 0;
+#pragma unroll 2
     for (int j = 0; j < count; j++) before += index[j] < expert || (index[j] == expert && j < i);
     a.assignment[before] = i;
   }
 }
 
-/// The router's tiles of one block; a tile is read again for every pass over columns.
-struct RouterTiles {
-  const RouteParameters& p;
-  int first, passes;
-  __device__ const Split& split() const { return p.split; }
-  __device__ int parts() const { return 1; }
-  __device__ int tile(const Cursor& at) const { return first + at.tile / passes * kCluster; }
-  __device__ Half low(const Cursor& at) const { return {&p.router, tile(at) * kTileRows}; }
-  __device__ Half high(const Cursor& at) const { return {&p.router, tile(at) * kTileRows + 8}; }
-};
-
-template <int Per>
+template <int Per, bool Aligned>
 __global__ void __launch_bounds__(kThreads, 1) route_tokens(const __grid_constant__ RouteParameters p) {
   namespace cg = cooperative_groups;
+  TP_MARKS;
+  TP_MARK(0);
   extern __shared__ __align__(128) char shared[];
   __shared__ float room[kWarps];
   const cg::cluster_group cluster = cg::this_cluster();
   const int rank = static_cast<int>(cluster.block_rank());
   const int first = static_cast<int>(blockIdx.x) / kCluster * kCluster,
             tokens = min(kCluster, p.tokens - first);
-  const Place place(kSegments);
+  const Place place(kSegments, threadIdx.x / 32, threadIdx.x % 32);
   const bool multiplies = threadIdx.x < kSegments * 32;
-  // Shared memory: the ring of 8 warps, columns, exchange.
+  // Shared memory: rings of 8 warps, columns, exchange.
+  const Split& split = p.split;
   auto* const columns =
-      reinterpret_cast<Bf16*>(shared + kArrivalBytes + kSegments * p.slots * p.split.slot_bytes());
-  auto* const exchange_room = reinterpret_cast<float*>(columns + kColumns * p.split.plane);
+      reinterpret_cast<Bf16*>(shared + kBarrierBytes + kSegments * p.slots * split.slot_bytes());
+  auto* const exchange_room = reinterpret_cast<float*>(columns + kColumns * split.plane);
   Exchange exchange(exchange_room, place, kSegments);
-  const int planes = p.bfloat16 ? 1 : 3, most = kColumns / planes, passes = (tokens + most - 1) / most;
-  const int all_tiles = (p.experts + kTileRows - 1) / kTileRows;
-  const int units = rank < all_tiles ? (all_tiles - rank + kCluster - 1) / kCluster * passes : 0;
-  const RouterTiles work{p, rank, passes};
-  Ring ring(shared, place, p.slots);
-  if (multiplies) ring.fill(work, place, units);
-  const RouteNorms<Per> norms(p.args, p.split.total);
+  const int tiles = (p.experts + kTileRows - 1) / kTileRows;
+  // A ring for every warp, which asks for its own pieces, as many as there are slots.
+  Ring asking(shared, place.warp, p.slots, split.slot_bytes()), taking = asking;
+  if (multiplies && place.lane == 0) asking.prepare();
+  __syncwarp();
+  const auto ask = [&](int tile, int from) {
+    if (Aligned && place.lane == 0 && tile < tiles)
+#pragma unroll 1
+      for (int c = from; c < least(from + p.slots, split.chunks); c++)
+        asking.ask({{&p.router, tile * kTileRows}, {}}, split.from(place.segment, c), split.slot_bytes());
+  };
+  if (multiplies) ask(rank, 0);
+  const RouteNorms<Per, Aligned> norms(p.args, p.split.total);
   wait_for_inputs();
+  TP_MARK(1);
   let_next_start();
   if (rank < tokens) token_norms(p, norms, first + rank, room);
+  TP_MARK(2);
   cluster.sync();
+  TP_MARK(3);
 
-  const int size = p.split.size(place.segment);
-  for (Cursor at; at.tile < units; at.advance(1)) {
-    const int from = at.tile % passes * most, count = min(most, tokens - from);
-    __syncthreads();
-    load_columns(columns, p.split, count, planes,
-                 Plain{p.args.normed + static_cast<int64_t>(first + from) * p.split.total, p.split.total});
-    __syncthreads();
-    if (!multiplies) continue;
-    const uint4* column = column_of(columns, p.split, place, count * planes);
-    float even[4] = {}, odd[4] = {};
-    for (int k = 0; k == 0 || k < size; k += p.split.chunk) {
-      const Bf16* const slot = ring.pop(p.split);
-      multiply_slot(even, odd, slot, p.split.chunk, column, size - k, place);
-      ring.release();
-      ring.push(work, place, units);
-      if (column) column += p.split.chunk / 8;
+  const int planes = p.bfloat16 ? 1 : 3, most = kColumns / planes;
+  bool asked = true;
+#pragma unroll 1
+  for (int tile = rank; tile < tiles; tile += kCluster)
+#pragma unroll 1
+    for (int from = 0; from < tokens; from += most) {
+      const int count = least(most, tokens - from);
+      meet_block();
+      const float* const z = p.args.normed + static_cast<int64_t>(first + from) * split.total;
+      if (Aligned && p.bfloat16)
+        load_columns<true>(columns, split, count, 1, z);
+      else
+        load_columns<false>(columns, split, count, planes, z);
+      meet_block();
+      if (!multiplies) continue;
+      const uint4* const column = column_of(columns, split, place, count * planes);
+      Sums sums;
+#pragma unroll 1
+      for (int c = 0; c < split.chunks; c++) {
+        if (c % p.slots == 0 && !asked) ask(tile, c);
+        asked = false;
+        const uint4* const x = column ? column + c * split.step / 8 : nullptr;
+        const int left = split.left(place.segment, c);
+        if (Aligned) {
+          sums.add(taking.take(), split.chunk, x, left, place);
+          taking.release();
+        } else {
+          sums.add(taking.gather({{&p.router, tile * kTileRows}, {}}, split, split.from(place.segment, c)),
+                   split.chunk, x, left, place);
+        }
+      }
+      sums.join();
+      exchange.give(place, sums.even);
+#pragma unroll 1
+      for (int i = place.thread; i < kTileRows * count; i += place.threads) {
+        const int row = tile * kTileRows + i % kTileRows, t = i / kTileRows;
+        if (row < p.experts)
+          p.args.router_logits[static_cast<int64_t>(first + from + t) * p.experts + row] =
+              exchange.template at<false>(i % kTileRows, t, planes);
+      }
     }
-    for (int i = 0; i < 4; i++) even[i] += odd[i];
-    exchange.give(place, even);
-    for (int i = place.thread; i < kTileRows * count; i += place.threads) {
-      const int row = work.tile(at) * kTileRows + i % kTileRows, t = i / kTileRows;
-      if (row < p.experts)
-        p.args.router_logits[static_cast<int64_t>(first + from + t) * p.experts + row] =
-            exchange.at(i % kTileRows, t, planes);
-    }
-  }
+  TP_MARK(4);
   cluster.sync();
   if (rank < tokens && threadIdx.x < 32)
     choose(p.args.router_logits + static_cast<int64_t>(first + rank) * p.experts, exchange_room, p,
            first + rank);
+  TP_MARK(5);
   if (!p.sort) return;
   if (tokens > 1)
     cluster.sync();
@@ -204,6 +225,8 @@ __global__ void __launch_bounds__(kThreads, 1) route_tokens(const __grid_constan
   for (int i = threadIdx.x; i < count; i += kThreads) index[i] = __ldcg(p.args.route_index + i);
   __syncthreads();
   sort_by_expert(p.args, index, count, p.experts, threadIdx.x, kThreads);
+  TP_MARK(6);
+  TP_SAY("route", tokens);
 }
 
 __global__ void __launch_bounds__(kThreads) sort_assignments(RouteArgs a, int count, int experts) {
@@ -219,10 +242,9 @@ void route(const RouteArgs& a, const Dims& d, const Input& in, Backend& backend)
   const Split split = split_whole(d.hidden);
   const bool one_cluster = in.tokens <= kCluster;
   // Room for a whole tile, if there is that much.
-  const size_t fixed = kArrivalBytes + kColumns * split.plane * sizeof(Bf16) + kExchangeBytes;
-  const int room = (cuda.shared_memory() - 1024 - static_cast<int>(fixed)) / (kSegments * split.slot_bytes());
-  const int slots =
-      Split::min_of(Split::min_of(room, kMostSlots), (split.length + kUnit + split.chunk - 1) / split.chunk);
+  const size_t fixed = kBarrierBytes + kColumns * split.plane * sizeof(Bf16) + kExchangeBytes;
+  const int room = (cuda.shared_memory() - 2048 - static_cast<int>(fixed)) / (kSegments * split.slot_bytes());
+  const int slots = least(least(room, kMostSlots), split.chunks);
   if (slots < 1) fail("TP_LIMIT", "hidden size: %d, too large for the router's shared memory", d.hidden);
   const int clusters = (in.tokens + kCluster - 1) / kCluster;
   const RouteParameters p{a,
@@ -236,9 +258,10 @@ void route(const RouteArgs& a, const Dims& d, const Input& in, Backend& backend)
                           1.0f / __builtin_sqrtf(static_cast<float>(d.hidden)),
                           d.bfloat16,
                           one_cluster};
-  with_row(d.hidden, [&]<int Per>() {
-    cuda.launch_cluster(route_tokens<Per>, dim3(static_cast<unsigned>(clusters * kCluster)), kThreads,
-                        fixed + static_cast<size_t>(kSegments * slots * split.slot_bytes()), kCluster, p);
+  with_row(d.hidden, [&]<int Per, bool Aligned>() {
+    cuda.launch_cluster(route_tokens<Per, Aligned>, dim3(static_cast<unsigned>(clusters * kCluster)),
+                        kThreads, fixed + static_cast<size_t>(kSegments * slots * split.slot_bytes()),
+                        kCluster, p);
   });
   if (one_cluster) return;
   const int work = in.tokens * d.top_k > d.experts ? in.tokens * d.top_k : d.experts + 1;
