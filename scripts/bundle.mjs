@@ -69,7 +69,7 @@ function productionPackages() {
 /** Leaves out what only a build needs, and other systems' binaries. */
 function wanted(path) {
   const inside = relative(root, path);
-  if (/\/(cmake-ts|node-addon-api)(\/|$)/.test(`/${inside}`)) return false;
+  if (/\/node-addon-api(\/|$)/.test(`/${inside}`)) return false;
   const zeromq = /zeromq\/build\/([a-z0-9]+)(?:\/([a-z0-9]+))?/.exec(inside);
   if (!zeromq) return !/\.(map|md|cc|h|hpp)$/.test(inside);
   const [, platform, arch] = zeromq;

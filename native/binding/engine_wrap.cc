@@ -224,7 +224,8 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
 
   Napi::Value collective_hello(const Napi::CallbackInfo& info) {
     idle(info.Env());
-    return guarded(info.Env(), [&] { return typed_array<Napi::Uint8Array>(info.Env(), engine_->collective().hello()); });
+    return guarded(info.Env(),
+                   [&] { return typed_array<Napi::Uint8Array>(info.Env(), engine_->collective().hello()); });
   }
 
   Napi::Value join_collective(const Napi::CallbackInfo& info) {
@@ -269,7 +270,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
   Napi::Value result(const Napi::CallbackInfo& info) {
     const Napi::Env env = info.Env();
     idle(env);
-    const Engine::Result r = engine_->result();
+    const Engine::Result r = guarded(env, [&] { return engine_->result(); });
     Napi::Object out = Napi::Object::New(env);
     out.Set("tokens", typed_array<Napi::Int32Array>(env, r.token));
     out.Set("logprobs", typed_array<Napi::Float32Array>(env, r.logprob));

@@ -1,6 +1,6 @@
 // Sums and gathers between GPUs that stay inside the stream, so that a whole step can be one CUDA graph.
-// Native code has no sockets: the bytes that ranks must exchange first (an id, a memory handle) are carried by
-// TypeScript, see src/comm/bootstrap.ts.
+// Native code has no sockets: the bytes that ranks must exchange first (an id, a memory handle) are carried
+// by TypeScript, see src/comm/bootstrap.ts.
 #pragma once
 
 #include <cstdint>
@@ -20,9 +20,11 @@ class DeviceCollective {
   DeviceCollective& operator=(const DeviceCollective&) = delete;
   virtual ~DeviceCollective() = default;
 
-  /// What connect() needs of this rank, of one length on all: a memory handle (peer), rank 0's id (nccl; others' is unused).
+  /// What connect() needs of this rank, of one length on all: a memory handle (peer), rank 0's id (nccl;
+  /// others' is unused).
   virtual std::vector<uint8_t> hello() const = 0;
-  /// Takes the hellos of all ranks in rank order; returns when the ranks are joined. TP_COLLECTIVE on failure.
+  /// Takes the hellos of all ranks in rank order; returns when the ranks are joined. TP_COLLECTIVE on
+  /// failure.
   virtual void connect(const std::vector<std::vector<uint8_t>>& hellos, double timeout_s) = 0;
   /// buffer (floats) becomes the fp32 sum over ranks in tree order: the same bits on every rank.
   virtual void all_reduce(float* buffer, int64_t floats, Stream stream) = 0;

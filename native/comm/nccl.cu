@@ -1,5 +1,5 @@
-// NCCL as the carrier between GPUs of one or several hosts. Two ranks: its all-reduce is one addition. More ranks:
-// its order is its own, so an all-gather moves the bytes and our tree adds them.
+// NCCL as the carrier between GPUs of one or several hosts. Two ranks: its all-reduce is one addition. More
+// ranks: its order is its own, so an all-gather moves the bytes and our tree adds them.
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 #include <unistd.h>
@@ -70,7 +70,8 @@ const Library& library() {
     find(lib.GetErrorString, "ncclGetErrorString");
     find(lib.GetLastError, "ncclGetLastError");
     Dl_info info{};
-    if (lib.GetVersion && dladdr(reinterpret_cast<void*>(lib.GetVersion), &info) && info.dli_fname) lib.path = info.dli_fname;
+    if (lib.GetVersion && dladdr(reinterpret_cast<void*>(lib.GetVersion), &info) && info.dli_fname)
+      lib.path = info.dli_fname;
     return lib;
   }();
   return loaded;
@@ -90,12 +91,14 @@ __global__ void tree_kernel(const float* parts, float* out, int64_t floats) {
 
 class Nccl final : public DeviceCollective {
  public:
-  Nccl(int rank, int size, int64_t max_floats) : lib_(library()), rank_(rank), size_(size), max_floats_(max_floats) {
+  Nccl(int rank, int size, int64_t max_floats)
+      : lib_(library()), rank_(rank), size_(size), max_floats_(max_floats) {
     if (!lib_.why.empty()) fail("TP_COLLECTIVE", "NCCL cannot be used: %s", lib_.why.c_str());
-    if (rank == 0 && lib_.GetUniqueId(&id_) != kSuccess) fail("TP_COLLECTIVE", "nccl: no unique id: %s", lib_.GetLastError(nullptr));
+    if (rank == 0 && lib_.GetUniqueId(&id_) != kSuccess)
+      fail("TP_COLLECTIVE", "nccl: no unique id: %s", lib_.GetLastError(nullptr));
     if (size > 2 && cudaMalloc(&parts_, sizeof(float) * max_floats * size) != cudaSuccess)
-      fail("TP_MEMORY", "nccl: %lld bytes for the ranks' parts: %s", static_cast<long long>(sizeof(float) * max_floats * size),
-           cudaGetErrorString(cudaGetLastError()));
+      fail("TP_MEMORY", "nccl: %lld bytes for the ranks' parts: %s",
+           static_cast<long long>(sizeof(float) * max_floats * size), cudaGetErrorString(cudaGetLastError()));
   }
 
   ~Nccl() override {
@@ -108,7 +111,8 @@ class Nccl final : public DeviceCollective {
   }
 
   void connect(const std::vector<std::vector<uint8_t>>& hellos, double timeout_s) override {
-    if (hellos.empty() || hellos[0].size() != sizeof id_.bytes) fail("TP_COLLECTIVE", "nccl: rank 0 sent no id");
+    if (hellos.empty() || hellos[0].size() != sizeof id_.bytes)
+      fail("TP_COLLECTIVE", "nccl: rank 0 sent no id");
     memcpy(id_.bytes, hellos[0].data(), sizeof id_.bytes);
     Config config;
     settle("start", lib_.CommInitRankConfig(&comm_, size_, id_, rank_, &config), timeout_s);
@@ -117,8 +121,11 @@ class Nccl final : public DeviceCollective {
   void all_reduce(float* buffer, int64_t floats, Stream on) override {
     const auto stream = static_cast<cudaStream_t>(on);
     if (floats == 0) return;
-    if (size_ == 2) return settle("all-reduce", lib_.AllReduce(buffer, buffer, floats, kFloat32, kSum, comm_, stream), 10);
-    if (floats > max_floats_) fail("TP_COLLECTIVE", "nccl: %lld floats, room for %lld", static_cast<long long>(floats), static_cast<long long>(max_floats_));
+    if (size_ == 2)
+      return settle("all-reduce", lib_.AllReduce(buffer, buffer, floats, kFloat32, kSum, comm_, stream), 10);
+    if (floats > max_floats_)
+      fail("TP_COLLECTIVE", "nccl: %lld floats, room for %lld", static_cast<long long>(floats),
+           static_cast<long long>(max_floats_));
     settle("all-gather", lib_.AllGather(buffer, parts_, floats, kFloat32, comm_, stream), 10);
     const int blocks = static_cast<int>((floats + 255) / 256);
     if (size_ == 4) tree_kernel<4><<<blocks, 256, 0, stream>>>(parts_, buffer, floats);
@@ -141,7 +148,9 @@ class Nccl final : public DeviceCollective {
   std::string error() const override {
     const std::lock_guard<std::mutex> lock(mutex_);
     int state = kSuccess;
-    if (!comm_ || lib_.CommGetAsyncError(comm_, &state) != kSuccess || state == kSuccess || state == kInProgress) return "";
+    if (!comm_ || lib_.CommGetAsyncError(comm_, &state) != kSuccess || state == kSuccess ||
+        state == kInProgress)
+      return "";
     return std::string("nccl: ") + lib_.GetErrorString(state) + ": " + lib_.GetLastError(comm_);
   }
 
@@ -151,7 +160,9 @@ class Nccl final : public DeviceCollective {
     const auto start = std::chrono::steady_clock::now();
     while (result == kInProgress) {
       if (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() > timeout_s)
-        fail("TP_COLLECTIVE", "nccl: %s took longer than %.0f s; is every rank there? NCCL_DEBUG=INFO says more", what, timeout_s);
+        fail("TP_COLLECTIVE",
+             "nccl: %s took longer than %.0f s; is every rank there? NCCL_DEBUG=INFO says more", what,
+             timeout_s);
       if (lib_.CommGetAsyncError(comm_, &result) != kSuccess) break;
       if (result == kInProgress) usleep(200);
     }
@@ -180,8 +191,8 @@ std::string nccl_version(bool& usable) {
   if (!usable) return lib.why;
   int version = 0;
   lib.GetVersion(&version);
-  return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." + std::to_string(version % 100) +
-         " (" + lib.path + ")";
+  return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." +
+         std::to_string(version % 100) + " (" + lib.path + ")";
 }
 
 }  // namespace tp

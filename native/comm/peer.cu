@@ -1,10 +1,10 @@
-// All-reduce and all-gather between GPUs of one host by pushing. Every rank writes its values straight into an inbox
-// in each peer's memory, in lines of 16 bytes that carry three floats and the number of the operation: a line is
-// valid when its number is right, so there is no flag, no fence and no barrier. Every rank then adds all ranks'
-// values in tree order and gets the same bits.
+// All-reduce and all-gather between GPUs of one host by pushing. Every rank writes its values straight into
+// an inbox in each peer's memory, in lines of 16 bytes that carry three floats and the number of the
+// operation: a line is valid when its number is right, so there is no flag, no fence and no barrier. Every
+// rank then adds all ranks' values in tree order and gets the same bits.
 //
-// Two sets of inboxes take turns. A rank that starts operation e has seen every peer's lines of e - 1, which a peer
-// writes only after it is done with e - 2, so the inbox of e - 2 may be overwritten.
+// Two sets of inboxes take turns. A rank that starts operation e has seen every peer's lines of e - 1, which
+// a peer writes only after it is done with e - 2, so the inbox of e - 2 may be overwritten.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -21,7 +21,7 @@ namespace {
 constexpr int kMaxRanks = kMaxLeaves;
 constexpr int kLineFloats = 3;
 constexpr int kThreads = 256;
-constexpr int kMostBlocks = 128;            // all resident at once, so that no block waits for one that cannot start
+constexpr int kMostBlocks = 128;  // all resident at once, so that no block waits for one that cannot start
 constexpr uint64_t kPatienceNs = 20'000'000'000;  // a peer that is this late will not come
 
 /// Written by the device, read by the host, and the other way round: pinned host memory.
@@ -41,10 +41,11 @@ struct Inboxes {
 
 // One 128-bit access is indivisible; four 32-bit ones would not be.
 __device__ __forceinline__ void push_line(uint4* to, uint4 line) {
-  const uint64_t low = line.x | static_cast<uint64_t>(line.y) << 32, high = line.z | static_cast<uint64_t>(line.w) << 32;
-  asm volatile(
-      "{ .reg .b128 v; mov.b128 v, {%1, %2}; st.relaxed.sys.global.b128 [%0], v; }" ::"l"(to), "l"(low), "l"(high)
-      : "memory");
+  const uint64_t low = line.x | static_cast<uint64_t>(line.y) << 32,
+                 high = line.z | static_cast<uint64_t>(line.w) << 32;
+  asm volatile("{ .reg .b128 v; mov.b128 v, {%1, %2}; st.relaxed.sys.global.b128 [%0], v; }" ::"l"(to),
+               "l"(low), "l"(high)
+               : "memory");
 }
 
 __device__ __forceinline__ uint4 peek_line(const uint4* from) {
@@ -63,8 +64,8 @@ __device__ __forceinline__ uint64_t now_ns() {
   return t;
 }
 
-/// Waits for the line of operation `epoch`. Gives up when told to, or when its patience ends: a GPU that hangs costs
-/// everyone on the host.
+/// Waits for the line of operation `epoch`. Gives up when told to, or when its patience ends: a GPU that
+/// hangs costs everyone on the host.
 __device__ __forceinline__ uint4 await_line(const Inboxes& in, const uint4* from, uint32_t epoch, int peer) {
   uint4 line = peek_line(from);
   if (line.w == epoch) return line;
@@ -85,17 +86,20 @@ __device__ __forceinline__ uint4* inbox(const Inboxes& in, int owner, int sender
   return in.of[owner] + (static_cast<int64_t>(epoch & 1) * in.size + sender) * in.lines;
 }
 
-__device__ __forceinline__ void load_line(const float* from, int64_t line, int64_t floats, float (&v)[kLineFloats]) {
+__device__ __forceinline__ void load_line(const float* from, int64_t line, int64_t floats,
+                                          float (&v)[kLineFloats]) {
   for (int i = 0; i < kLineFloats; i++)
     v[i] = line * kLineFloats + i < floats ? from[line * kLineFloats + i] : 0.0f;
 }
 
-__device__ __forceinline__ void store_line(float* to, int64_t line, int64_t floats, const float (&v)[kLineFloats]) {
+__device__ __forceinline__ void store_line(float* to, int64_t line, int64_t floats,
+                                           const float (&v)[kLineFloats]) {
   for (int i = 0; i < kLineFloats; i++)
     if (line * kLineFloats + i < floats) to[line * kLineFloats + i] = v[i];
 }
 
-__device__ __forceinline__ void push(const Inboxes& in, int64_t line, const float (&v)[kLineFloats], uint32_t epoch) {
+__device__ __forceinline__ void push(const Inboxes& in, int64_t line, const float (&v)[kLineFloats],
+                                     uint32_t epoch) {
   const uint4 packed = {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), epoch};
   for (int peer = 0; peer < in.size; peer++)
     if (peer != in.rank) push_line(inbox(in, peer, in.rank, epoch) + line, packed);
@@ -113,10 +117,12 @@ __device__ __forceinline__ void finish(const Inboxes& in, uint32_t epoch) {
 
 // buffer: (floats) in and out.
 template <int N>
-__global__ void __launch_bounds__(kThreads) all_reduce_kernel(const __grid_constant__ Inboxes in, float* buffer, int64_t floats) {
+__global__ void __launch_bounds__(kThreads)
+    all_reduce_kernel(const __grid_constant__ Inboxes in, float* buffer, int64_t floats) {
   const uint32_t epoch = *in.epoch + 1;
   const int64_t lines = (floats + kLineFloats - 1) / kLineFloats;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, step = int64_t{gridDim.x} * kThreads;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
+                step = int64_t{gridDim.x} * kThreads;
   for (int64_t line = first; line < lines; line += step) {
     float own[kLineFloats];
     load_line(buffer, line, floats, own);
@@ -143,10 +149,12 @@ __global__ void __launch_bounds__(kThreads) all_reduce_kernel(const __grid_const
 
 // send: (floats); gathered: (size, floats).
 __global__ void __launch_bounds__(kThreads)
-    all_gather_kernel(const __grid_constant__ Inboxes in, const float* send, float* gathered, int64_t floats) {
+    all_gather_kernel(const __grid_constant__ Inboxes in, const float* send, float* gathered,
+                      int64_t floats) {
   const uint32_t epoch = *in.epoch + 1;
   const int64_t lines = (floats + kLineFloats - 1) / kLineFloats;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, step = int64_t{gridDim.x} * kThreads;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
+                step = int64_t{gridDim.x} * kThreads;
   for (int64_t line = first; line < lines; line += step) {
     float own[kLineFloats];
     load_line(send, line, floats, own);
@@ -157,7 +165,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int r = 0; r < in.size; r++) {
       if (r == in.rank) continue;
       const uint4 got = await_line(in, inbox(in, in.rank, r, epoch) + line, epoch, r);
-      const float values[kLineFloats] = {__uint_as_float(got.x), __uint_as_float(got.y), __uint_as_float(got.z)};
+      const float values[kLineFloats] = {__uint_as_float(got.x), __uint_as_float(got.y),
+                                         __uint_as_float(got.z)};
       store_line(gathered + r * floats, line, floats, values);
     }
   }
@@ -183,7 +192,8 @@ class Peer final : public DeviceCollective {
     check(cudaMemset(in_.epoch, 0, 2 * sizeof(uint32_t)), "epoch");
     in_.finished = in_.epoch + 1;
     check(cudaHostAlloc(&shared_, sizeof(Shared), cudaHostAllocMapped), "abort flag");
-    shared_->abort = shared_->late = 0;
+    shared_->abort = 0;
+    shared_->late = 0;
     check(cudaHostGetDevicePointer(&in_.shared, shared_, 0), "abort flag");
     check(cudaDeviceSynchronize(), "inbox");  // cleared before anyone may push
   }
@@ -207,11 +217,13 @@ class Peer final : public DeviceCollective {
   }
 
   void connect(const std::vector<std::vector<uint8_t>>& hellos, double) override {
-    if (static_cast<int>(hellos.size()) != in_.size) fail("TP_COLLECTIVE", "peer: %zu handles for %d ranks", hellos.size(), in_.size);
+    if (static_cast<int>(hellos.size()) != in_.size)
+      fail("TP_COLLECTIVE", "peer: %zu handles for %d ranks", hellos.size(), in_.size);
     for (int r = 0; r < in_.size; r++) {
       if (r == in_.rank) continue;
       cudaIpcMemHandle_t handle;
-      if (hellos[r].size() != sizeof handle) fail("TP_COLLECTIVE", "peer: rank %d sent %zu bytes as its handle", r, hellos[r].size());
+      if (hellos[r].size() != sizeof handle)
+        fail("TP_COLLECTIVE", "peer: rank %d sent %zu bytes as its handle", r, hellos[r].size());
       memcpy(&handle, hellos[r].data(), sizeof handle);
       void* memory = nullptr;
       check(cudaIpcOpenMemHandle(&memory, handle, cudaIpcMemLazyEnablePeerAccess), "opening a peer's memory");
@@ -247,8 +259,9 @@ class Peer final : public DeviceCollective {
  private:
   int blocks_for(int64_t floats) const {
     const int64_t lines = (floats + kLineFloats - 1) / kLineFloats;
-    if (lines > in_.lines) fail("TP_COLLECTIVE", "peer: %lld floats, room for %lld", static_cast<long long>(floats),
-                                static_cast<long long>(in_.lines * kLineFloats));
+    if (lines > in_.lines)
+      fail("TP_COLLECTIVE", "peer: %lld floats, room for %lld", static_cast<long long>(floats),
+           static_cast<long long>(in_.lines * kLineFloats));
     return static_cast<int>(std::min<int64_t>((lines + kThreads - 1) / kThreads, kMostBlocks));
   }
 

@@ -64,8 +64,8 @@ Buffers::Buffers(const EngineSpec& spec, const Dims& d, Backend& backend) {
       const auto pairs = static_cast<size_t>(layer.rotary_pairs);
       std::vector<float> frequency;  // fp32, as the reference has it
       for (size_t i = 0; i < pairs; i++)
-        frequency.push_back(static_cast<float>(
-            std::pow(layer.rope_theta, -2.0 * static_cast<double>(i) / layer.head_dim)));
+        frequency.push_back(
+            static_cast<float>(std::pow(layer.rope_theta, -2.0 * static_cast<double>(i) / layer.head_dim)));
       float* const kept = floats(1, pairs);
       backend.write(kept, frequency.data(), pairs * sizeof(float));
       ropes.push_back({kept, floats(t, pairs), floats(t, pairs), layer.rotary_pairs});

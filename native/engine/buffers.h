@@ -37,16 +37,16 @@ struct Buffers {
   float* gathered;  // (size, R, leaves, 3 + 3 C) of all ranks; the same memory as candidates when size is 1
   int* token;       // (R) sampled
   float* logprob;   // (R)
-  float* target_logprob;             // (R)
-  uint32_t* input;       // one step's input, packed: see Engine::begin
-  uint64_t* experts_read;   // (1) distinct (layer, expert) pairs so far
-  int* history_token;       // (kHistory, R) shared with the host
-  float* history_logprob;   // (kHistory, R)
-  uint64_t* history_ns;     // (kHistory)
-  uint64_t* fed_steps;      // (1)
-  std::vector<AnglesArgs> ropes;     // per distinct RoPE: frequencies, and the step's angles (T, rotaryPairs)
-  std::vector<int> rope_of_layer;    // index into ropes
-  std::vector<Cache> caches;         // per layer
+  float* target_logprob;           // (R)
+  uint32_t* input;                 // one step's input, packed: see Engine::begin
+  uint64_t* experts_read;          // (1) distinct (layer, expert) pairs so far
+  int* history_token;              // (kHistory, R) shared with the host
+  float* history_logprob;          // (kHistory, R)
+  uint64_t* history_ns;            // (kHistory)
+  uint64_t* fed_steps;             // (1)
+  std::vector<AnglesArgs> ropes;   // per distinct RoPE: frequencies, and the step's angles (T, rotaryPairs)
+  std::vector<int> rope_of_layer;  // index into ropes
+  std::vector<Cache> caches;       // per layer
   double cache_bytes = 0;
 };
 

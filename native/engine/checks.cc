@@ -119,10 +119,11 @@ void check_burst(const Batch& batch, const EngineSpec& s, int steps) {
   if (batch.tokens.empty() || batch.rows.size() != batch.tokens.size())
     fail("TP_BATCH", "a burst of %zu tokens with %zu rows", batch.tokens.size(), batch.rows.size());
   for (size_t t = 0; t < batch.tokens.size(); t++) {
-    if (batch.rows[t] != static_cast<int>(t)) fail("TP_BATCH", "a burst whose row %zu is token %d", t, batch.rows[t]);
+    if (batch.rows[t] != static_cast<int>(t))
+      fail("TP_BATCH", "a burst whose row %zu is token %d", t, batch.rows[t]);
     if (batch.positions[t] + steps > s.limits.positions)
-      fail("TP_BATCH", "%d steps from position %d pass the %d positions of this run", steps, batch.positions[t],
-           s.limits.positions);
+      fail("TP_BATCH", "%d steps from position %d pass the %d positions of this run", steps,
+           batch.positions[t], s.limits.positions);
   }
 }
 

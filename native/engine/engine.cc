@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 
 #include "base/check.h"
@@ -51,19 +52,24 @@ Engine::Engine(EngineSpec spec) : spec_(std::move(spec)) {
   weights_ = std::make_unique<Weights>(spec_.tensors, *backend_);
   buffers_ = std::make_unique<Buffers>(spec_, dims_, *backend_);
   inspector_ = std::make_unique<Inspector>(spec_, dims_, input_, batch_, *buffers_, *backend_);
+  backend_->enter();  // the collective's memory belongs beside the weights
   const int64_t summary = int64_t{dims_.leaves} * (kSummaryFloats + kCandidateFloats * dims_.candidates);
-  const int64_t most = std::max<int64_t>(int64_t{2} * dims_.hidden * spec_.limits.tokens, summary * spec_.limits.rows);
+  const int64_t most =
+      std::max<int64_t>(int64_t{2} * dims_.hidden * spec_.limits.tokens, summary * spec_.limits.rows);
   if (spec_.collective == "peer") collective_ = make_peer(spec_.rank, spec_.size, most);
   if (spec_.collective == "nccl") collective_ = make_nccl(spec_.rank, spec_.size, most);
   stats_ = {weights_->bytes(), buffers_->cache_bytes, 0, 0};
 }
 
 Engine::~Engine() {
-  if (collective_) collective_->abort();  // a peer may be gone: do not wait for it
+  if (!collective_) return;
+  backend_->enter();
+  collective_->abort();  // a peer may be gone: do not wait for it
 }
 
 DeviceCollective& Engine::collective() {
   if (!collective_) fail("TP_PLAN", "collective %s has nothing to join", spec_.collective.c_str());
+  backend_->enter();
   return *collective_;
 }
 
@@ -94,7 +100,9 @@ void Engine::upload() {
   const auto ints = [&](const std::vector<int>& values, size_t room) {
     return reinterpret_cast<int*>(pack(values, room));
   };
-  const auto floats = [&](const std::vector<float>& values) { return reinterpret_cast<float*>(pack(values, r)); };
+  const auto floats = [&](const std::vector<float>& values) {
+    return reinterpret_cast<float*>(pack(values, r));
+  };
   input_.tokens = static_cast<int>(batch_.tokens.size());
   input_.rows = static_cast<int>(batch_.rows.size());
   input_.token = ints(batch_.tokens, t);
@@ -116,6 +124,7 @@ int Engine::run(int from) {
   const auto& calls = program_->calls();
   const auto first = static_cast<size_t>(from);
   if (from < 0 || first > calls.size()) fail("TP_PLAN", "run from step %d of %zu", from, calls.size());
+  backend_->enter();
   const bool host = spec_.collective == "host";
   // The step before `from` was a sync: its result is complete only now.
   if (host && first > 0 && calls[first - 1].sync != Program::Sync::none) inspect(calls[first - 1]);
@@ -135,7 +144,9 @@ int Engine::run(int from) {
 Engine::Burst Engine::decode(int steps) {
   if (!program_) fail("TP_PLAN", "decode before prepare");
   check_burst(batch_, spec_, steps);
-  if (steps < 1 || steps > kHistory) fail("TP_BATCH", "a burst of %d steps; it takes 1 to %d", steps, kHistory);
+  if (steps < 1 || steps > kHistory)
+    fail("TP_BATCH", "a burst of %d steps; it takes 1 to %d", steps, kHistory);
+  backend_->enter();
   const uint64_t first = *buffers_->fed_steps;
   for (int s = 0; s < steps; s++)
     backend_->replay(replay_key(0, input_, true), [&] { start_step(0, program_->calls().size(), true); });
@@ -148,10 +159,13 @@ Engine::Burst Engine::decode(int steps) {
     const auto entry = static_cast<int64_t>((first + static_cast<uint64_t>(s)) % kHistory);
     const int64_t at = entry * spec_.limits.rows;
     burst.token.insert(burst.token.end(), buffers_->history_token + at, buffers_->history_token + at + rows);
-    burst.logprob.insert(burst.logprob.end(), buffers_->history_logprob + at, buffers_->history_logprob + at + rows);
+    burst.logprob.insert(burst.logprob.end(), buffers_->history_logprob + at,
+                         buffers_->history_logprob + at + rows);
     burst.end_ms.push_back(static_cast<double>(buffers_->history_ns[entry]) / 1e6);
     count_reads();
     for (size_t t = 0; t < batch_.tokens.size(); t++) {
+      require_numbers(buffers_->history_token[at + static_cast<int64_t>(t)],
+                      buffers_->history_logprob[at + static_cast<int64_t>(t)], t);
       batch_.tokens[t] = buffers_->history_token[at + static_cast<int64_t>(t)];
       batch_.positions[t]++;
     }
@@ -168,11 +182,12 @@ void Engine::start_step(size_t from, size_t to, bool feed) {
     inspect(calls[i]);
   }
   if (to < calls.size()) return;
-  backend_->ops().advance({buffers_->expert_start, static_cast<int>(spec_.layers.size()), buffers_->experts_read,
-                           buffers_->token, buffers_->logprob, feed, const_cast<int*>(input_.token),
-                           const_cast<int*>(input_.position), kHistory, spec_.limits.rows, buffers_->history_token,
-                           buffers_->history_logprob, buffers_->history_ns, buffers_->fed_steps},
-                          dims_, input_, *backend_);
+  backend_->ops().advance(
+      {buffers_->expert_start, static_cast<int>(spec_.layers.size()), buffers_->experts_read, buffers_->token,
+       buffers_->logprob, feed, const_cast<int*>(input_.token), const_cast<int*>(input_.position), kHistory,
+       spec_.limits.rows, buffers_->history_token, buffers_->history_logprob, buffers_->history_ns,
+       buffers_->fed_steps},
+      dims_, input_, *backend_);
 }
 
 void Engine::start(const Program::Call& call) {
@@ -209,8 +224,17 @@ void Engine::count_reads() {
   }
   for (const LayerSpec& layer : spec_.layers)
     for (int positions : seen)
-      stats_.read_bytes += 2.0 * (layer.window > 0 ? std::min(positions, layer.window) : positions) * layer.kv_heads *
-                           layer.head_dim * static_cast<double>(dims_.bfloat16 ? sizeof(Bf16) : sizeof(float));
+      stats_.read_bytes += 2.0 * (layer.window > 0 ? std::min(positions, layer.window) : positions) *
+                           layer.kv_heads * layer.head_dim *
+                           static_cast<double>(dims_.bfloat16 ? sizeof(Bf16) : sizeof(float));
+}
+
+void Engine::require_numbers(int token, float logprob, size_t row) const {
+  const auto t = static_cast<size_t>(batch_.rows[row]);
+  if (token >= dims_.vocab || std::isnan(logprob))
+    fail("TP_NATIVE",
+         "the logits behind position %d of slot %d are not numbers; do the weights hold NaN or infinity?",
+         batch_.positions[t], batch_.slots[t]);
 }
 
 Engine::SyncBuffers Engine::sync_buffers(int index) const {
@@ -232,6 +256,7 @@ Engine::Result Engine::result() const {
   backend_->read(out.token.data(), buffers_->token, rows * sizeof(int));
   backend_->read(out.logprob.data(), buffers_->logprob, rows * sizeof(float));
   backend_->read(out.target_logprob.data(), buffers_->target_logprob, rows * sizeof(float));
+  for (size_t r = 0; r < rows; r++) require_numbers(out.token[r], out.logprob[r], r);
   return out;
 }
 
@@ -246,7 +271,8 @@ Stats Engine::take_stats() {
   experts_counted_ = experts;
   double bytes = 0;  // of one expert of one layer: every layer's are alike
   if (program_ && !spec_.layers.empty())
-    for (const Program::Call& call : program_->calls()) bytes += call.expert_bytes / static_cast<double>(spec_.layers.size());
+    for (const Program::Call& call : program_->calls())
+      bytes += call.expert_bytes / static_cast<double>(spec_.layers.size());
   Stats taken = stats_;
   taken.read_bytes += read * bytes;
   taken.experts_read = read;

@@ -38,8 +38,8 @@ class Engine {
     std::vector<double> end_ms;  // (steps)
     int rows;
   };
-  /// Runs `steps` whole steps, up to kHistory, each on the tokens that the one before it sampled: the host takes no
-  /// part between them. The step's input is that of begin(): every token has a row, in order.
+  /// Runs `steps` whole steps, up to kHistory, each on the tokens that the one before it sampled: the host
+  /// takes no part between them. The step's input is that of begin(): every token has a row, in order.
   Burst decode(int steps);
 
   struct SyncBuffers {
@@ -55,6 +55,7 @@ class Engine {
     std::vector<float> logprob;         // (R)
     std::vector<float> target_logprob;  // (R)
   };
+  /// TP_NATIVE when the logits were not numbers.
   Result result() const;
   /// Copies (R, localVocab) of the last step.
   void logits(float* out) const;
@@ -74,6 +75,7 @@ class Engine {
   void inspect(const Program::Call& call);
   void count_reads();
   void require_joined() const;
+  void require_numbers(int token, float logprob, size_t row) const;
 
   EngineSpec spec_;
   Dims dims_{};
@@ -83,8 +85,8 @@ class Engine {
   std::optional<Fault> fault_;
   Stats stats_{};
   uint64_t experts_counted_ = 0;
-  // Members die in reverse order: recorded steps hold the collective's memory, the program points into buffers and
-  // weights, and those live in the backend's memory.
+  // Members die in reverse order: recorded steps hold the collective's memory, the program points into
+  // buffers and weights, and those live in the backend's memory.
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Weights> weights_;
   std::unique_ptr<Buffers> buffers_;

@@ -1,4 +1,5 @@
-// Looking into a running program: buffers by name, hashes of every stage's output, and faults planted on purpose.
+// Looking into a running program: buffers by name, hashes of every stage's output, and faults planted on
+// purpose.
 #pragma once
 
 #include <string>
@@ -10,8 +11,8 @@ namespace tp {
 
 class Inspector {
  public:
-  Inspector(const EngineSpec& spec, const Dims& dims, const Input& input, const Batch& batch, const Buffers& buffers,
-            Backend& backend)
+  Inspector(const EngineSpec& spec, const Dims& dims, const Input& input, const Batch& batch,
+            const Buffers& buffers, Backend& backend)
       : spec_(spec), dims_(dims), input_(input), batch_(batch), buffers_(buffers), backend_(backend) {}
 
   /// A buffer by name, valid rows only; TP_PLAN for an unknown name. Index buffers come as floats.

@@ -143,13 +143,15 @@ void Weights::synthesize(const std::string& name, const Slice& slice, const Synt
     if (stretch.count >= kMost) {
       for (uint64_t r = 0; r < stretch.rows; r++)
         for (uint64_t done = 0; done < stretch.count; done += kMost)
-          pieces.push_back({{stretch.start + r * stretch.stride + done, std::min(kMost, stretch.count - done), 0, 1},
-                            out + r * stretch.count + done});
+          pieces.push_back(
+              {{stretch.start + r * stretch.stride + done, std::min(kMost, stretch.count - done), 0, 1},
+               out + r * stretch.count + done});
       return;
     }
     const uint64_t rows = std::max<uint64_t>(1, kMost / stretch.count);
     for (uint64_t r = 0; r < stretch.rows; r += rows)
-      pieces.push_back({{stretch.start + r * stretch.stride, stretch.count, stretch.stride, std::min(rows, stretch.rows - r)},
+      pieces.push_back({{stretch.start + r * stretch.stride, stretch.count, stretch.stride,
+                         std::min(rows, stretch.rows - r)},
                         out + r * stretch.count});
   };
   Stretch open{0, 0, 0, 0};
@@ -159,8 +161,8 @@ void Weights::synthesize(const std::string& name, const Slice& slice, const Synt
   };
   for_each_run(slice, [&](int64_t from, int64_t to, int64_t count) {
     const auto start = static_cast<uint64_t>(from), n = static_cast<uint64_t>(count);
-    const bool fits = open.rows > 0 && open.count == n &&
-                      (open.rows == 1 || start == open.start + open.rows * open.stride);
+    const bool fits =
+        open.rows > 0 && open.count == n && (open.rows == 1 || start == open.start + open.rows * open.stride);
     if (!fits) {
       end();
       open = {start, n, 0, 0};

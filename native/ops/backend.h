@@ -38,19 +38,24 @@ class Backend {
   /// Working memory of one thread of the pool, at least `bytes`, contents undefined.
   virtual void* scratch(int thread, size_t bytes) = 0;
 
-  /// Whether the host may touch allocate()d memory; else it goes through write() and read(), in the order of the ops.
+  /// Whether the host may touch allocate()d memory; else it goes through write() and read(), in the order of
+  /// the ops.
   virtual bool on_host() const { return true; }
   virtual void write(void* to, const void* host, size_t bytes) { std::memcpy(to, host, bytes); }
   virtual void read(void* host, const void* from, size_t bytes) { std::memcpy(host, from, bytes); }
-  /// Memory that the host and the ops both reach, zeroed: what a step leaves for the host to see while it runs on.
+  /// Memory that the host and the ops both reach, zeroed: what a step leaves for the host to see while it
+  /// runs on.
   virtual void* allocate_shared(size_t bytes) { return allocate(bytes); }
+  /// Directs the calling thread's device calls to this backend's device; ops do it themselves.
+  virtual void enter() {}
   /// Waits for everything that was started.
   virtual void finish() {}
   /// The stream that ops run on, for device collectives; null on the host.
   virtual void* stream_handle() { return nullptr; }
   /// Throws TP_LIMIT with the real values if an op of this backend cannot take a model or one of its layers.
   virtual void require(const Dims&, const Heads&) const {}
-  /// Runs `work`, which does nothing but call ops. Work of the same key makes the same calls, so a device may record it.
+  /// Runs `work`, which does nothing but call ops. Work of the same key makes the same calls, so a device may
+  /// record it.
   virtual void replay(uint64_t /*key*/, const std::function<void()>& work) { work(); }
 
   template <class Work>

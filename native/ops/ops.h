@@ -63,8 +63,8 @@ struct Heads {
   int rotary_pairs;  // pairs (i, i + D/2), i < rotary_pairs, rotate
 };
 
-/// cosine and sine of position * frequency for the step's tokens: frequency and angle in fp32 as the reference has them,
-/// the functions of that angle in double, rounded once.
+/// cosine and sine of position * frequency for the step's tokens: frequency and angle in fp32 as the
+/// reference has them, the functions of that angle in double, rounded once.
 struct AnglesArgs {
   const float* frequency;  // (pairs)
   float* cosine;           // (T, pairs)
@@ -202,18 +202,20 @@ struct SampleArgs {
   float* target_logprob;    // (R) NaN without a target
 };
 
-/// The end of a step: counts the experts that it read; in a burst it also feeds the sampled tokens to the next step,
-/// one position on, and leaves them in the history, where the host reads them behind the running device.
+/// The end of a step: counts the experts that it read; in a burst it also feeds the sampled tokens to the
+/// next step, one position on, and leaves them in the history, where the host reads them behind the running
+/// device.
 struct AdvanceArgs {
   const int* expert_start;  // (layers, E + 1)
   int layers;
   uint64_t* experts_read;  // sum over layers of experts with a token
   const int* sampled;      // (R)
   const float* logprob;    // (R)
-  bool feed;               // row r is token r: its sampled token and the next position become the input
-  int* token;              // (T) input of the next step
-  int* position;           // (T)
-  int depth;               // entries of the history, used round and round
+  bool feed;      // row r is token r: its sampled token and the next position become the input; in place
+                  // of no token (the logits were not numbers) 0, the history keeps what was sampled
+  int* token;     // (T) input of the next step
+  int* position;  // (T)
+  int depth;      // entries of the history, used round and round
   int most_rows;
   int* history_token;      // (depth, mostRows) shared memory
   float* history_logprob;  // (depth, mostRows)
@@ -247,7 +249,8 @@ struct Ops {
   Op<AdvanceArgs> advance;
   /// out[r * count + i] = element start + r * stride + i of a synthetic tensor.
   void (*synthesize)(const Synthetic&, const Stretch&, Bf16* out, Backend&);
-  /// Streams through memory with plain wide loads; returns a value that depends on every byte. For bandwidth tests.
+  /// Streams through memory with plain wide loads; returns a value that depends on every byte. For bandwidth
+  /// tests.
   uint64_t (*stream)(const void* memory, uint64_t bytes, Backend&);
 };
 

@@ -15,7 +15,8 @@ export interface ChosenDevice {
 
 /** The device of `--device` and `--gpus`. TP_DEVICE when CUDA is asked for and cannot be had. */
 export function chooseDevice({ device, gpus }: Pick<Options, 'device' | 'gpus'>): ChosenDevice {
-  const obstacle = device === 'cpu' ? null : cudaObstacle(gpus.count);
+  const obstacle =
+    device === 'cpu' ? null : cudaObstacle(gpus.devices ? Math.max(...gpus.devices) + 1 : gpus.count);
   if (device === 'cuda' && obstacle) throw fail('TP_DEVICE', obstacle);
   if (device === 'cpu') return { device: 'cpu', devices: [], line: null };
   if (obstacle) {

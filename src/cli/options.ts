@@ -228,19 +228,19 @@ function variableName(name: string): string {
   return `TP_RUN_${name.replaceAll('-', '_').toUpperCase()}`;
 }
 
-/** `--gpus 2` counts ranks, `--gpus 0,3` names their devices. */
+/** `--gpus 2` counts ranks, `--gpus 0,3` names their devices; ranks may share one: `--gpus 0,0,1,1`. */
 function gpus(): Flag<Gpus> {
   return {
     kind: 'value',
     group: RUN,
     describe: 'ranks, or the devices to use: 2, or 0,3',
-    expected: 'a number of ranks from 1 to 64, or different device numbers with commas between them',
+    expected: 'a number of ranks from 1 to 64, or device numbers with commas between them',
     fallback: { count: 1, devices: null },
     shown: '1',
     read(text) {
       const numbers = text.split(',').map((part) => wholeNumber(part, 0, 64));
       const devices = numbers.filter((n) => n !== undefined);
-      if (devices.length < numbers.length || new Set(devices).size < devices.length) return undefined;
+      if (devices.length < numbers.length) return undefined;
       if (devices.length > 1) return { count: devices.length, devices };
       return devices[0]! > 0 ? { count: devices[0]!, devices: null } : undefined;
     },

@@ -164,8 +164,9 @@ class Link {
 
   /** Swaps messages with the partner; rejects with EAGAIN after `timeoutMs`. */
   async exchange(op: number, sequence: number, payload: Float32Array): Promise<Buffer> {
-    const sent = this.#socket.send(this.#pack(op, sequence, payload));
-    const [, [message]] = await Promise.all([sent, this.#socket.receive()]);
+    // one after the other: with both pending at once zeromq can miss the moment when a new partner makes room to send
+    await this.#socket.send(this.#pack(op, sequence, payload));
+    const [message] = await this.#socket.receive();
     return message!;
   }
 

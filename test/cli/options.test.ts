@@ -39,6 +39,7 @@ describe('the command line', () => {
 
   it('takes a list of devices as one rank each', () => {
     expect(options('--gpus 0,3').gpus).toEqual({ count: 2, devices: [0, 3] });
+    expect(options('--gpus 0,0,1,1').gpus).toEqual({ count: 4, devices: [0, 0, 1, 1] }); // ranks may share one
     expect(options('--gpus 2').gpus).toEqual({ count: 2, devices: null });
   });
 
@@ -86,7 +87,7 @@ describe('the command line', () => {
     [['constructor'], 'TP_COMMAND', 'constructor'],
     [['--gpus'], 'TP_FLAG_VALUE', 'but received nothing'],
     [['--gpus', '0'], 'TP_FLAG_VALUE', '"0"'],
-    [['--gpus', '1,1'], 'TP_FLAG_VALUE', '"1,1"'],
+    [['--gpus', '1,x'], 'TP_FLAG_VALUE', '"1,x"'],
     [['--gpus', '2.5'], 'TP_FLAG_VALUE', '"2.5"'],
     [['--gpus', '-2'], 'TP_FLAG_VALUE', '"-2"'],
     [['--gpus', '2', '--gpus', '4'], 'TP_FLAG_VALUE', 'one value'],

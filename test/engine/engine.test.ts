@@ -146,7 +146,8 @@ describe('an engine', () => {
       const { Engine } = createRequire(import.meta.url)(${JSON.stringify(`${root}/build/tp_run.node`)});
       const size = 1 << 20;
       let engine = new Engine({
-        device: 'cpu', dtype: 'float32', collective: 'host', isa: 'auto', threads: 2, rank: 0, size: 1,
+        device: 'cpu', dtype: 'float32', collective: 'host', isa: 'auto', deviceIndex: 0, threads: 2,
+        rank: 0, size: 1,
         model: { hidden: 8, vocab: 8, intermediate: 8, moeIntermediate: 8, experts: 1, topK: 1, eps: 1e-6,
                  softcap: 0, leaves: 1, embedScale: 1 },
         layers: [], tensors: [{ name: 'w', shape: [size] }], steps: [],
@@ -184,6 +185,21 @@ describe('an engine', () => {
     expect(read.expertsRead).toBeGreaterThanOrEqual(24);
     expect(read.expertsRead).toBeLessThanOrEqual(72);
     expect(engine.stats()).toMatchObject({ readBytes: 0, expertsRead: 0 });
+  });
+
+  it.each([
+    ['NaN', Number.NaN],
+    ['infinite', Number.POSITIVE_INFINITY],
+  ])('with %s weights says that there is no next token', async (_, value) => {
+    const engine = await load(openModel());
+    const { name, slice } = plan.tensors.find((t) => t.name === 'norm.weight')!;
+    await engine.synthesize(name, slice, [0, 0], 0, value);
+    await engine.prepare();
+    await logitsOf(engine);
+    expect(await refusal(() => engine.result())).toMatchObject({
+      code: 'TP_NATIVE',
+      message: expect.stringMatching(/logits behind position 2 of slot 0 are not numbers/),
+    });
   });
 
   it.each(targets)('runs on $name with more threads than there is work', async ({ device, isa }) => {

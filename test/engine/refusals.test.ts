@@ -46,6 +46,8 @@ describe('a spec', () => {
     ['a negative rank', () => ({ rank: -1 }), 'TP_PLAN', /rank -1 of 1/],
     ['several ranks and no way between', () => ({ size: 2 }), 'TP_PLAN', /local collective.*2 ranks/],
     ['an unknown collective', () => ({ collective: 'pigeon' }), 'TP_PLAN', /no collective 'pigeon'/],
+    ['a collective of GPUs', () => ({ collective: 'peer' }), 'TP_PLAN', /peer joins GPUs, not device 'cpu'/],
+    ['an unknown device', () => ({ device: 'abacus' }), 'TP_PLAN', /no device 'abacus'/],
     ['an unknown dtype', () => ({ dtype: 'float16' }), 'TP_PLAN', /no dtype 'float16'/],
     ['an unknown instruction set', () => ({ isa: 'mmx' }), 'TP_ISA', /mmx.*generic/],
     ['no thread', () => ({ threads: 0 }), 'TP_PLAN', /threads is 0/],
@@ -78,11 +80,11 @@ describe('a spec', () => {
     });
   });
 
-  it('for CUDA is refused by an addon without it', async () => {
-    if (native().version().cuda) return;
+  it('for CUDA is refused where there is no GPU, or an addon without it', async () => {
+    if (native().cuda().devices.length > 0) return;
     expect(await refusal(() => openModel(() => ({ device: 'cuda' })))).toMatchObject({
       code: 'TP_DEVICE',
-      message: expect.stringMatching(/not compiled with CUDA; use --device cpu/),
+      message: expect.stringMatching(/(not compiled with CUDA|no usable GPU: .+); use --device cpu/),
     });
   });
 

@@ -96,7 +96,10 @@ for (;;) {
   if (message.type !== 'job') continue;
   const steps = odd('stops early') ? 2 : 3;
   for (let step = 0; step < steps; step++) {
-    if (odd('dies at step 2') && step === 2) process.kill(process.pid, 'SIGKILL');
+    if (odd('dies at step 2') && step === 2) {
+      await sleep(100); // SIGKILL takes along what has not left the process yet: steps 0 and 1 must be told
+      process.kill(process.pid, 'SIGKILL');
+    }
     if (odd('gets stuck at step 2') && step === 2) break;
     if (how === 'gets stuck at step 2' && step === 2) break;
     const token = odd('disagrees at step 1') && step === 1 ? 999 : step;

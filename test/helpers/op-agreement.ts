@@ -7,25 +7,23 @@ import type { Matrix } from './reference.js';
 
 /** Of float32 results. */
 const RELATIVE = 1e-5;
-/** Elements of bfloat16 results that must be the very same. */
-const SHARE = 0.99;
-
 export class Agreement {
   private same = 0;
   private all = 0;
 
   /**
    * `rounded`: results are bfloat16 values that may be `ulps` apart. Both bounds count at the size of the row's largest
-   * element, or at `floor` where results come from larger values that cancel.
+   * element, or at `floor` where results come from larger values that cancel. A `share` of them must be the very same.
    */
   constructor(
     private readonly rounded: boolean,
     private readonly ulps = 1,
     private readonly floor = 0,
+    private readonly share = 0.99,
   ) {}
 
-  static of(dtype: Dtype, ulps = 1, floor = 0): Agreement {
-    return new Agreement(dtype === 'bfloat16', ulps, floor);
+  static of(dtype: Dtype, ulps?: number, floor?: number, share?: number): Agreement {
+    return new Agreement(dtype === 'bfloat16', ulps, floor, share);
   }
 
   /** Compares rows; NaN never agrees. */
@@ -48,7 +46,10 @@ export class Agreement {
   /** Call when all is compared. */
   finish() {
     expect(this.all).toBeGreaterThan(0);
-    if (this.rounded) expect(this.same / this.all, 'share of equal elements').toBeGreaterThan(SHARE);
+    if (!this.rounded) return;
+    // Few elements may differ even where there are few.
+    const allowed = Math.max(8, (1 - this.share) * this.all);
+    expect(this.all - this.same, `differing elements of ${this.all}`).toBeLessThanOrEqual(allowed);
   }
 }
 

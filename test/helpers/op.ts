@@ -34,7 +34,7 @@ export const targets: readonly Target[] = [
   ...native()
     .version()
     .isa.map((isa): Target => ({ name: `cpu ${isa}`, device: 'cpu', isa })),
-  ...(native().version().cuda ? [{ name: 'cuda', device: 'cuda', isa: 'auto' } as const] : []),
+  ...(native().cuda().devices.length > 0 ? [{ name: 'cuda', device: 'cuda', isa: 'auto' } as const] : []),
 ];
 
 /** A weight: random with this deviation around `offset`, or the values given. */

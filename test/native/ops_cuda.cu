@@ -1,5 +1,5 @@
-// Compares every CUDA op with its CPU twin and with itself (other batch, other TP degree, again), then times the ops and
-// the whole step at the real shape. A program of its own, because it needs a GPU and no Node.
+// Compares every CUDA op with its CPU twin and with itself (other batch, other TP degree, again), then times
+// the ops and the whole step at the real shape. A program of its own, because it needs a GPU and no Node.
 // ops_cuda [check | small] [time]: exit code 1 when a comparison fails.
 #include <algorithm>
 #include <cmath>
@@ -101,7 +101,8 @@ void equal_bits(const char* what, const std::vector<T>& a, const std::vector<T>&
 
 struct Shape {
   const char* name;
-  int hidden, heads, kv_heads, head_dim, window, rotary_pairs, inter, moe_inter, experts, top_k, vocab, leaves, positions;
+  int hidden, heads, kv_heads, head_dim, window, rotary_pairs, inter, moe_inter, experts, top_k, vocab,
+      leaves, positions;
   bool k_eq_v;
 };
 
@@ -110,25 +111,55 @@ struct Step {  // input arrays
   Floats temperature, top_p;
   Pair<uint32_t> seed;
   Step(int t, int r)
-      : token(t), position(t), slot(t), row(r), target(r), top_k(r), sequence(r), temperature(r), top_p(r), seed(r) {}
+      : token(t),
+        position(t),
+        slot(t),
+        row(r),
+        target(r),
+        top_k(r),
+        sequence(r),
+        temperature(r),
+        top_p(r),
+        seed(r) {}
   void upload() {
     for (Ints* x : {&token, &position, &slot, &row, &target, &top_k, &sequence}) x->upload();
     temperature.upload(), top_p.upload(), seed.upload();
   }
   Input host(int t, int r) const {
-    return {t, r, token.host.data(), position.host.data(), slot.host.data(), row.host.data(), target.host.data(),
-            temperature.host.data(), top_k.host.data(), top_p.host.data(), seed.host.data(), sequence.host.data()};
+    return {t,
+            r,
+            token.host.data(),
+            position.host.data(),
+            slot.host.data(),
+            row.host.data(),
+            target.host.data(),
+            temperature.host.data(),
+            top_k.host.data(),
+            top_p.host.data(),
+            seed.host.data(),
+            sequence.host.data()};
   }
   /// Tokens [t0, t0 + t), rows [r0, r0 + r).
   Input device(int t, int r, int t0 = 0, int r0 = 0) const {
-    return {t, r, token.device + t0, position.device + t0, slot.device + t0, row.device + r0, target.device + r0,
-            temperature.device + r0, top_k.device + r0, top_p.device + r0, seed.device + r0, sequence.device + r0};
+    return {t,
+            r,
+            token.device + t0,
+            position.device + t0,
+            slot.device + t0,
+            row.device + r0,
+            target.device + r0,
+            temperature.device + r0,
+            top_k.device + r0,
+            top_p.device + r0,
+            seed.device + r0,
+            sequence.device + r0};
   }
 };
 
 Dims dims_of(const Shape& s, bool bfloat16, int candidates = 1) {
   Dims d{};
-  d.hidden = s.hidden, d.vocab = s.vocab, d.local_vocab = s.vocab, d.inter = s.inter, d.moe_inter = s.moe_inter;
+  d.hidden = s.hidden, d.vocab = s.vocab, d.local_vocab = s.vocab, d.inter = s.inter,
+  d.moe_inter = s.moe_inter;
   d.experts = s.experts, d.top_k = s.top_k, d.leaves = d.all_leaves = s.leaves, d.rank = 0, d.size = 1;
   d.candidates = candidates, d.eps = 1e-6f, d.softcap = 30, d.bfloat16 = bfloat16;
   return d;
@@ -144,44 +175,76 @@ void again(const char* what, Floats& out, const std::function<void()>& run) {
 
 void test_attention_half(const Shape& s, bool bf, int T) {
   const Dims d = dims_of(s, bf);
-  const int q_rows = s.heads * s.head_dim, kv_rows = s.kv_heads * s.head_dim, slots = std::max(T / 2, 1), H = s.hidden;
+  const int q_rows = s.heads * s.head_dim, kv_rows = s.kv_heads * s.head_dim, slots = std::max(T / 2, 1),
+            H = s.hidden;
   const int capacity = s.window > 0 ? std::min(s.window + T - 1, s.positions) : s.positions;
   const size_t cache_floats = size_t(slots) * s.kv_heads * capacity * s.head_dim;
-  Floats hidden(T * H), cosine(T * s.rotary_pairs), sine(T * s.rotary_pairs), normed(T * H), q(T * q_rows), kv(T * 2 * kv_rows);
+  Floats hidden(T * H), cosine(T * s.rotary_pairs), sine(T * s.rotary_pairs), normed(T * H), q(T * q_rows),
+      kv(T * 2 * kv_rows);
   Floats out(T * q_rows), sum(T * H);
-  Weights norm(H), wq(size_t(q_rows) * H), wk(size_t(kv_rows) * H), wv(size_t(kv_rows) * H), qn(s.head_dim), kn(s.head_dim);
+  Weights norm(H), wq(size_t(q_rows) * H), wk(size_t(kv_rows) * H), wv(size_t(kv_rows) * H), qn(s.head_dim),
+      kn(s.head_dim);
   Weights wo(size_t(H) * q_rows);
   Floats k32(bf ? 1 : cache_floats), v32(bf ? 1 : cache_floats);
   Weights k16(bf ? cache_floats : 1), v16(bf ? cache_floats : 1);
-  fill(hidden, 3, bf), fill(norm, 0.3f, 1), fill(wq, 1.7f / std::sqrt(H)), fill(wk, 1.7f / std::sqrt(H)), fill(wv, 1.7f / std::sqrt(H));
+  fill(hidden, 3, bf), fill(norm, 0.3f, 1), fill(wq, 1.7f / std::sqrt(H)), fill(wk, 1.7f / std::sqrt(H)),
+      fill(wv, 1.7f / std::sqrt(H));
   fill(qn, 0.1f, 0.5f), fill(kn, 0.1f, 0.5f), fill(k32, 1, bf), fill(v32, 1, bf), fill(k16, 1), fill(v16, 1);
   fill(wo, 1.7f / std::sqrt(q_rows));
   Step in(T, 1);
-  // Two tokens a slot, neighbours in position: the second sees the first. Positions from the start, the middle and the end.
+  // Two tokens a slot, neighbours in position: the second sees the first. Positions from the start, the
+  // middle and the end.
   for (int t = 0; t < T; t++) {
     in.token.host[t] = 0;
     in.slot.host[t] = t % slots;
-    const int last = s.positions - 3, base = (t % slots) % 3 == 0 ? last : (t % slots) % 3 == 1 ? last / 2 : t % slots;
+    const int last = s.positions - 3, base = (t % slots) % 3 == 0   ? last
+                                             : (t % slots) % 3 == 1 ? last / 2
+                                                                    : t % slots;
     in.position.host[t] = base + t / slots;
   }
   in.upload();
   for (int t = 0; t < T; t++)
     for (int i = 0; i < s.rotary_pairs; i++) {
-      const float angle = static_cast<float>(in.position.host[t]) * std::pow(10000.0f, -2.0f * i / s.head_dim);
+      const float angle =
+          static_cast<float>(in.position.host[t]) * std::pow(10000.0f, -2.0f * i / s.head_dim);
       cosine.host[t * s.rotary_pairs + i] = std::cos(angle);
       sine.host[t * s.rotary_pairs + i] = std::sin(angle);
     }
   cosine.upload(), sine.upload();
   const Heads heads{s.heads, s.kv_heads, s.head_dim, s.window, s.rotary_pairs};
-  const Cache host_cache = bf ? Cache{k16.host.data(), v16.host.data(), capacity} : Cache{k32.host.data(), v32.host.data(), capacity};
-  const Cache device_cache = bf ? Cache{k16.device, v16.device, capacity} : Cache{k32.device, v32.device, capacity};
+  const Cache host_cache = bf ? Cache{k16.host.data(), v16.host.data(), capacity}
+                              : Cache{k32.host.data(), v32.host.data(), capacity};
+  const Cache device_cache =
+      bf ? Cache{k16.device, v16.device, capacity} : Cache{k32.device, v32.device, capacity};
   const auto qkv_args = [&](bool device, int t0) {
-    return device ? QkvArgs{hidden.device + t0 * H, norm.device, wq.device, wk.device, s.k_eq_v ? nullptr : wv.device, qn.device, kn.device,
-                            cosine.device + t0 * s.rotary_pairs, sine.device + t0 * s.rotary_pairs, normed.device, q.device + t0 * q_rows,
-                            kv.device, heads, device_cache}
-                  : QkvArgs{hidden.host.data(), norm.host.data(), wq.host.data(), wk.host.data(), s.k_eq_v ? nullptr : wv.host.data(),
-                            qn.host.data(), kn.host.data(), cosine.host.data(), sine.host.data(), normed.host.data(), q.host.data(),
-                            kv.host.data(), heads, host_cache};
+    return device ? QkvArgs{hidden.device + t0 * H,
+                            norm.device,
+                            wq.device,
+                            wk.device,
+                            s.k_eq_v ? nullptr : wv.device,
+                            qn.device,
+                            kn.device,
+                            cosine.device + t0 * s.rotary_pairs,
+                            sine.device + t0 * s.rotary_pairs,
+                            normed.device,
+                            q.device + t0 * q_rows,
+                            kv.device,
+                            heads,
+                            device_cache}
+                  : QkvArgs{hidden.host.data(),
+                            norm.host.data(),
+                            wq.host.data(),
+                            wk.host.data(),
+                            s.k_eq_v ? nullptr : wv.host.data(),
+                            qn.host.data(),
+                            kn.host.data(),
+                            cosine.host.data(),
+                            sine.host.data(),
+                            normed.host.data(),
+                            q.host.data(),
+                            kv.host.data(),
+                            heads,
+                            host_cache};
   };
   cpu->ops().qkv(qkv_args(false, 0), d, in.host(T, 1), *cpu);
   const auto run_qkv = [&] { gpu->ops().qkv(qkv_args(true, 0), d, in.device(T, 1), *gpu); };
@@ -193,7 +256,8 @@ void test_attention_half(const Shape& s, bool bf, int T) {
     double size = 0, difference = 0;
     for (size_t i = 0; i < k.size(); i++) {
       differ += std::abs(k[i] - k16.host[i]) > 2 || std::abs(v[i] - v16.host[i]) > 2;
-      difference += std::abs(to_float(k[i]) - to_float(k16.host[i])) + std::abs(to_float(v[i]) - to_float(v16.host[i]));
+      difference +=
+          std::abs(to_float(k[i]) - to_float(k16.host[i])) + std::abs(to_float(v[i]) - to_float(v16.host[i]));
       size += std::abs(to_float(k[i])) + std::abs(to_float(v[i]));
     }
     expect(difference / size < 2e-3, "cache", difference / size);
@@ -210,7 +274,9 @@ void test_attention_half(const Shape& s, bool bf, int T) {
   // From here on both sides go on from the CPU's values.
   q.upload(), k16.upload(), v16.upload(), k32.upload(), v32.upload();
   cpu->ops().attention({q.host.data(), out.host.data(), heads, host_cache}, d, in.host(T, 1), *cpu);
-  const auto run_attention = [&] { gpu->ops().attention({q.device, out.device, heads, device_cache}, d, in.device(T, 1), *gpu); };
+  const auto run_attention = [&] {
+    gpu->ops().attention({q.device, out.device, heads, device_cache}, d, in.device(T, 1), *gpu);
+  };
   run_attention();
   compare("attention", out, bf);
   again("attention again", out, run_attention);
@@ -218,7 +284,8 @@ void test_attention_half(const Shape& s, bool bf, int T) {
     const auto whole = out.download();
     out.poison();  // the host's values too: upload them again below
     for (int t = 0; t < T; t++)
-      gpu->ops().attention({q.device + t * q_rows, out.device + t * q_rows, heads, device_cache}, d, in.device(1, 1, t), *gpu);
+      gpu->ops().attention({q.device + t * q_rows, out.device + t * q_rows, heads, device_cache}, d,
+                           in.device(1, 1, t), *gpu);
     equal_bits("attention: a token alone", out.download(), whole);
     out.host = whole;
     out.upload();
@@ -226,14 +293,17 @@ void test_attention_half(const Shape& s, bool bf, int T) {
     out.upload();
   }
   cpu->ops().attn_out({out.host.data(), wo.host.data(), sum.host.data(), q_rows}, d, in.host(T, 1), *cpu);
-  const auto run_out = [&] { gpu->ops().attn_out({out.device, wo.device, sum.device, q_rows}, d, in.device(T, 1), *gpu); };
+  const auto run_out = [&] {
+    gpu->ops().attn_out({out.device, wo.device, sum.device, q_rows}, d, in.device(T, 1), *gpu);
+  };
   run_out();
   compare("attn_out", sum, false);
   again("attn_out again", sum, run_out);
   const auto whole = sum.download();
   if (T > 1) {
     for (int t = 0; t < T; t++)
-      gpu->ops().attn_out({out.device + t * q_rows, wo.device, sum.device + t * H, q_rows}, d, in.device(1, 1, t), *gpu);
+      gpu->ops().attn_out({out.device + t * q_rows, wo.device, sum.device + t * H, q_rows}, d,
+                          in.device(1, 1, t), *gpu);
     equal_bits("attn_out: a token alone", sum.download(), whole);
   }
   for (int size = 2; size <= s.leaves; size *= 2) {
@@ -245,7 +315,8 @@ void test_attention_half(const Shape& s, bool bf, int T) {
       for (int t = 0; t < T; t++)
         for (int i = 0; i < part; i++) act.host[t * part + i] = out.host[t * q_rows + rank * part + i];
       for (int r = 0; r < H; r++)
-        for (int i = 0; i < part; i++) w.host[size_t(r) * part + i] = wo.host[size_t(r) * q_rows + rank * part + i];
+        for (int i = 0; i < part; i++)
+          w.host[size_t(r) * part + i] = wo.host[size_t(r) * q_rows + rank * part + i];
       act.upload(), w.upload();
       Dims mine_d = d;
       mine_d.leaves = s.leaves / size;
@@ -264,21 +335,38 @@ void test_attention_half(const Shape& s, bool bf, int T) {
 void test_ffn_half(const Shape& s, bool bf, int T) {
   const Dims d = dims_of(s, bf);
   const int H = s.hidden, K = s.top_k, E = s.experts;
-  Floats sum(T * H), hidden(T * H), normed(T * H), logits(T * E), dense_in(T * H), expert_in(T * H), route_weight(T * K);
+  Floats sum(T * H), hidden(T * H), normed(T * H), logits(T * E), dense_in(T * H), expert_in(T * H),
+      route_weight(T * K);
   Ints route_index(T * K), start(E + 1), assignment(T * K);
   Weights post(H), dn(H), en(H), scale(H), router(size_t(E) * H), per_expert(E);
   fill(sum, 2, false), fill(hidden, 3, bf), fill(post, 0.3f, 1), fill(dn, 0.3f, 1), fill(en, 0.3f, 1);
-  fill(scale, 0.1f * std::sqrt(H), std::sqrt(H)), fill(router, 2.6f / std::sqrt(H)), fill(per_expert, 0.2f, 1);
+  fill(scale, 0.1f * std::sqrt(H), std::sqrt(H)), fill(router, 2.6f / std::sqrt(H)),
+      fill(per_expert, 0.2f, 1);
   Step in(T, 1);
   in.upload();
   const std::vector<float> hidden_before = hidden.host;
   const auto args = [&](bool device, int t0) {
-    return device ? RouteArgs{sum.device + t0 * H, hidden.device + t0 * H, post.device, dn.device, en.device, scale.device, router.device,
-                              per_expert.device, normed.device, logits.device, dense_in.device + t0 * H, expert_in.device + t0 * H,
-                              route_index.device + t0 * K, route_weight.device + t0 * K, start.device, assignment.device}
-                  : RouteArgs{sum.host.data(), hidden.host.data(), post.host.data(), dn.host.data(), en.host.data(), scale.host.data(),
-                              router.host.data(), per_expert.host.data(), normed.host.data(), logits.host.data(), dense_in.host.data(),
-                              expert_in.host.data(), route_index.host.data(), route_weight.host.data(), start.host.data(),
+    return device ? RouteArgs{sum.device + t0 * H,
+                              hidden.device + t0 * H,
+                              post.device,
+                              dn.device,
+                              en.device,
+                              scale.device,
+                              router.device,
+                              per_expert.device,
+                              normed.device,
+                              logits.device,
+                              dense_in.device + t0 * H,
+                              expert_in.device + t0 * H,
+                              route_index.device + t0 * K,
+                              route_weight.device + t0 * K,
+                              start.device,
+                              assignment.device}
+                  : RouteArgs{sum.host.data(),         hidden.host.data(),       post.host.data(),
+                              dn.host.data(),          en.host.data(),           scale.host.data(),
+                              router.host.data(),      per_expert.host.data(),   normed.host.data(),
+                              logits.host.data(),      dense_in.host.data(),     expert_in.host.data(),
+                              route_index.host.data(), route_weight.host.data(), start.host.data(),
                               assignment.host.data()};
   };
   cpu->ops().route(args(false, 0), d, in.host(T, 1), *cpu);
@@ -312,11 +400,14 @@ void test_ffn_half(const Shape& s, bool bf, int T) {
   fill(gate, 1.7f / std::sqrt(H)), fill(up, 1.7f / std::sqrt(H)), fill(expert_gate_up, 1.7f / std::sqrt(H));
   fill(down, 1.7f / std::sqrt(s.inter)), fill(expert_down, 1.7f / std::sqrt(s.moe_inter));
   Floats dense_act(T * s.inter), expert_act(size_t(T) * K * s.moe_inter), out(size_t(T) * 2 * H);
-  cpu->ops().gate_up({dense_in.host.data(), expert_in.host.data(), gate.host.data(), up.host.data(), expert_gate_up.host.data(),
-                      start.host.data(), assignment.host.data(), dense_act.host.data(), expert_act.host.data()}, d, in.host(T, 1), *cpu);
+  cpu->ops().gate_up({dense_in.host.data(), expert_in.host.data(), gate.host.data(), up.host.data(),
+                      expert_gate_up.host.data(), start.host.data(), assignment.host.data(),
+                      dense_act.host.data(), expert_act.host.data()},
+                     d, in.host(T, 1), *cpu);
   const auto run_gate_up = [&] {
-    gpu->ops().gate_up({dense_in.device, expert_in.device, gate.device, up.device, expert_gate_up.device, start.device,
-                        assignment.device, dense_act.device, expert_act.device}, d, in.device(T, 1), *gpu);
+    gpu->ops().gate_up({dense_in.device, expert_in.device, gate.device, up.device, expert_gate_up.device,
+                        start.device, assignment.device, dense_act.device, expert_act.device},
+                       d, in.device(T, 1), *gpu);
   };
   run_gate_up();
   compare("dense act", dense_act, bf), compare("expert act", expert_act, bf);
@@ -327,7 +418,8 @@ void test_ffn_half(const Shape& s, bool bf, int T) {
     for (int k = 0; k < K; k++) chosen.push_back({route_index.host[t * K + k], k});
     std::sort(chosen.begin(), chosen.end());
     for (int e = 0; e <= E; e++)
-      own_start.host[e] = static_cast<int>(std::count_if(chosen.begin(), chosen.end(), [&](auto c) { return c.first < e; }));
+      own_start.host[e] =
+          static_cast<int>(std::count_if(chosen.begin(), chosen.end(), [&](auto c) { return c.first < e; }));
     for (int k = 0; k < K; k++) own_assignment.host[k] = chosen[k].second;
     own_start.upload(), own_assignment.upload();
   };
@@ -337,20 +429,23 @@ void test_ffn_half(const Shape& s, bool bf, int T) {
     dense_act.poison(), expert_act.poison();
     for (int t = 0; t < T; t++) {
       alone(t, own_start, own_assignment);
-      gpu->ops().gate_up({dense_in.device + t * H, expert_in.device + t * H, gate.device, up.device, expert_gate_up.device,
-                          own_start.device, own_assignment.device, dense_act.device + t * s.inter,
-                          expert_act.device + size_t(t) * K * s.moe_inter}, d, in.device(1, 1, t), *gpu);
+      gpu->ops().gate_up({dense_in.device + t * H, expert_in.device + t * H, gate.device, up.device,
+                          expert_gate_up.device, own_start.device, own_assignment.device,
+                          dense_act.device + t * s.inter, expert_act.device + size_t(t) * K * s.moe_inter},
+                         d, in.device(1, 1, t), *gpu);
     }
     equal_bits("dense act: a token alone", dense_act.download(), dense_whole);
     equal_bits("expert act: a token alone", expert_act.download(), expert_whole);
     dense_act.host = dense_whole, expert_act.host = expert_whole;
   }
   dense_act.upload(), expert_act.upload();
-  cpu->ops().down({dense_act.host.data(), expert_act.host.data(), route_weight.host.data(), down.host.data(), expert_down.host.data(),
-                   start.host.data(), assignment.host.data(), out.host.data()}, d, in.host(T, 1), *cpu);
+  cpu->ops().down({dense_act.host.data(), expert_act.host.data(), route_weight.host.data(), down.host.data(),
+                   expert_down.host.data(), start.host.data(), assignment.host.data(), out.host.data()},
+                  d, in.host(T, 1), *cpu);
   const auto run_down = [&] {
-    gpu->ops().down({dense_act.device, expert_act.device, route_weight.device, down.device, expert_down.device, start.device,
-                     assignment.device, out.device}, d, in.device(T, 1), *gpu);
+    gpu->ops().down({dense_act.device, expert_act.device, route_weight.device, down.device,
+                     expert_down.device, start.device, assignment.device, out.device},
+                    d, in.device(T, 1), *gpu);
   };
   run_down();
   compare("down", out, false);
@@ -360,8 +455,9 @@ void test_ffn_half(const Shape& s, bool bf, int T) {
     out.poison();
     for (int t = 0; t < T; t++) {
       alone(t, own_start, own_assignment);
-      gpu->ops().down({dense_act.device + t * s.inter, expert_act.device + size_t(t) * K * s.moe_inter, route_weight.device + t * K,
-                       down.device, expert_down.device, own_start.device, own_assignment.device, out.device + size_t(t) * 2 * H},
+      gpu->ops().down({dense_act.device + t * s.inter, expert_act.device + size_t(t) * K * s.moe_inter,
+                       route_weight.device + t * K, down.device, expert_down.device, own_start.device,
+                       own_assignment.device, out.device + size_t(t) * 2 * H},
                       d, in.device(1, 1, t), *gpu);
     }
     equal_bits("down: a token alone", out.download(), whole);
@@ -373,14 +469,16 @@ void test_ffn_half(const Shape& s, bool bf, int T) {
       Floats da(T * pd), ea(size_t(T) * K * pe), mine(size_t(T) * 2 * H);
       Weights wd(size_t(H) * pd), we(size_t(E) * H * pe);
       const auto part = [](auto& to, const auto& from, int total, int width, int r) {
-        for (size_t i = 0; i < to.host.size(); i++) to.host[i] = from.host[i / width * total + r * width + i % width];
+        for (size_t i = 0; i < to.host.size(); i++)
+          to.host[i] = from.host[i / width * total + r * width + i % width];
         to.upload();
       };
       part(da, dense_act, s.inter, pd, rank), part(ea, expert_act, s.moe_inter, pe, rank);
       part(wd, down, s.inter, pd, rank), part(we, expert_down, s.moe_inter, pe, rank);
       Dims mine_d = d;
       mine_d.leaves = s.leaves / size, mine_d.inter = pd, mine_d.moe_inter = pe;
-      gpu->ops().down({da.device, ea.device, route_weight.device, wd.device, we.device, start.device, assignment.device, mine.device},
+      gpu->ops().down({da.device, ea.device, route_weight.device, wd.device, we.device, start.device,
+                       assignment.device, mine.device},
                       mine_d, in.device(T, 1), *gpu);
       sums.push_back(mine.download());
     }
@@ -396,9 +494,11 @@ void test_ffn_half(const Shape& s, bool bf, int T) {
   Weights n1(H), n2(H), n3(H), scalar(1);
   fill(n1, 0.3f, 1), fill(n2, 0.3f, 1), fill(n3, 0.3f, 1), fill(scalar, 0.1f, 1);
   hidden.upload(), out.upload();
-  cpu->ops().ffn_out({out.host.data(), n1.host.data(), n2.host.data(), n3.host.data(), scalar.host.data(), hidden.host.data()}, d,
-                     in.host(T, 1), *cpu);
-  gpu->ops().ffn_out({out.device, n1.device, n2.device, n3.device, scalar.device, hidden.device}, d, in.device(T, 1), *gpu);
+  cpu->ops().ffn_out({out.host.data(), n1.host.data(), n2.host.data(), n3.host.data(), scalar.host.data(),
+                      hidden.host.data()},
+                     d, in.host(T, 1), *cpu);
+  gpu->ops().ffn_out({out.device, n1.device, n2.device, n3.device, scalar.device, hidden.device}, d,
+                     in.device(T, 1), *gpu);
   compare("ffn_out", hidden, bf);
 }
 
@@ -406,7 +506,8 @@ void test_head(const Shape& s, bool bf, int T, int candidates) {
   const int R = T, H = s.hidden, V = s.vocab, per_leaf = kSummaryFloats + kCandidateFloats * candidates;
   Dims d = dims_of(s, bf, candidates);
   Weights table(size_t(V) * H), norm(H);
-  Floats hidden(T * H), normed(R * H), logits(size_t(R) * V), out(R * s.leaves * per_leaf), logprob(R), target(R);
+  Floats hidden(T * H), normed(R * H), logits(size_t(R) * V), out(R * s.leaves * per_leaf), logprob(R),
+      target(R);
   Ints token(R);
   fill(table, 0.02f), fill(norm, 5, 16);
   Step in(T, R);
@@ -424,9 +525,11 @@ void test_head(const Shape& s, bool bf, int T, int candidates) {
   cpu->ops().embed({table.host.data(), hidden.host.data(), 5.5f}, d, in.host(T, R), *cpu);
   gpu->ops().embed({table.device, hidden.device, 5.5f}, d, in.device(T, R), *gpu);
   equal_bits("embed", hidden.download(), hidden.host);
-  cpu->ops().logits({hidden.host.data(), norm.host.data(), table.host.data(), normed.host.data(), logits.host.data(), out.host.data()}, d,
-                    in.host(T, R), *cpu);
-  gpu->ops().logits({hidden.device, norm.device, table.device, normed.device, logits.device, out.device}, d, in.device(T, R), *gpu);
+  cpu->ops().logits({hidden.host.data(), norm.host.data(), table.host.data(), normed.host.data(),
+                     logits.host.data(), out.host.data()},
+                    d, in.host(T, R), *cpu);
+  gpu->ops().logits({hidden.device, norm.device, table.device, normed.device, logits.device, out.device}, d,
+                    in.device(T, R), *gpu);
   compare("logits", logits, bf);
   const auto all_logits = logits.download();
   const auto all_candidates = out.download();
@@ -437,14 +540,16 @@ void test_head(const Shape& s, bool bf, int T, int candidates) {
     const size_t part = size_t(R) * half.leaves * per_leaf;
     for (half.rank = 0; half.rank < 2; half.rank++) {
       Floats mine(size_t(R) * V / 2), summary(part);
-      gpu->ops().logits({hidden.device, norm.device, table.device + size_t(half.rank) * V / 2 * H, normed.device, mine.device,
-                         summary.device}, half, in.device(T, R), *gpu);
+      gpu->ops().logits({hidden.device, norm.device, table.device + size_t(half.rank) * V / 2 * H,
+                         normed.device, mine.device, summary.device},
+                        half, in.device(T, R), *gpu);
       const auto l = mine.download(), c = summary.download();
       std::vector<float> expected_l, expected_c;
       for (int r = 0; r < R; r++) {
         const auto from = all_logits.begin() + size_t(r) * V + half.rank * (V / 2);
         expected_l.insert(expected_l.end(), from, from + V / 2);
-        const auto summary_from = all_candidates.begin() + (size_t(r) * s.leaves + half.rank * half.leaves) * per_leaf;
+        const auto summary_from =
+            all_candidates.begin() + (size_t(r) * s.leaves + half.rank * half.leaves) * per_leaf;
         expected_c.insert(expected_c.end(), summary_from, summary_from + half.leaves * per_leaf);
       }
       equal_bits("logits: split over ranks", l, expected_l);
@@ -453,14 +558,17 @@ void test_head(const Shape& s, bool bf, int T, int candidates) {
   }
   if (T > 1)
     for (int r = 0; r < R; r++) {
-      gpu->ops().logits({hidden.device, norm.device, table.device, normed.device, logits.device, out.device}, d, in.device(T, 1, 0, r), *gpu);
+      gpu->ops().logits({hidden.device, norm.device, table.device, normed.device, logits.device, out.device},
+                        d, in.device(T, 1, 0, r), *gpu);
       auto one = logits.download();
       one.resize(V);
-      equal_bits("logits: a row alone", one, {all_logits.begin() + size_t(r) * V, all_logits.begin() + size_t(r + 1) * V});
+      equal_bits("logits: a row alone", one,
+                 {all_logits.begin() + size_t(r) * V, all_logits.begin() + size_t(r + 1) * V});
     }
   // The CPU summarises the GPU's logits? No: the GPU samples from the CPU's candidates, so both see the same.
   out.upload();
-  cpu->ops().sample({out.host.data(), token.host.data(), logprob.host.data(), target.host.data()}, d, in.host(T, R), *cpu);
+  cpu->ops().sample({out.host.data(), token.host.data(), logprob.host.data(), target.host.data()}, d,
+                    in.host(T, R), *cpu);
   gpu->ops().sample({out.device, token.device, logprob.device, target.device}, d, in.device(T, R), *gpu);
   equal_bits("token", token.download(), token.host);
   equal_bits("logprob", logprob.download(), logprob.host);
@@ -476,8 +584,10 @@ void test_head(const Shape& s, bool bf, int T, int candidates) {
 
 void test_synthetic() {
   where = "synthetic";
-  for (const Stretch stretch : {Stretch{0, 5000, 0, 1}, Stretch{(uint64_t{1} << 32) - 700, 5000, 0, 1}, Stretch{77, 13, 40, 600}}) {
-    const Synthetic source{{static_cast<uint32_t>(random_bits()), static_cast<uint32_t>(random_bits())}, to_float(to_bf16(3e-6f)),
+  for (const Stretch stretch :
+       {Stretch{0, 5000, 0, 1}, Stretch{(uint64_t{1} << 32) - 700, 5000, 0, 1}, Stretch{77, 13, 40, 600}}) {
+    const Synthetic source{{static_cast<uint32_t>(random_bits()), static_cast<uint32_t>(random_bits())},
+                           to_float(to_bf16(3e-6f)),
                            to_float(to_bf16(0.02f))};
     Weights w(stretch.count * stretch.rows);
     cpu->ops().synthesize(source, stretch, w.host.data(), *cpu);
@@ -520,7 +630,8 @@ void check_all(bool small) {
         if (failures == before) std::printf("ok %s\n", where.c_str());
         std::fflush(stdout);
       }
-  std::printf("%d comparisons, %d failures; worst distance bfloat16 %.2g, float32 %.2g\n", comparisons, failures, worst[1], worst[0]);
+  std::printf("%d comparisons, %d failures; worst distance bfloat16 %.2g, float32 %.2g\n", comparisons,
+              failures, worst[1], worst[0]);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -561,7 +672,8 @@ T* device(size_t count) {
 uint32_t next_key = 1;
 Bf16* synthetic(size_t count, double deviation, double offset = 0) {
   auto* const out = device<Bf16>(count);
-  const Synthetic source{{next_key, next_key * 77 + 5}, to_float(to_bf16(static_cast<float>(deviation * std::sqrt(3.0) / 32767))),
+  const Synthetic source{{next_key, next_key * 77 + 5},
+                         to_float(to_bf16(static_cast<float>(deviation * std::sqrt(3.0) / 32767))),
                          to_float(to_bf16(static_cast<float>(offset)))};
   next_key++;
   gpu->ops().synthesize(source, {0, count, 0, 1}, out, *gpu);
@@ -590,46 +702,94 @@ struct Model {
 
   Model(int ranks, int layer_count, int tokens, int positions) : max_tokens(tokens), size(ranks) {
     const int H = 2816, T = tokens;
-    d.hidden = H, d.vocab = 262144, d.local_vocab = d.vocab / size, d.inter = 2112 / size, d.moe_inter = 704 / size, d.experts = 128;
-    d.top_k = 8, d.all_leaves = 8, d.leaves = 8 / size, d.size = size, d.candidates = 1, d.eps = 1e-6f, d.softcap = 30, d.bfloat16 = true;
+    d.hidden = H, d.vocab = 262144, d.local_vocab = d.vocab / size, d.inter = 2112 / size,
+    d.moe_inter = 704 / size, d.experts = 128;
+    d.top_k = 8, d.all_leaves = 8, d.leaves = 8 / size, d.size = size, d.candidates = 1, d.eps = 1e-6f,
+    d.softcap = 30, d.bfloat16 = true;
     auto* const hidden = device<float>(T * H);
     auto* const normed = device<float>(T * H);
-    auto* const q = device<float>(T * 8192), *const kv = device<float>(T * 8192), *const attention = device<float>(T * 8192);
-    auto* const attn_sum = device<float>(T * H), *const router_logits = device<float>(T * 128), *const dense_in = device<float>(T * H);
-    auto* const expert_in = device<float>(T * H), *const route_weight = device<float>(T * 8);
-    auto* const route_index = device<int>(T * 8), *const start = device<int>(129), *const assignment = device<int>(T * 8);
-    auto* const dense_act = device<float>(T * 2112), *const expert_act = device<float>(T * 8 * 704), *const sum = device<float>(T * 2 * H);
-    auto* const cosine = device<float>(T * 128), *const sine = device<float>(T * 128);
+    auto *const q = device<float>(T * 8192), *const kv = device<float>(T * 8192),
+                *const attention = device<float>(T * 8192);
+    auto *const attn_sum = device<float>(T * H), *const router_logits = device<float>(T * 128),
+                *const dense_in = device<float>(T * H);
+    auto *const expert_in = device<float>(T * H), *const route_weight = device<float>(T * 8);
+    auto *const route_index = device<int>(T * 8), *const start = device<int>(129),
+                *const assignment = device<int>(T * 8);
+    auto *const dense_act = device<float>(T * 2112), *const expert_act = device<float>(T * 8 * 704),
+                *const sum = device<float>(T * 2 * H);
+    auto *const cosine = device<float>(T * 128), *const sine = device<float>(T * 128);
     const double rh = 1 / std::sqrt(double(H));
     for (int l = 0; l < layer_count; l++) {
       const bool full = l % 6 == 5;
-      Heads h{16 / size, full ? std::max(1, 2 / size) : 8 / size, full ? 512 : 256, full ? 0 : 1024, full ? 64 : 128};
+      Heads h{16 / size, full ? std::max(1, 2 / size) : 8 / size, full ? 512 : 256, full ? 0 : 1024,
+              full ? 64 : 128};
       const int q_rows = h.heads * h.head_dim, kv_rows = h.kv_heads * h.head_dim;
       const int capacity = full ? positions : std::min(1024 + T - 1, positions);
       const size_t cache = size_t(T) * h.kv_heads * capacity * h.head_dim;
       const double qk = std::sqrt(3 / std::sqrt(double(h.head_dim)));
       Layer a{};
       const Cache c{synthetic(cache, 1), synthetic(cache, 1), capacity};
-      a.qkv = {hidden, synthetic(H, 0.1, 1), synthetic(size_t(q_rows) * H, rh), synthetic(size_t(kv_rows) * H, rh),
-               full ? nullptr : synthetic(size_t(kv_rows) * H, rh), synthetic(h.head_dim, 0.1 * qk, qk), synthetic(h.head_dim, 0.1 * qk, qk),
-               cosine, sine, normed, q, kv, h, c};
+      a.qkv = {hidden,
+               synthetic(H, 0.1, 1),
+               synthetic(size_t(q_rows) * H, rh),
+               synthetic(size_t(kv_rows) * H, rh),
+               full ? nullptr : synthetic(size_t(kv_rows) * H, rh),
+               synthetic(h.head_dim, 0.1 * qk, qk),
+               synthetic(h.head_dim, 0.1 * qk, qk),
+               cosine,
+               sine,
+               normed,
+               q,
+               kv,
+               h,
+               c};
       a.attention = {q, attention, h, c};
-      a.attn_out = {attention, synthetic(size_t(H) * q_rows, 1 / std::sqrt(16.0 * h.head_dim)), attn_sum, q_rows};
-      a.route = {attn_sum, hidden, synthetic(H, 0.1, 1), synthetic(H, 0.1, 1), synthetic(H, 0.1, 1),
-                 synthetic(H, 0.1 * std::sqrt(double(H)), std::sqrt(double(H))), synthetic(size_t(128) * H, 1.5 * rh), synthetic(128, 0.1, 1),
-                 normed, router_logits, dense_in, expert_in, route_index, route_weight, start, assignment};
-      a.gate_up = {dense_in, expert_in, synthetic(size_t(d.inter) * H, rh), synthetic(size_t(d.inter) * H, rh),
-                   synthetic(size_t(128) * 2 * d.moe_inter * H, rh), start, assignment, dense_act, expert_act};
-      a.down = {dense_act, expert_act, route_weight, synthetic(size_t(H) * d.inter, 1 / std::sqrt(2112.0)),
-                synthetic(size_t(128) * H * d.moe_inter, 1 / std::sqrt(704.0)), start, assignment, sum};
-      a.ffn_out = {sum, synthetic(H, 0.1, 1), synthetic(H, 0.1, 1), synthetic(H, 0.1, 1), synthetic(1, 0.02, 1), hidden};
+      a.attn_out = {attention, synthetic(size_t(H) * q_rows, 1 / std::sqrt(16.0 * h.head_dim)), attn_sum,
+                    q_rows};
+      a.route = {attn_sum,
+                 hidden,
+                 synthetic(H, 0.1, 1),
+                 synthetic(H, 0.1, 1),
+                 synthetic(H, 0.1, 1),
+                 synthetic(H, 0.1 * std::sqrt(double(H)), std::sqrt(double(H))),
+                 synthetic(size_t(128) * H, 1.5 * rh),
+                 synthetic(128, 0.1, 1),
+                 normed,
+                 router_logits,
+                 dense_in,
+                 expert_in,
+                 route_index,
+                 route_weight,
+                 start,
+                 assignment};
+      a.gate_up = {dense_in,
+                   expert_in,
+                   synthetic(size_t(d.inter) * H, rh),
+                   synthetic(size_t(d.inter) * H, rh),
+                   synthetic(size_t(128) * 2 * d.moe_inter * H, rh),
+                   start,
+                   assignment,
+                   dense_act,
+                   expert_act};
+      a.down = {dense_act,
+                expert_act,
+                route_weight,
+                synthetic(size_t(H) * d.inter, 1 / std::sqrt(2112.0)),
+                synthetic(size_t(128) * H * d.moe_inter, 1 / std::sqrt(704.0)),
+                start,
+                assignment,
+                sum};
+      a.ffn_out = {
+          sum,   synthetic(H, 0.1, 1), synthetic(H, 0.1, 1), synthetic(H, 0.1, 1), synthetic(1, 0.02, 1),
+          hidden};
       a.qkv_bytes = 2.0 * H * (q_rows + (full ? 1 : 2) * kv_rows), a.out_bytes = 2.0 * H * q_rows;
       layers.push_back(a);
     }
     Bf16* const table = synthetic(size_t(d.vocab) * H, 0.1 * rh);
     embed = {table, hidden, 53.0f};
     auto* const candidates = device<float>(size_t(T) * 8 * 6 * 2);
-    logits = {hidden, synthetic(H, 1, 16), table, normed, device<float>(size_t(T) * d.local_vocab), candidates};
+    logits = {hidden,    synthetic(H, 1, 16), table, normed, device<float>(size_t(T) * d.local_vocab),
+              candidates};
     sample = {candidates, device<int>(T), device<float>(T), device<float>(T)};
   }
 
@@ -653,8 +813,8 @@ struct Model {
 };
 
 void report(const char* name, int size, int T, double us, double bytes) {
-  std::printf("%-12s TP=%d T=%d  %9.2f us  %8.1f MB  %7.0f GB/s  %5.1f %%\n", name, size, T, us, bytes / 1e6, bytes / us / 1e3,
-              bytes / us / 1e3 / kReachable * 100);
+  std::printf("%-12s TP=%d T=%d  %9.2f us  %8.1f MB  %7.0f GB/s  %5.1f %%\n", name, size, T, us, bytes / 1e6,
+              bytes / us / 1e3, bytes / us / 1e3 / kReachable * 100);
   std::fflush(stdout);
 }
 
@@ -681,8 +841,10 @@ void time_all(int layer_count) {
     for (const int T : {1, 2, 4, 8}) {
       Step in(8, 8);
       for (int t = 0; t < 8; t++) {
-        in.token.host[t] = static_cast<int>(random_bits() % 262144), in.position.host[t] = 100, in.slot.host[t] = t, in.row.host[t] = t;
-        in.target.host[t] = -1, in.temperature.host[t] = 0, in.top_k.host[t] = 0, in.top_p.host[t] = 1, in.seed.host[t] = 1;
+        in.token.host[t] = static_cast<int>(random_bits() % 262144), in.position.host[t] = 100,
+        in.slot.host[t] = t, in.row.host[t] = t;
+        in.target.host[t] = -1, in.temperature.host[t] = 0, in.top_k.host[t] = 0, in.top_p.host[t] = 1,
+        in.seed.host[t] = 1;
         in.sequence.host[t] = t;
       }
       in.upload();
@@ -703,25 +865,38 @@ void time_all(int layer_count) {
       double square = 0;
       for (const float x : hidden) square += double(x) * x;
       const double head_bytes = 2.0 * 2816 * m.d.local_vocab;
-      std::printf("-- TP=%d T=%d: %.1f distinct experts a layer, hidden rms %.3f\n", size, T, experts / m.layers.size(),
-                  std::sqrt(square / hidden.size()));
-      // Ops one by one: 5 sliding layers in turn, so that no weights stay in the cache. Routing is the last layer's.
+      std::printf("-- TP=%d T=%d: %.1f distinct experts a layer, hidden rms %.3f\n", size, T,
+                  experts / m.layers.size(), std::sqrt(square / hidden.size()));
+      // Ops one by one: 5 sliding layers in turn, so that no weights stay in the cache. Routing is the last
+      // layer's.
       const double routed = m.distinct(m.layers.back());
-      const auto each = [&](const char* name, double bytes, const std::function<void(const Layer&)>& op, bool full = false) {
+      const auto each = [&](const char* name, double bytes, const std::function<void(const Layer&)>& op,
+                            bool full = false) {
         std::vector<const Layer*> some;
         for (int l = 0; l < static_cast<int>(m.layers.size()); l++)
           if ((l % 6 == 5) == full && some.size() < 5) some.push_back(&m.layers[static_cast<size_t>(l)]);
-        const double us = microseconds([&] { for (int r = 0; r < 4; r++) for (const Layer* l : some) op(*l); }, 4 * static_cast<int>(some.size()));
+        const double us = microseconds(
+            [&] {
+              for (int r = 0; r < 4; r++)
+                for (const Layer* l : some) op(*l);
+            },
+            4 * static_cast<int>(some.size()));
         report(name, size, T, us, bytes);
       };
       each("qkv", m.layers[0].qkv_bytes, [&](const Layer& l) { ops.qkv(l.qkv, m.d, input, *gpu); });
-      each("qkv full", m.layers[5].qkv_bytes, [&](const Layer& l) { ops.qkv(l.qkv, m.d, input, *gpu); }, true);
+      each(
+          "qkv full", m.layers[5].qkv_bytes, [&](const Layer& l) { ops.qkv(l.qkv, m.d, input, *gpu); }, true);
       each("attention", 0, [&](const Layer& l) { ops.attention(l.attention, m.d, input, *gpu); });
       each("attn full", 0, [&](const Layer& l) { ops.attention(l.attention, m.d, input, *gpu); }, true);
-      each("attn_out", m.layers[0].out_bytes, [&](const Layer& l) { ops.attn_out(l.attn_out, m.d, input, *gpu); });
-      each("out full", m.layers[5].out_bytes, [&](const Layer& l) { ops.attn_out(l.attn_out, m.d, input, *gpu); }, true);
-      each("gate_up", mlp * 2 / 3 + routed * expert * 2 / 3, [&](const Layer& l) { ops.gate_up(l.gate_up, m.d, input, *gpu); });
-      each("down", mlp / 3 + routed * expert / 3, [&](const Layer& l) { ops.down(l.down, m.d, input, *gpu); });
+      each("attn_out", m.layers[0].out_bytes,
+           [&](const Layer& l) { ops.attn_out(l.attn_out, m.d, input, *gpu); });
+      each(
+          "out full", m.layers[5].out_bytes,
+          [&](const Layer& l) { ops.attn_out(l.attn_out, m.d, input, *gpu); }, true);
+      each("gate_up", mlp * 2 / 3 + routed * expert * 2 / 3,
+           [&](const Layer& l) { ops.gate_up(l.gate_up, m.d, input, *gpu); });
+      each("down", mlp / 3 + routed * expert / 3,
+           [&](const Layer& l) { ops.down(l.down, m.d, input, *gpu); });
       each("moe pair", mlp + routed * expert, [&](const Layer& l) {
         ops.gate_up(l.gate_up, m.d, input, *gpu);
         ops.down(l.down, m.d, input, *gpu);
@@ -729,7 +904,8 @@ void time_all(int layer_count) {
       each("ffn_out", 0, [&](const Layer& l) { ops.ffn_out(l.ffn_out, m.d, input, *gpu); });
       each("route", 2.0 * 128 * 2816, [&](const Layer& l) { ops.route(l.route, m.d, input, *gpu); });
       report("logits", size, T, microseconds([&] { ops.logits(m.logits, m.d, input, *gpu); }, 1), head_bytes);
-      if (size == 1) report("sample", size, T, microseconds([&] { ops.sample(m.sample, m.d, input, *gpu); }, 1), 0);
+      if (size == 1)
+        report("sample", size, T, microseconds([&] { ops.sample(m.sample, m.d, input, *gpu); }, 1), 0);
       const auto step = [&] {
         ops.embed(m.embed, m.d, input, *gpu);
         for (const Layer& l : m.layers) m.layer(l, input);
@@ -738,37 +914,12 @@ void time_all(int layer_count) {
       };
       for (const bool overlap : {true, false}) {
         gpu->overlap = overlap;
-        report(overlap ? "STEP" : "step, no PDL", size, T, microseconds(step, 1, 31), fixed + expert_bytes + head_bytes);
+        report(overlap ? "STEP" : "step, no PDL", size, T, microseconds(step, 1, 31),
+               fixed + expert_bytes + head_bytes);
       }
       gpu->overlap = true;
-      for (const int kb : {64, 128, 160, 192}) {
-        gpu->ring_bytes = kb << 10;
-        std::printf("ring of %d KB: ", kb);
-        report("STEP", size, T, microseconds(step, 1, 21), fixed + expert_bytes + head_bytes);
-      }
-      gpu->ring_bytes = 96 << 10;
     }
   }
-}
-
-void timeline(int size, int T) {
-  gpu.reset();
-  gpu = std::make_unique<cuda::CudaBackend>(0);
-  Model m(size, 6, 8, 1100);
-  Step in(8, 8);
-  for (int t = 0; t < 8; t++) {
-    in.token.host[t] = 1000 + 77 * t, in.position.host[t] = 100, in.slot.host[t] = t, in.row.host[t] = t;
-    in.target.host[t] = -1, in.temperature.host[t] = 0, in.top_k.host[t] = 0, in.top_p.host[t] = 1, in.seed.host[t] = 1;
-    in.sequence.host[t] = t;
-  }
-  in.upload();
-  const Input input = in.device(T, T);
-  std::printf("TIMELINE TP=%d T=%d\n", size, T);
-  std::fflush(stdout);
-  microseconds([&] {
-    gpu->ops().embed(m.embed, m.d, input, *gpu);
-    for (const Layer& l : m.layers) m.layer(l, input);
-  }, 1, 1);
 }
 
 }  // namespace
@@ -784,7 +935,6 @@ int main(int argc, char** argv) {
     };
     if (asked("check") || asked("small")) check_all(asked("small") && argc > 1);
     if (asked("time")) time_all(30);
-    if (argc > 1 && asked("timeline")) timeline(1, 1), timeline(2, 1), timeline(2, 8);
   } catch (const Error& error) {
     std::printf("FAIL %s: %s\n", error.code().c_str(), error.what());
     return 1;

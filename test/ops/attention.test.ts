@@ -84,7 +84,8 @@ class Conversation {
   ) {
     this.normed = Agreement.of(dtype);
     this.q = Agreement.of(dtype);
-    this.attention = Agreement.of(dtype);
+    // A key in the cache that was rounded the other way shifts every later score a little.
+    this.attention = Agreement.of(dtype, 4, 0, 0.9);
     this.cache = ops.benches.map(() => [[], []]);
   }
 
@@ -153,7 +154,7 @@ describe.each(DTYPES)('qkv and attention in %s', (dtype) => {
       'heads of 512, K = V, partial rotary',
       shape(17, 512, 2, 1, { kEqV: true, rotaryPairs: 64, ropeTheta: 1e6 }),
     ],
-    ['heads of 2', shape(8, 2, 8, 8)],
+    ['heads of 4', shape(8, 4, 8, 8)],
     ['heads of 6, no rotary', shape(12, 6, 3, 1, { rotaryPairs: 0 })],
     ['a query and a KV head', shape(100, 32, 1, 1, { window: 16 })],
     ['eight queries a KV head', shape(16, 16, 8, 1, { kEqV: true })],

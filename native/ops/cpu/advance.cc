@@ -12,7 +12,8 @@ void advance(const AdvanceArgs& a, const Dims& d, const Input& in, Backend&) {
   if (!a.feed) return;
   const auto entry = static_cast<int>(*a.steps % static_cast<uint64_t>(a.depth));
   for (int r = 0; r < in.rows; r++) {
-    a.history_token[entry * a.most_rows + r] = a.token[r] = a.sampled[r];
+    a.history_token[entry * a.most_rows + r] = a.sampled[r];
+    a.token[r] = a.sampled[r] < d.vocab ? a.sampled[r] : 0;
     a.history_logprob[entry * a.most_rows + r] = a.logprob[r];
     a.position[r]++;
   }

@@ -11,7 +11,7 @@ __device__ uint64_t clock_ns() {
 }
 
 // One block: a thread a row, and all of them count experts.
-__global__ void __launch_bounds__(kThreads) end_step(AdvanceArgs a, int experts, int rows) {
+__global__ void __launch_bounds__(kThreads) end_step(AdvanceArgs a, int experts, int vocab, int rows) {
   __shared__ float room[kWarps];
   wait_for_inputs();
   let_next_start();
@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(kThreads) end_step(AdvanceArgs a, int experts,
   const uint64_t step = *a.steps;
   const auto entry = static_cast<int>(step % static_cast<uint64_t>(a.depth));
   for (int r = threadIdx.x; r < rows; r += kThreads) {
-    a.history_token[entry * a.most_rows + r] = a.token[r] = a.sampled[r];
+    a.history_token[entry * a.most_rows + r] = a.sampled[r];
+    a.token[r] = a.sampled[r] < vocab ? a.sampled[r] : 0;
     a.history_logprob[entry * a.most_rows + r] = a.logprob[r];
     a.position[r]++;
   }
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) end_step(AdvanceArgs a, int experts,
 }  // namespace
 
 void advance(const AdvanceArgs& a, const Dims& d, const Input& in, Backend& backend) {
-  of(backend).launch(end_step, dim3(1), kThreads, 0, a, d.experts, in.rows);
+  of(backend).launch(end_step, dim3(1), kThreads, 0, a, d.experts, d.vocab, in.rows);
 }
 
 }  // namespace tp::cuda

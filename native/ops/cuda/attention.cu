@@ -1,6 +1,6 @@
-// One query a head over the cache. The cache is cut at fixed positions into chunks; a block takes a chunk for up to 8 query
-// heads of one KV head. A query that sees one chunk is done then; else the block that finishes last joins the chunks in
-// their order. So neither the batch nor timing changes a bit.
+// One query a head over the cache. The cache is cut at fixed positions into chunks; a block takes a chunk for
+// up to 8 query heads of one KV head. A query that sees one chunk is done then; else the block that finishes
+// last joins the chunks in their order. So neither the batch nor timing changes a bit.
 #include <algorithm>
 
 #include "ops/cuda/attention_plain.cuh"
@@ -22,9 +22,11 @@ void attention(const AttentionArgs& a, const Dims& d, const Input& in, Backend& 
   p.blocks_of_kv = divider((group + p.block_heads - 1) / p.block_heads);
   const int head_blocks = h.kv_heads * static_cast<int>(p.blocks_of_kv.divisor);
   p.bfloat16 = d.bfloat16;
-  p.arrived = static_cast<int*>(cuda.workspace("attention arrivals", sizeof(int) * static_cast<size_t>(kChunk * head_blocks)));
-  p.partial = static_cast<float*>(cuda.workspace(
-      "attention", sizeof(float) * static_cast<size_t>(kChunk * h.heads) * static_cast<size_t>(p.chunks) * (h.head_dim + size_t{2})));
+  p.arrived = static_cast<int*>(
+      cuda.workspace("attention arrivals", sizeof(int) * static_cast<size_t>(kChunk * head_blocks)));
+  p.partial = static_cast<float*>(
+      cuda.workspace("attention", sizeof(float) * static_cast<size_t>(kChunk * h.heads) *
+                                      static_cast<size_t>(p.chunks) * (h.head_dim + size_t{2})));
   const bool tensor = d.bfloat16 && h.head_dim % 32 == 0;
   for (int first = 0; first < in.tokens; first += kChunk) {
     const int tokens = in.tokens - first < kChunk ? in.tokens - first : kChunk;
@@ -34,15 +36,17 @@ void attention(const AttentionArgs& a, const Dims& d, const Input& in, Backend& 
     p.args.attention = a.attention + static_cast<int64_t>(first) * h.heads * h.head_dim;
     // A block may take several chunks: that changes nothing but how many blocks find nothing to do.
     const int room = std::max(1, 2 * cuda.processors() / (head_blocks * tokens));
-    const dim3 grid(static_cast<unsigned>(tensor ? std::min(p.chunks, room) : p.chunks), static_cast<unsigned>(head_blocks),
-                    static_cast<unsigned>(tokens));
+    const dim3 grid(static_cast<unsigned>(tensor ? std::min(p.chunks, room) : p.chunks),
+                    static_cast<unsigned>(head_blocks), static_cast<unsigned>(tokens));
     if (tensor) {
-      cuda.launch(attend_tensor, grid, kAttentionThreads, static_cast<size_t>(tensor_room(h.head_dim, p.chunks).bytes), p);
+      cuda.launch(attend_tensor, grid, kAttentionThreads,
+                  static_cast<size_t>(tensor_room(h.head_dim, p.chunks).bytes), p);
       continue;
     }
     // Queries and scores; then the meeting of the parts, and of the chunks.
-    const size_t shared = std::max({sizeof(float) * static_cast<size_t>(p.block_heads * (h.head_dim + p.positions)),
-                                    sizeof(float2) * kAttentionThreads, sizeof(float) * static_cast<size_t>(p.block_heads * p.chunks)});
+    const size_t shared = std::max(
+        {sizeof(float) * static_cast<size_t>(p.block_heads * (h.head_dim + p.positions)),
+         sizeof(float2) * kAttentionThreads, sizeof(float) * static_cast<size_t>(p.block_heads * p.chunks)});
     if (d.bfloat16)
       cuda.launch(attend_plain<Bf16>, grid, kAttentionThreads, shared, p);
     else

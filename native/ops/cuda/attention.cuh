@@ -6,21 +6,21 @@
 namespace tp::cuda {
 
 constexpr int kAttentionThreads = 256, kAttentionWarps = kAttentionThreads / 32;
-constexpr int kGroup = 8;       // query heads of a block, all of one KV head
+constexpr int kGroup = 8;  // query heads of a block, all of one KV head
 
 /// Positions of a chunk: position p lies in chunk p / positions, whatever the query sees.
 inline __host__ __device__ int positions_of(int head_dim) { return head_dim <= 256 ? 128 : 64; }
 
 struct AttentionParameters {
   AttentionArgs args;
-  const int* slot;      // of the first token of this launch
+  const int* slot;  // of the first token of this launch
   const int* position;
-  float* partial;       // (tokens, heads, chunks, 2 + D): maximum, sum of exponentials, unscaled output
-  int* arrived;         // (tokens, head blocks): zero before and after
-  int positions;        // of a chunk, a power of two
-  int chunks;           // that a query can see at most
-  int block_heads;      // query heads of a block
-  int group;            // query heads of a KV head
+  float* partial;   // (tokens, heads, chunks, 2 + D): maximum, sum of exponentials, unscaled output
+  int* arrived;     // (tokens, head blocks): zero before and after
+  int positions;    // of a chunk, a power of two
+  int chunks;       // that a query can see at most
+  int block_heads;  // query heads of a block
+  int group;        // query heads of a KV head
   Divider blocks_of_kv;
   bool bfloat16;
 };
@@ -36,7 +36,8 @@ struct Sight {
     token = blockIdx.z;
     const int at = p.position[token];
     kv_head = p.blocks_of_kv.of(blockIdx.y);
-    first_head = kv_head * p.group + (blockIdx.y - kv_head * static_cast<int>(p.blocks_of_kv.divisor)) * p.block_heads;
+    first_head =
+        kv_head * p.group + (blockIdx.y - kv_head * static_cast<int>(p.blocks_of_kv.divisor)) * p.block_heads;
     heads = min(p.block_heads, (kv_head + 1) * p.group - first_head);
     last = at;
     first = h.window > 0 && last >= h.window ? last - h.window + 1 : 0;
@@ -46,18 +47,22 @@ struct Sight {
     visible = (last >> shift) - first_chunk + 1;
   }
   __device__ int from(int chunk) const { return max(first, (first_chunk + chunk) * positions); }
-  __device__ int count(int chunk) const { return min(last + 1, (first_chunk + chunk + 1) * positions) - from(chunk); }
+  __device__ int count(int chunk) const {
+    return min(last + 1, (first_chunk + chunk + 1) * positions) - from(chunk);
+  }
   /// Maximum, sum of exponentials and unscaled output of one chunk of one head.
   __device__ float* partial(const AttentionParameters& p, int head, int chunk) const {
     const int64_t row = static_cast<int64_t>(token) * p.args.heads.heads + first_head + head;
     return p.partial + (row * p.chunks + chunk) * (p.args.heads.head_dim + 2);
   }
   __device__ float* out(const AttentionParameters& p, int head) const {
-    return p.args.attention + (static_cast<int64_t>(token) * p.args.heads.heads + first_head + head) * p.args.heads.head_dim;
+    return p.args.attention +
+           (static_cast<int64_t>(token) * p.args.heads.heads + first_head + head) * p.args.heads.head_dim;
   }
 };
 
-/// Whether this block, which finished `done` chunks, is the last of the query's; then it sees what the others wrote.
+/// Whether this block, which finished `done` chunks, is the last of the query's; then it sees what the others
+/// wrote.
 __device__ inline bool last_to_arrive(const AttentionParameters& p, const Sight& sight, int done) {
   __shared__ bool last;
   __threadfence();
@@ -72,10 +77,12 @@ __device__ inline bool last_to_arrive(const AttentionParameters& p, const Sight&
   return last;
 }
 
-/// Joins the chunks of all heads of the block in their order. `room`: heads * visible floats of shared memory.
+/// Joins the chunks of all heads of the block in their order. `room`: heads * visible floats of shared
+/// memory.
 __device__ inline void join_chunks(const AttentionParameters& p, const Sight& sight, float* room) {
   __shared__ float total[kGroup];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, visible = sight.visible, dim = p.args.heads.head_dim;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, visible = sight.visible,
+            dim = p.args.heads.head_dim;
 #pragma unroll 1
   for (int head = warp; head < sight.heads; head += kAttentionWarps) {
     float max = -INFINITY, sum = 0, first_total = 0;
@@ -96,26 +103,36 @@ __device__ inline void join_chunks(const AttentionParameters& p, const Sight& si
     if (lane == 0) total[head] = sum;
   }
   __syncthreads();
-  // A thread keeps its pair of columns from head to head.
+  // A thread keeps its pair of columns from head to head, and asks for four heads at a time.
+  constexpr int kAtOnce = 4;
   const int pairs = dim / 2, together = kAttentionThreads / pairs;
-  int pair = threadIdx.x, head = 0;
-  while (pair >= pairs) pair -= pairs, head++;
-  if (head >= together) return;
+  int pair = threadIdx.x, first_head = 0;
+  while (pair >= pairs) pair -= pairs, first_head++;
+  if (first_head >= together) return;
 #pragma unroll 1
-  for (; head < sight.heads; head += together) {
-    const float* from = sight.partial(p, head, 0) + 2 + 2 * pair;
-    float2 sum = {0, 0};
-#pragma unroll 4
+  for (; first_head < sight.heads; first_head += kAtOnce * together) {
+    float2 sum[kAtOnce] = {};
+#pragma unroll 2
     for (int c = 0; c < visible; c++) {
-      const float2 x = __ldcg(reinterpret_cast<const float2*>(from + static_cast<int64_t>(c) * (dim + 2)));
-      const float scale = room[head * visible + c];
-      sum.x = fused(scale, x.x, sum.x);
-      sum.y = fused(scale, x.y, sum.y);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++) {
+        const int head = first_head + i * together;
+        if (head >= sight.heads) continue;
+        const float2 x = __ldcg(reinterpret_cast<const float2*>(sight.partial(p, head, c) + 2 + 2 * pair));
+        const float scale = room[head * visible + c];
+        sum[i].x = fused(scale, x.x, sum[i].x);
+        sum[i].y = fused(scale, x.y, sum[i].y);
+      }
     }
-    float* const to = sight.out(p, head) + 2 * pair;
-    const float inverse = __frcp_rn(total[head]);
-    to[0] = round_to(p.bfloat16, sum.x * inverse);
-    to[1] = round_to(p.bfloat16, sum.y * inverse);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) {
+      const int head = first_head + i * together;
+      if (head >= sight.heads) continue;
+      float* const to = sight.out(p, head) + 2 * pair;
+      const float inverse = __frcp_rn(total[head]);
+      to[0] = round_to(p.bfloat16, sum[i].x * inverse);
+      to[1] = round_to(p.bfloat16, sum[i].y * inverse);
+    }
   }
 }
 

@@ -1,4 +1,5 @@
-// Attention for any head size and both cache dtypes: a chunk a block, with plain loads. Slow beside attention_tensor.cuh.
+// Attention for any head size and both cache dtypes: a chunk a block, with plain loads. Slow beside
+// attention_tensor.cuh.
 #pragma once
 
 #include "ops/cuda/attention.cuh"
@@ -15,7 +16,8 @@ __device__ inline float2 two(const Bf16* from) {
 }
 
 template <class Element>
-__global__ void __launch_bounds__(kAttentionThreads) attend_plain(const __grid_constant__ AttentionParameters p) {
+__global__ void __launch_bounds__(kAttentionThreads)
+    attend_plain(const __grid_constant__ AttentionParameters p) {
   extern __shared__ __align__(1024) char shared[];
   __shared__ float maximum[kGroup], total[kGroup];
   wait_for_inputs();
@@ -26,13 +28,15 @@ __global__ void __launch_bounds__(kAttentionThreads) attend_plain(const __grid_c
   if (chunk >= sight.visible) return;
   const int from = sight.from(chunk), count = sight.count(chunk);
   const int capacity = p.args.cache.capacity, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t cache = (static_cast<int64_t>(p.slot[sight.token]) * h.kv_heads + sight.kv_head) * capacity * dim;
+  const int64_t cache =
+      (static_cast<int64_t>(p.slot[sight.token]) * h.kv_heads + sight.kv_head) * capacity * dim;
   const auto* const k = static_cast<const Element*>(p.args.cache.k) + cache;
   const auto* const v = static_cast<const Element*>(p.args.cache.v) + cache;
 
   auto* const q = reinterpret_cast<float*>(shared);  // (heads, D)
   float* const score = q + p.block_heads * dim;      // (heads, positions)
-  const float* const queries = p.args.q + (static_cast<int64_t>(sight.token) * h.heads + sight.first_head) * dim;
+  const float* const queries =
+      p.args.q + (static_cast<int64_t>(sight.token) * h.heads + sight.first_head) * dim;
   for (int i = threadIdx.x; i < heads * dim; i += kAttentionThreads) q[i] = queries[i];
   __syncthreads();
 

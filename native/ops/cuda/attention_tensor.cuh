@@ -1,5 +1,6 @@
-// Attention over a bfloat16 cache by tensor cores: a block brings a chunk's keys and values into shared memory at once, the
-// scores of up to 8 heads are one product (keys are the rows, heads the columns), softmax and weighted sum are fp32.
+// Attention over a bfloat16 cache by tensor cores: a block brings a chunk's keys and values into shared
+// memory at once, the scores of up to 8 heads are one product (keys are the rows, heads the columns), softmax
+// and weighted sum are fp32.
 #pragma once
 
 #include "ops/cuda/attention.cuh"
@@ -33,21 +34,26 @@ __device__ inline void copy_16(void* to, const void* from) {
 
 /// Adds p[j][head] * v[j][2 pair ..] for every `parts`th position; p holds kGroup floats a position.
 template <int Heads>
-__device__ inline void weighted(float2 (&out)[kGroup], const float* p, const Bf16* v, int dim, int pair, int part, int parts, int count) {
-#pragma unroll 2
+__device__ inline void weighted(float2 (&out)[kGroup], const float* p, const Bf16* v, int dim, int pair,
+                                int part, int parts, int count) {
+#pragma unroll 4
   for (int j = part; j < count; j += parts) {
+    float weights[kGroup];
+    *reinterpret_cast<float4*>(weights) = *reinterpret_cast<const float4*>(p + j * kGroup);
+    if (Heads > 4)
+      *reinterpret_cast<float4*>(weights + 4) = *reinterpret_cast<const float4*>(p + j * kGroup + 4);
     const uint32_t raw = *reinterpret_cast<const uint32_t*>(v + j * dim + 2 * pair);
     const float x = float_of(raw << 16), y = float_of(raw & 0xffff0000u);
 #pragma unroll
     for (int head = 0; head < Heads; head++) {
-      const float weight = p[j * kGroup + head];
-      out[head].x = fused(weight, x, out[head].x);
-      out[head].y = fused(weight, y, out[head].y);
+      out[head].x = fused(weights[head], x, out[head].x);
+      out[head].y = fused(weights[head], y, out[head].y);
     }
   }
 }
 
-__global__ void __launch_bounds__(kAttentionThreads) attend_tensor(const __grid_constant__ AttentionParameters p) {
+__global__ void __launch_bounds__(kAttentionThreads)
+    attend_tensor(const __grid_constant__ AttentionParameters p) {
   extern __shared__ __align__(1024) char shared[];
   __shared__ float maximum[kGroup], total[kGroup];
   wait_for_inputs();
@@ -60,8 +66,10 @@ __global__ void __launch_bounds__(kAttentionThreads) attend_tensor(const __grid_
   auto* const queries = reinterpret_cast<Bf16*>(shared);
   auto* const keys = reinterpret_cast<Bf16*>(shared + room.keys);
   auto* const values = reinterpret_cast<Bf16*>(shared + room.values);
-  auto* const scores = reinterpret_cast<float*>(shared + room.scores);  // (2 halves of D, position, head), then the weights
-  const int64_t cache = (static_cast<int64_t>(p.slot[sight.token]) * h.kv_heads + sight.kv_head) * capacity * dim;
+  auto* const scores =
+      reinterpret_cast<float*>(shared + room.scores);  // (2 halves of D, position, head), then the weights
+  const int64_t cache =
+      (static_cast<int64_t>(p.slot[sight.token]) * h.kv_heads + sight.kv_head) * capacity * dim;
   const auto* const k = static_cast<const Bf16*>(p.args.cache.k) + cache;
   const auto* const v = static_cast<const Bf16*>(p.args.cache.v) + cache;
   int done = 0;
@@ -74,7 +82,8 @@ __global__ void __launch_bounds__(kAttentionThreads) attend_tensor(const __grid_
     const auto bring = [&](Bf16* to, const Bf16* cache_rows, int pitch) {
 #pragma unroll 2
       for (int j = warp; j < count; j += kAttentionWarps) {
-        const Bf16* const row = cache_rows + static_cast<int64_t>(at + j < capacity ? at + j : at + j - capacity) * dim;
+        const Bf16* const row =
+            cache_rows + static_cast<int64_t>(at + j < capacity ? at + j : at + j - capacity) * dim;
 #pragma unroll 1
         for (int i = lane * 8; i < dim; i += 256) copy_16(to + j * pitch + i, row + i);
       }
@@ -83,7 +92,8 @@ __global__ void __launch_bounds__(kAttentionThreads) attend_tensor(const __grid_
     bring(keys, k, row_of_keys);
     bring(values, v, dim);
     if (done == 0) {
-      const float* const q = p.args.q + (static_cast<int64_t>(sight.token) * h.heads + sight.first_head) * dim;
+      const float* const q =
+          p.args.q + (static_cast<int64_t>(sight.token) * h.heads + sight.first_head) * dim;
 #pragma unroll 1
       for (int i = lane * 8; i < dim; i += 256) {
         float x[8] = {};
@@ -94,7 +104,8 @@ __global__ void __launch_bounds__(kAttentionThreads) attend_tensor(const __grid_
     asm volatile("cp.async.wait_group 1;" ::: "memory");
     __syncthreads();
 
-    // A warp takes 16 positions; where there are but four times as many, two warps take a half of the head each.
+    // A warp takes 16 positions; where there are but four times as many, two warps take a half of the head
+    // each.
     const int tiles = p.positions / kTileRows, halves = kAttentionWarps > tiles ? 2 : 1;
     {
       const int row = lane / 4, quarter = lane % 4, tile = warp & (tiles - 1), half = warp >= tiles;

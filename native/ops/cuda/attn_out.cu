@@ -15,7 +15,9 @@ struct AttnOutParameters {
   __host__ __device__ int segments() const { return split.segments; }
   __host__ __device__ int slot_bytes() const { return split.slot_bytes(); }
   bool aligned() const { return split.aligned; }
-  __host__ __device__ int bytes() const { return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16)); }
+  __host__ __device__ int bytes() const {
+    return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16));
+  }
 };
 
 template <bool Fast>
@@ -24,7 +26,10 @@ class AttnOut {
   using Parameters = AttnOutParameters;
 
   __device__ AttnOut(const Parameters& p, const Place& place, float* exchange, char* memory)
-      : p_(p), place_(place), exchange_(exchange, place, p.split.segments), columns_(reinterpret_cast<Bf16*>(memory)),
+      : p_(p),
+        place_(place),
+        exchange_(exchange, place, p.split.segments),
+        columns_(reinterpret_cast<Bf16*>(memory)),
         tiles_(place.share(p.tiles)) {}
 
   __device__ int tiles() const { return tiles_; }
@@ -55,7 +60,9 @@ class AttnOut {
   }
 
  private:
-  __device__ int first_row(const Cursor& at) const { return (place_.global_group + at.tile * place_.groups) * kTileRows; }
+  __device__ int first_row(const Cursor& at) const {
+    return (place_.global_group + at.tile * place_.groups) * kTileRows;
+  }
 
   const Parameters& p_;
   const Place& place_;
@@ -68,8 +75,9 @@ class AttnOut {
 
 void attn_out(const AttnOutArgs& a, const Dims& d, const Input& in, Backend& backend) {
   const Split split = split_leaves(a.columns, d.leaves);
-  launch_gemv<AttnOut>(of(backend), d, in.tokens,
-                       {a.sum, a.attention, matrix_of(a.weight, d.hidden, split), split, {}, d.hidden, tiles_of(d.hidden)});
+  launch_gemv<AttnOut>(
+      of(backend), d, in.tokens,
+      {a.sum, a.attention, matrix_of(a.weight, d.hidden, split), split, {}, d.hidden, tiles_of(d.hidden)});
 }
 
 }  // namespace tp::cuda

@@ -31,8 +31,8 @@ CudaBackend::CudaBackend(int device) : device_(device) {
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, device), "asking for the GPU's properties");
   if (properties.major < 9)
-    fail("TP_DEVICE", "GPU %d (%s) has compute capability %d.%d, the kernels need 9.0", device, properties.name, properties.major,
-         properties.minor);
+    fail("TP_DEVICE", "GPU %d (%s) has compute capability %d.%d, the kernels need 9.0", device,
+         properties.name, properties.major, properties.minor);
   processors_ = properties.multiProcessorCount;
   shared_memory_ = static_cast<int>(properties.sharedMemPerBlockOptin);
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream");
@@ -50,15 +50,17 @@ CudaBackend::~CudaBackend() {
 }
 
 void* CudaBackend::allocate(size_t bytes) {
-  check(cudaSetDevice(device_), "choosing the GPU");
+  enter();
   void* memory = nullptr;
   const cudaError_t status = cudaMalloc(&memory, std::max(bytes, size_t{16}));
   if (status == cudaErrorMemoryAllocation) {
     cudaGetLastError();
     size_t free = 0, total = 0;
     cudaMemGetInfo(&free, &total);
-    fail("TP_MEMORY", "asked for %.2f GB on GPU %d, %.2f of %.2f GB are free; use more GPUs or a smaller model",
-         static_cast<double>(bytes) / 1e9, device_, static_cast<double>(free) / 1e9, static_cast<double>(total) / 1e9);
+    fail("TP_MEMORY",
+         "asked for %.2f GB on GPU %d, %.2f of %.2f GB are free; use more GPUs or a smaller model",
+         static_cast<double>(bytes) / 1e9, device_, static_cast<double>(free) / 1e9,
+         static_cast<double>(total) / 1e9);
   }
   check(status, "allocating");
   blocks_.push_back(memory);
@@ -67,16 +69,19 @@ void* CudaBackend::allocate(size_t bytes) {
 }
 
 void* CudaBackend::allocate_shared(size_t bytes) {
-  check(cudaSetDevice(device_), "choosing the GPU");
+  enter();
   void* memory = nullptr;
-  check(cudaHostAlloc(&memory, bytes, cudaHostAllocMapped | cudaHostAllocPortable), "allocating pinned memory");
+  check(cudaHostAlloc(&memory, bytes, cudaHostAllocMapped | cudaHostAllocPortable),
+        "allocating pinned memory");
   std::memset(memory, 0, bytes);
   shared_blocks_.push_back(memory);
   return memory;  // one address for both sides: unified addressing is a given on 64-bit Linux
 }
 
+void CudaBackend::enter() { check(cudaSetDevice(device_), "choosing the GPU"); }
+
 void CudaBackend::finish() {
-  check(cudaSetDevice(device_), "choosing the GPU");
+  enter();
   check(cudaStreamSynchronize(stream_), "running a step");
 }
 
@@ -96,20 +101,23 @@ void* CudaBackend::scratch(int, size_t bytes) {
 }
 
 void CudaBackend::write(void* device, const void* host, size_t bytes) {
-  check(cudaSetDevice(device_), "choosing the GPU");
+  enter();
   for (size_t done = 0; done < bytes; done += kStaging) {
     const size_t piece = std::min(kStaging, bytes - done);
     std::memcpy(staging_, static_cast<const char*>(host) + done, piece);
-    check(cudaMemcpyAsync(static_cast<char*>(device) + done, staging_, piece, cudaMemcpyHostToDevice, stream_), "writing to the GPU");
+    check(
+        cudaMemcpyAsync(static_cast<char*>(device) + done, staging_, piece, cudaMemcpyHostToDevice, stream_),
+        "writing to the GPU");
     check(cudaStreamSynchronize(stream_), "writing to the GPU");
   }
 }
 
 void CudaBackend::read(void* host, const void* device, size_t bytes) {
-  check(cudaSetDevice(device_), "choosing the GPU");
+  enter();
   for (size_t done = 0; done < bytes; done += kStaging) {
     const size_t piece = std::min(kStaging, bytes - done);
-    check(cudaMemcpyAsync(staging_, static_cast<const char*>(device) + done, piece, cudaMemcpyDeviceToHost, stream_),
+    check(cudaMemcpyAsync(staging_, static_cast<const char*>(device) + done, piece, cudaMemcpyDeviceToHost,
+                          stream_),
           "reading from the GPU");
     check(cudaStreamSynchronize(stream_), "reading from the GPU");
     std::memcpy(static_cast<char*>(host) + done, staging_, piece);
@@ -130,24 +138,28 @@ void CudaBackend::require(const Dims& d, const Heads& h) const {
 void CudaBackend::prepare(const void* kernel, size_t shared) {
   const auto [found, first] = prepared_.emplace(kernel, 0);
   if (first)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared),
           "setting a kernel up");
   if (shared <= found->second) return;
   if (shared > static_cast<size_t>(shared_memory_))
-    fail("TP_LIMIT", "a kernel needs %zu bytes of shared memory for this model, the GPU gives %d", shared, shared_memory_);
+    fail("TP_LIMIT", "a kernel needs %zu bytes of shared memory for this model, the GPU gives %d", shared,
+         shared_memory_);
   if (shared > 40 << 10)  // with a kernel's fixed part more than what needs no asking
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), "setting a kernel up");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+          "setting a kernel up");
   found->second = shared;
 }
 
 void CudaBackend::replay(uint64_t key, const std::function<void()>& work) {
-  check(cudaSetDevice(device_), "choosing the GPU");
+  enter();
   const auto found = graphs_.find(key);
   if (found != graphs_.end()) {
     check(cudaGraphLaunch(found->second, stream_), "starting a recorded step");
     return;
   }
-  // The first time runs it as it is: kernels are set up and working memory grows, which a recording could not do.
+  // The first time runs it as it is: kernels are set up and working memory grows, which a recording could not
+  // do.
   if (!seen_[key]) {
     seen_[key] = true;
     work();
@@ -190,10 +202,12 @@ CudaDevices cuda_devices() {
     cuda::check(cudaSetDevice(i), "choosing a GPU");
     size_t free = 0, total = 0;
     cuda::check(cudaMemGetInfo(&free, &total), "asking for a GPU's memory");
-    CudaDevice device{properties.name, properties.major, properties.minor, static_cast<double>(free), static_cast<double>(total), {}};
+    CudaDevice device{properties.name,           properties.major,           properties.minor,
+                      static_cast<double>(free), static_cast<double>(total), {}};
     for (int other = 0; other < count; other++) {
       int reaches = 0;
-      if (other != i && cudaDeviceCanAccessPeer(&reaches, i, other) == cudaSuccess && reaches) device.peers.push_back(other);
+      if (other != i && cudaDeviceCanAccessPeer(&reaches, i, other) == cudaSuccess && reaches)
+        device.peers.push_back(other);
     }
     out.devices.push_back(std::move(device));
   }
@@ -201,7 +215,8 @@ CudaDevices cuda_devices() {
 }
 
 const char* cuda_version() {
-  static const std::string version = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  static const std::string version =
+      std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   return version.c_str();
 }
 

@@ -1,5 +1,5 @@
-// What every kernel needs: overlap with its predecessor, and sums over a warp and over a block of 512 threads, in
-// orders that depend on nothing but the number of elements.
+// What every kernel needs: overlap with its predecessor, and sums over a warp and over a block of 512
+// threads, in orders that depend on nothing but the number of elements.
 #pragma once
 
 #include "base/tree.h"
@@ -15,12 +15,13 @@ __device__ inline void wait_for_inputs() { asm volatile("griddepcontrol.wait;" :
 /// Lets the next kernel start as blocks of this one end.
 __device__ inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
-
 // Named barriers: 0 is __syncthreads, 1 to 8 are a matrix op's groups.
 constexpr int kListed = 14, kBlock = 15;
 
 /// Waits for kThreads threads; a block may have more that do not take part.
-__device__ inline void meet_block() { asm volatile("bar.sync %0, %1;" ::"n"(kBlock), "n"(kThreads) : "memory"); }
+__device__ inline void meet_block() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kBlock), "n"(kThreads) : "memory");
+}
 
 __device__ inline float warp_sum(float x) {
   for (int span = 16; span > 0; span /= 2) x += __shfl_xor_sync(~0u, x, span);
@@ -35,7 +36,8 @@ __device__ inline float warp_max(float x) {
   return x;
 }
 
-/// Sums of N values over the block; `room` is N * kWarps floats of shared memory. All threads call it and get the sums.
+/// Sums of N values over the block; `room` is N * kWarps floats of shared memory. All threads call it and get
+/// the sums.
 template <int N>
 __device__ inline void block_sums(float (&values)[N], float* room) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -59,10 +61,13 @@ __device__ inline float inverse_rms(float squares, int n, float eps) {
 /// Whole-number division without a divider: exact for numbers below 2^32 / divisor.
 struct Divider {
   uint32_t divisor, magic;
-  __device__ int of(int x) const { return divisor == 1 ? x : static_cast<int>(__umulhi(static_cast<uint32_t>(x), magic)); }
+  __device__ int of(int x) const {
+    return divisor == 1 ? x : static_cast<int>(__umulhi(static_cast<uint32_t>(x), magic));
+  }
 };
 inline Divider divider(int divisor) {
-  return {static_cast<uint32_t>(divisor), static_cast<uint32_t>((0x100000000ull + divisor - 1) / static_cast<uint64_t>(divisor))};
+  return {static_cast<uint32_t>(divisor),
+          static_cast<uint32_t>((0x100000000ull + divisor - 1) / static_cast<uint64_t>(divisor))};
 }
 
 /// Asks for memory that no kernel writes to come near, so that it is there when the inputs are.
@@ -84,8 +89,8 @@ __device__ inline void eight(const Bf16* from, float (&x)[8]) {
 __device__ inline float one(float x) { return x; }
 __device__ inline float one(Bf16 x) { return to_float(x); }
 
-/// A row of n <= kThreads * 8 * Per elements, spread over the block's registers in pieces of 8: piece i is with thread
-/// i % kThreads. Past the end it is zero. Aligned: n is a multiple of 8.
+/// A row of n <= kThreads * 8 * Per elements, spread over the block's registers in pieces of 8: piece i is
+/// with thread i % kThreads. Past the end it is zero. Aligned: n is a multiple of 8.
 template <int Per, bool Aligned>
 struct Row {
   float x[Per][8];

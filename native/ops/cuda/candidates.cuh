@@ -1,4 +1,5 @@
-// Tokens that may be next, and their one order as a 64-bit key: higher score first, equal scores by the lower token id.
+// Tokens that may be next, and their one order as a 64-bit key: higher score first, equal scores by the lower
+// token id.
 #pragma once
 
 #include "ops/cuda/block.cuh"

@@ -34,6 +34,7 @@ class CudaBackend final : public Backend {
   void replay(uint64_t key, const std::function<void()>& work) override;
 
   void* allocate_shared(size_t bytes) override;
+  void enter() override;
   void finish() override;
   void* stream_handle() override { return stream_; }
   cudaStream_t stream() const { return stream_; }
@@ -42,10 +43,11 @@ class CudaBackend final : public Backend {
   /// Device memory for one op's partial results, zeroed when new; a name's memory is kept and grows.
   void* workspace(const char* name, size_t bytes);
 
-  /// Launches a kernel behind the previous one. It starts early, so it must call wait_for_inputs() before it touches
-  /// anything that earlier kernels wrote.
+  /// Launches a kernel behind the previous one. It starts early, so it must call wait_for_inputs() before it
+  /// touches anything that earlier kernels wrote.
   template <class... Parameters, class... Arguments>
-  void launch(void (*kernel)(Parameters...), dim3 grid, int block, size_t shared, const Arguments&... arguments) {
+  void launch(void (*kernel)(Parameters...), dim3 grid, int block, size_t shared,
+              const Arguments&... arguments) {
     launch_cluster(kernel, grid, block, shared, 1, arguments...);
   }
   template <class... Parameters, class... Arguments>
@@ -68,7 +70,8 @@ class CudaBackend final : public Backend {
     check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "launching a kernel");
   }
 
-  int ring_bytes = 96 << 10;  // of weights on their way to a block: more would only crowd the second-level cache
+  int ring_bytes =
+      96 << 10;         // of weights on their way to a block: more would only crowd the second-level cache
   bool overlap = true;  // kernels start before their predecessor ends; off for comparison
 
  private:
@@ -76,7 +79,8 @@ class CudaBackend final : public Backend {
     void* memory;
     size_t bytes;
   };
-  /// Lets a kernel use `shared` bytes; the same split of cache and shared memory for all, so that two can be resident.
+  /// Lets a kernel use `shared` bytes; the same split of cache and shared memory for all, so that two can be
+  /// resident.
   void prepare(const void* kernel, size_t shared);
 
   int device_, processors_ = 0, shared_memory_ = 0;

@@ -1,5 +1,6 @@
-// Down projections: a segment is a leaf. Dense tiles are like attn_out's. An expert tile goes through the chosen experts in
-// the order of their ids and adds each one's leaf, weighted, for the tokens that chose it; the tree comes last.
+// Down projections: a segment is a leaf. Dense tiles are like attn_out's. An expert tile goes through the
+// chosen experts in the order of their ids and adds each one's leaf, weighted, for the tokens that chose it;
+// the tree comes last.
 #include "ops/cuda/experts.cuh"
 
 namespace tp::cuda {
@@ -32,7 +33,8 @@ struct DownParameters {
     return columns.tokens * columns.planes * (a > b ? a : b) * static_cast<int>(sizeof(Bf16));
   }
   __host__ __device__ int bytes() const {
-    return column_bytes() + chosen_bytes(experts, k(), columns.tokens) + chosen() * static_cast<int>(sizeof(Shares));
+    return column_bytes() + chosen_bytes(experts, k(), columns.tokens) +
+           chosen() * static_cast<int>(sizeof(Shares));
   }
   /// Blocks that take dense tiles: the blocks are shared out by the bytes that the two kinds read.
   __device__ int dense_blocks() const {
@@ -47,9 +49,14 @@ class Down {
   using Parameters = DownParameters;
 
   __device__ Down(const Parameters& p, const Place& place, float* exchange, char* memory)
-      : p_(p), place_(place), exchange_(exchange, place, p.dense.segments), columns_(reinterpret_cast<Bf16*>(memory)),
-        chosen_(reinterpret_cast<int*>(memory + p.column_bytes())), list_(reinterpret_cast<Chosen*>(chosen_ + 4)),
-        shares_(reinterpret_cast<Shares*>(memory + p.column_bytes() + chosen_bytes(p.experts, p.k(), p.columns.tokens))) {
+      : p_(p),
+        place_(place),
+        exchange_(exchange, place, p.dense.segments),
+        columns_(reinterpret_cast<Bf16*>(memory)),
+        chosen_(reinterpret_cast<int*>(memory + p.column_bytes())),
+        list_(reinterpret_cast<Chosen*>(chosen_ + 4)),
+        shares_(reinterpret_cast<Shares*>(memory + p.column_bytes() +
+                                          chosen_bytes(p.experts, p.k(), p.columns.tokens))) {
     const int dense = p.dense_blocks(), block = blockIdx.x;
     experts_ = block >= dense;
     const int blocks = experts_ ? p.blocks - dense : dense;
@@ -58,7 +65,9 @@ class Down {
   }
 
   __device__ int known() const { return tiles(); }
-  __device__ int tiles() const { return first_ >= p_.tiles ? 0 : __float2int_rd(__fdividef(p_.tiles - first_ - 0.5f, step_)) + 1; }
+  __device__ int tiles() const {
+    return first_ >= p_.tiles ? 0 : __float2int_rd(__fdividef(p_.tiles - first_ - 0.5f, step_)) + 1;
+  }
   __device__ bool all_known() const { return true; }
   __device__ int parts() const { return experts_ ? *chosen_ : 1; }
   __device__ const Split& split() const { return experts_ ? p_.expert : p_.dense; }
@@ -69,14 +78,16 @@ class Down {
   /// The kernel before this one began when the router was done, so the choice may be read at once.
   __device__ void early() {
     if (experts_)
-      choose_list(list_, chosen_, p_.args.expert_start, p_.args.assignment, p_.assignments, p_.experts, p_.top_k, p_.columns);
+      choose_list(list_, chosen_, p_.args.expert_start, p_.args.assignment, p_.assignments, p_.experts,
+                  p_.top_k, p_.columns);
   }
   __device__ void list() {}
   __device__ void load() {
     const int tokens = p_.columns.tokens, planes = p_.columns.planes, k = p_.k();
     const int64_t first = p_.columns.first;
     load_columns<Fast>(columns_, split(), experts_ ? tokens * k : tokens, planes,
-                       experts_ ? p_.args.expert_act + first * k * p_.expert.total : p_.args.dense_act + first * p_.dense.total);
+                       experts_ ? p_.args.expert_act + first * k * p_.expert.total
+                                : p_.args.dense_act + first * p_.dense.total);
     if (!experts_) return;
 #pragma unroll 1
     for (int i = threadIdx.x; i < *chosen_ * kColumns; i += kThreads) {
@@ -97,12 +108,16 @@ class Down {
   __device__ const uint4* column() const {
     if (!experts_) return column_of(columns_, p_.dense, place_, p_.columns.tokens * p_.columns.planes);
     if (row_ < 0) return nullptr;
-    return reinterpret_cast<const uint4*>(columns_ + row_ * p_.expert.plane + place_.segment * p_.expert.padded) + place_.quarter;
+    return reinterpret_cast<const uint4*>(columns_ + row_ * p_.expert.plane +
+                                          place_.segment * p_.expert.padded) +
+           place_.quarter;
   }
   __device__ void finish(const Cursor& at, const float (&sums)[4]) {
     if (experts_) {
-      if (share_.x >= 0) sums_[0] = fused(weight_.x, sums[0], sums_[0]), sums_[2] = fused(weight_.x, sums[2], sums_[2]);
-      if (share_.y >= 0) sums_[1] = fused(weight_.y, sums[1], sums_[1]), sums_[3] = fused(weight_.y, sums[3], sums_[3]);
+      if (share_.x >= 0)
+        sums_[0] = fused(weight_.x, sums[0], sums_[0]), sums_[2] = fused(weight_.x, sums[2], sums_[2]);
+      if (share_.y >= 0)
+        sums_[1] = fused(weight_.y, sums[1], sums_[1]), sums_[3] = fused(weight_.y, sums[3], sums_[3]);
       if (at.part + 1 < parts()) return;
     } else {
       for (int i = 0; i < 4; i++) sums_[i] = sums[i];
@@ -143,8 +158,18 @@ void down(const DownArgs& a, const Dims& d, const Input& in, Backend& backend) {
   CudaBackend& cuda = of(backend);
   const Split dense = split_leaves(d.inter, d.leaves), expert = split_leaves(d.moe_inter, d.leaves);
   launch_gemv<Down>(cuda, d, in.tokens,
-                    {a, matrix_of(a.down, d.hidden, dense), matrix_of(a.expert_down, int64_t{d.experts} * d.hidden, expert), dense,
-                     expert, {}, d.hidden, d.experts, in.tokens * d.top_k, tiles_of(d.hidden), cuda.processors(), divider(d.top_k)});
+                    {a,
+                     matrix_of(a.down, d.hidden, dense),
+                     matrix_of(a.expert_down, int64_t{d.experts} * d.hidden, expert),
+                     dense,
+                     expert,
+                     {},
+                     d.hidden,
+                     d.experts,
+                     in.tokens * d.top_k,
+                     tiles_of(d.hidden),
+                     cuda.processors(),
+                     divider(d.top_k)});
 }
 
 }  // namespace tp::cuda

@@ -15,7 +15,8 @@ __global__ void __launch_bounds__(kThreads) embed_rows(EmbedArgs a, const int* t
 }  // namespace
 
 void embed(const EmbedArgs& a, const Dims& d, const Input& in, Backend& backend) {
-  of(backend).launch(embed_rows, dim3(static_cast<unsigned>(in.tokens)), kThreads, 0, a, in.token, d.hidden, d.bfloat16);
+  of(backend).launch(embed_rows, dim3(static_cast<unsigned>(in.tokens)), kThreads, 0, a, in.token, d.hidden,
+                     d.bfloat16);
 }
 
 }  // namespace tp::cuda

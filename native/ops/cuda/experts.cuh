@@ -5,7 +5,8 @@
 
 namespace tp::cuda {
 
-/// One expert and, for every token of the columns, the slot (place among its K experts) of this expert, or -1.
+/// One expert and, for every token of the columns, the slot (place among its K experts) of this expert, or
+/// -1.
 struct Chosen {
   unsigned long long slots;
   int expert;
@@ -22,8 +23,8 @@ inline __host__ __device__ int chosen_bytes(int experts, int top_k, int tokens) 
 
 /// Fills `list` from the assignments sorted by expert, and `length`. kThreads threads call it.
 /// all: assignments of the step, of which those of the columns' tokens count.
-__device__ inline void choose_list(Chosen* list, int* length, const int* expert_start, const int* assignment, int all, int experts,
-                                   Divider top_k, const Columns& c) {
+__device__ inline void choose_list(Chosen* list, int* length, const int* expert_start, const int* assignment,
+                                   int all, int experts, Divider top_k, const Columns& c) {
   __shared__ int counts[kWarps];
   __shared__ int sorted[kColumns * 32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -33,7 +34,8 @@ __device__ inline void choose_list(Chosen* list, int* length, const int* expert_
 #pragma unroll 1
   for (int first = 0; first < experts; first += kThreads) {
     const int e = first + threadIdx.x;
-    const int begin = e < experts ? __ldcg(expert_start + e) : 0, end = e < experts ? __ldcg(expert_start + e + 1) : 0;
+    const int begin = e < experts ? __ldcg(expert_start + e) : 0,
+              end = e < experts ? __ldcg(expert_start + e + 1) : 0;
     meet_block();
     unsigned long long slots = ~0ull;  // a byte a column
     bool any = false;
@@ -42,7 +44,8 @@ __device__ inline void choose_list(Chosen* list, int* length, const int* expert_
       const int a = few ? sorted[i] : __ldcg(assignment + i), token = top_k.of(a), t = token - c.first;
       if (t < 0 || t >= c.tokens) continue;
       any = true;
-      slots ^= (0xffull ^ static_cast<unsigned long long>(a - token * static_cast<int>(top_k.divisor))) << (8 * t);
+      slots ^= (0xffull ^ static_cast<unsigned long long>(a - token * static_cast<int>(top_k.divisor)))
+               << (8 * t);
     }
     const unsigned voters = __ballot_sync(~0u, any);
     if (lane == 0) counts[warp] = __popc(voters);

@@ -21,12 +21,14 @@ __global__ void __launch_bounds__(kThreads) join_branches(FfnOutArgs a, int n, f
   float both[2] = {dense.squares(), experts.squares()};
   block_sums(both, room);
   const float of_dense = inverse_rms(both[0], n, eps), of_experts = inverse_rms(both[1], n, eps);
-  dense.change([&](float d, float e, float dw, float ew) { return r(r(d * of_dense * dw) + r(e * of_experts * ew)); }, experts,
-               dense_norm, expert_norm);
+  dense.change(
+      [&](float d, float e, float dw, float ew) { return r(r(d * of_dense * dw) + r(e * of_experts * ew)); },
+      experts, dense_norm, expert_norm);
   float squares[1] = {dense.squares()};
   block_sums(squares, room);
   const float inverse = inverse_rms(squares[0], n, eps);
-  hidden.change([&](float m, float f, float w) { return r(r(m + r(f * inverse * w)) * scalar); }, dense, norm);
+  hidden.change([&](float m, float f, float w) { return r(r(m + r(f * inverse * w)) * scalar); }, dense,
+                norm);
   hidden.store(out, n);
 }
 
@@ -34,8 +36,8 @@ __global__ void __launch_bounds__(kThreads) join_branches(FfnOutArgs a, int n, f
 
 void ffn_out(const FfnOutArgs& a, const Dims& d, const Input& in, Backend& backend) {
   with_row(d.hidden, [&]<int Per, bool Aligned>() {
-    of(backend).launch(join_branches<Per, Aligned>, dim3(static_cast<unsigned>(in.tokens)), kThreads, 0, a, d.hidden, d.eps,
-                       d.bfloat16);
+    of(backend).launch(join_branches<Per, Aligned>, dim3(static_cast<unsigned>(in.tokens)), kThreads, 0, a,
+                       d.hidden, d.eps, d.bfloat16);
   });
 }
 

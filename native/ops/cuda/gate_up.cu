@@ -1,5 +1,6 @@
-// Gate and up projections and GELU(gate) * up. A tile is 8 gate rows and the 8 up rows that belong to them, of the dense
-// MLP or of one chosen expert. Every tile multiplies all tokens of the launch; those that chose the expert are kept.
+// Gate and up projections and GELU(gate) * up. A tile is 8 gate rows and the 8 up rows that belong to them,
+// of the dense MLP or of one chosen expert. Every tile multiplies all tokens of the launch; those that chose
+// the expert are kept.
 #include "ops/cuda/experts.cuh"
 
 namespace tp::cuda {
@@ -18,7 +19,9 @@ struct GateUpParameters {
   __host__ __device__ int segments() const { return split.segments; }
   __host__ __device__ int slot_bytes() const { return split.slot_bytes(); }
   bool aligned() const { return split.aligned; }
-  __host__ __device__ int plane_bytes() const { return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16)); }
+  __host__ __device__ int plane_bytes() const {
+    return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16));
+  }
   __host__ __device__ int bytes() const {
     return 2 * plane_bytes() + chosen_bytes(experts, static_cast<int>(top_k.divisor), columns.tokens);
   }
@@ -30,13 +33,19 @@ class GateUp {
   using Parameters = GateUpParameters;
 
   __device__ GateUp(const Parameters& p, const Place& place, float* exchange, char* memory)
-      : p_(p), place_(place), exchange_(exchange, place, p.split.segments), dense_(reinterpret_cast<Bf16*>(memory)),
-        expert_(reinterpret_cast<Bf16*>(memory + p.plane_bytes())), chosen_(reinterpret_cast<int*>(memory + 2 * p.plane_bytes())),
+      : p_(p),
+        place_(place),
+        exchange_(exchange, place, p.split.segments),
+        dense_(reinterpret_cast<Bf16*>(memory)),
+        expert_(reinterpret_cast<Bf16*>(memory + p.plane_bytes())),
+        chosen_(reinterpret_cast<int*>(memory + 2 * p.plane_bytes())),
         list_(reinterpret_cast<Chosen*>(chosen_ + 4)) {}
 
   __device__ int known() const { return place_.share(p_.dense_tiles); }
   __device__ bool all_known() const { return false; }
-  __device__ int tiles() const { return place_.share(p_.dense_tiles + *chosen_ * static_cast<int>(p_.expert_tiles.divisor)); }
+  __device__ int tiles() const {
+    return place_.share(p_.dense_tiles + *chosen_ * static_cast<int>(p_.expert_tiles.divisor));
+  }
   __device__ int parts() const { return 1; }
   __device__ const Split& split() const { return p_.split; }
   __device__ Tile rows(const Cursor& at) const {
@@ -47,7 +56,8 @@ class GateUp {
   }
   __device__ void early() {}
   __device__ void list() {
-    choose_list(list_, chosen_, p_.args.expert_start, p_.args.assignment, p_.assignments, p_.experts, p_.top_k, p_.columns);
+    choose_list(list_, chosen_, p_.args.expert_start, p_.args.assignment, p_.assignments, p_.experts,
+                p_.top_k, p_.columns);
   }
   __device__ void load() {
     const int64_t from = static_cast<int64_t>(p_.columns.first) * p_.split.total;
@@ -58,7 +68,8 @@ class GateUp {
   }
   __device__ void enter(const Cursor& at) { now_ = target(at); }
   __device__ const uint4* column() const {
-    return column_of(now_.chosen < 0 ? dense_ : expert_, p_.split, place_, p_.columns.tokens * p_.columns.planes);
+    return column_of(now_.chosen < 0 ? dense_ : expert_, p_.split, place_,
+                     p_.columns.tokens * p_.columns.planes);
   }
   __device__ void finish(const Cursor&, const float (&sums)[4]) {
     exchange_.give(place_, sums);
@@ -71,7 +82,8 @@ class GateUp {
       if (slot < 0) continue;
       float half[2];
 #pragma unroll 1
-      for (int h = 0; h < 2; h++) half[h] = round_to(bfloat16, exchange_.template at<Fast>(row + h * kWidth, t, p_.columns.planes));
+      for (int h = 0; h < 2; h++)
+        half[h] = round_to(bfloat16, exchange_.template at<Fast>(row + h * kWidth, t, p_.columns.planes));
       const float act = round_to(bfloat16, round_to(bfloat16, gelu_tanh(half[0])) * half[1]);
       const int64_t token = p_.columns.first + t;
       if (dense)
@@ -107,9 +119,18 @@ class GateUp {
 void gate_up(const GateUpArgs& a, const Dims& d, const Input& in, Backend& backend) {
   const Split split = split_whole(d.hidden);
   launch_gemv<GateUp>(of(backend), d, in.tokens,
-                      {a, matrix_of(a.gate, d.inter, split, kWidth), matrix_of(a.up, d.inter, split, kWidth),
-                       matrix_of(a.expert_gate_up, int64_t{d.experts} * 2 * d.moe_inter, split, kWidth), split, {}, d.inter,
-                       d.moe_inter, d.experts, in.tokens * d.top_k, (d.inter + kWidth - 1) / kWidth, divider(d.top_k),
+                      {a,
+                       matrix_of(a.gate, d.inter, split, kWidth),
+                       matrix_of(a.up, d.inter, split, kWidth),
+                       matrix_of(a.expert_gate_up, int64_t{d.experts} * 2 * d.moe_inter, split, kWidth),
+                       split,
+                       {},
+                       d.inter,
+                       d.moe_inter,
+                       d.experts,
+                       in.tokens * d.top_k,
+                       (d.inter + kWidth - 1) / kWidth,
+                       divider(d.top_k),
                        divider((d.moe_inter + kWidth - 1) / kWidth)});
 }
 

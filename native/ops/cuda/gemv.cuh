@@ -1,17 +1,18 @@
 // Weight rows times a few columns of activations: the inner loop of every matrix op.
 //
-// A block of 16 warps stays on its multiprocessor and streams tiles of 16 weight rows through shared memory. The
-// columns (K) of a row are cut into segments, a warp takes one segment of a tile, and the warps of a tile form a group:
-// for sums that tensor parallelism splits a segment is a leaf, so one warp sums one leaf in an order that depends on its
-// length alone; else there are 8 segments of whole cache lines. Segments meet in tree order.
+// A block of 16 warps stays on its multiprocessor and streams tiles of 16 weight rows through shared memory.
+// The columns (K) of a row are cut into segments, a warp takes one segment of a tile, and the warps of a tile
+// form a group: for sums that tensor parallelism splits a segment is a leaf, so one warp sums one leaf in an
+// order that depends on its length alone; else there are 8 segments of whole cache lines. Segments meet in
+// tree order.
 //
-// Products are tensor-core products of bfloat16 with fp32 sums, up to 8 columns at once: one token is one column, or in
-// float32 runs three, because an fp32 value is exactly the sum of three bfloat16 planes. What a column holds never
-// changes what its neighbours compute, so a token's bits do not depend on the batch.
+// Products are tensor-core products of bfloat16 with fp32 sums, up to 8 columns at once: one token is one
+// column, or in float32 runs three, because an fp32 value is exactly the sum of three bfloat16 planes. What a
+// column holds never changes what its neighbours compute, so a token's bits do not depend on the batch.
 //
-// Every warp has a ring of slots of its own, a slot being the tile's 16 rows by `chunk` elements, and four more warps do
-// nothing but keep the rings filled by the copy engine. The copies run as far ahead as there is room, without a barrier
-// between warps, and start before the kernel's inputs are there.
+// Every warp has a ring of slots of its own, a slot being the tile's 16 rows by `chunk` elements, and four
+// more warps do nothing but keep the rings filled by the copy engine. The copies run as far ahead as there is
+// room, without a barrier between warps, and start before the kernel's inputs are there.
 #pragma once
 
 #include <climits>
@@ -24,12 +25,13 @@ namespace tp::cuda {
 constexpr int kTileRows = 16;
 constexpr int kColumns = 8;
 constexpr int kSegments = 8;  // of a row that tensor parallelism does not split
-constexpr int kLine = 64;  // elements of a cache line
+constexpr int kLine = 64;     // elements of a cache line
 constexpr int kMostChunk = 96, kMostSlots = 16;
 
 inline __host__ __device__ int least(int a, int b) { return a < b ? a : b; }
 
-/// How rows of `total` elements are cut. All segments take the same number of chunks; the last may find nothing there.
+/// How rows of `total` elements are cut. All segments take the same number of chunks; the last may find
+/// nothing there.
 struct Split {
   int total;          // elements of a row
   int segments;       // warps of a group; a power of two
@@ -39,7 +41,8 @@ struct Split {
   int padded;         // and lies in shared memory at padded * s + step * c
   int plane;          // room of a column; 64 bytes past a multiple of 128, so that columns use other banks
   bool leaves;        // segments are leaves
-  bool aligned;       // every piece of 8 elements begins at a multiple of 16 bytes, so the copy engine can bring it
+  bool
+      aligned;  // every piece of 8 elements begins at a multiple of 16 bytes, so the copy engine can bring it
 
   __host__ __device__ int from(int segment, int c) const { return first * segment + step * c; }
   /// Elements from the segment's first one on that belong to it.
@@ -135,10 +138,12 @@ struct Cursor {
   }
 };
 
-__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 
-/// Waits until the phase of a barrier in shared memory with that parity is over. Gives up after minutes: what it waits for
-/// will not come, and a kernel that hangs would take the GPU with it.
+/// Waits until the phase of a barrier in shared memory with that parity is over. Gives up after minutes: what
+/// it waits for will not come, and a kernel that hangs would take the GPU with it.
 __device__ inline void wait_for(uint32_t barrier, uint32_t parity) {
   uint32_t over = 0;
   uint64_t begin = 0;
@@ -156,17 +161,20 @@ __device__ inline void wait_for(uint32_t barrier, uint32_t parity) {
   }
 }
 
-/// One warp's ring of slots, as the thread that fills or the warp that takes walks through it. Shared memory: two barriers
-/// (arrived, free) for every slot of every warp, then the slots.
+/// One warp's ring of slots, as the thread that fills or the warp that takes walks through it. Shared memory:
+/// two barriers (arrived, free) for every slot of every warp, then the slots.
 class Ring {
  public:
   __device__ Ring(char* memory, int warp, int slots, int bytes)
-      : slots_(slots), bytes_(bytes), barriers_(shared_address(memory) + warp * kMostSlots * 16),
+      : slots_(slots),
+        bytes_(bytes),
+        barriers_(shared_address(memory) + warp * kMostSlots * 16),
         data_(memory + kWarps * kMostSlots * 16 + warp * slots * bytes) {}
 
   /// By one thread, before others use the ring.
   __device__ void prepare() const {
-    for (int i = 0; i < 2 * slots_; i++) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barriers_ + i * 8) : "memory");
+    for (int i = 0; i < 2 * slots_; i++)
+      asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barriers_ + i * 8) : "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
   __device__ void advance() {
@@ -192,7 +200,8 @@ class Ring {
       asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barriers_ + at_ * 16 + 8) : "memory");
     advance();
   }
-  /// Fills the first slot element by element, where the copy engine cannot: rows that do not begin at 16 bytes.
+  /// Fills the first slot element by element, where the copy engine cannot: rows that do not begin at 16
+  /// bytes.
   __device__ const Bf16* gather(const Tile& tile, const Split& s, int k) const {
     auto* const to = reinterpret_cast<Bf16*>(data_);
     __syncwarp();
@@ -201,7 +210,9 @@ class Ring {
       const int row = i / s.chunk, element = k + (i % s.chunk ^ (swizzled(s.chunk) ? row % 8 * 8 : 0));
       const Rows& rows = tile.high.matrix && row >= 8 ? tile.high : tile.low;
       const int at = rows.first + (tile.high.matrix ? row % 8 : row);
-      to[i] = element < s.total && at < rows.matrix->rows ? rows.matrix->data[static_cast<int64_t>(at) * s.total + element] : Bf16{0};
+      to[i] = element < s.total && at < rows.matrix->rows
+                  ? rows.matrix->data[static_cast<int64_t>(at) * s.total + element]
+                  : Bf16{0};
     }
     __syncwarp();
     return to;
@@ -210,7 +221,8 @@ class Ring {
  private:
   static __device__ void copy(uint32_t to, const Rows& from, int k, uint32_t arrived) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+        "[%4];" ::"r"(to),
         "l"(&from.matrix->map), "r"(k), "r"(from.first), "r"(arrived)
         : "memory");
   }
@@ -222,24 +234,29 @@ class Ring {
 constexpr int kBarrierBytes = kWarps * kMostSlots * 16;
 
 /// acc += 16 rows x 16 elements of weights times 16 elements x 8 columns.
-__device__ inline void multiply(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+__device__ inline void multiply(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
       : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-/// A lane's sums of a unit: (row, column 2 quarter), (row, 2 quarter + 1) and the same of row + 8. Two of each, taken by turns.
+/// A lane's sums of a unit: (row, column 2 quarter), (row, 2 quarter + 1) and the same of row + 8. Two of
+/// each, taken by turns.
 struct Sums {
   float even[4] = {}, odd[4] = {};
 
-  /// A slot times a column's elements (null: the lane's column is not in use); `left` of them are in the segment.
+  /// A slot times a column's elements (null: the lane's column is not in use); `left` of them are in the
+  /// segment.
   __device__ void add(const Bf16* slot, int chunk, const uint4* column, int left, const Place& place) {
     constexpr int kSteps = kMostChunk / 32;
     const Bf16* const low = slot + place.row * chunk;
     const Bf16* const high = low + 8 * chunk;
     const int end = least(left, chunk), mine = end - place.quarter * 8;
-    const int twist = swizzled(chunk) ? place.row * 8 : 0;  // where the copy engine put a piece: rows of a line use all banks
+    const int twist = swizzled(chunk) ? place.row * 8
+                                      : 0;  // where the copy engine put a piece: rows of a line use all banks
     uint4 a[kSteps], b[kSteps], x[kSteps];
 #pragma unroll
     for (int i = 0; i < kSteps; i++) {
@@ -271,7 +288,8 @@ class Exchange {
   /// All warps of the group hand in their sums; then at() may be called until the next give().
   __device__ void give(const Place& place, const float (&sums)[4]) {
     turn_ ^= 1;
-    float* const to = room_ + (turn_ * segments_ + place.segment) * kTileRows * kColumns + place.row * kColumns + 2 * place.quarter;
+    float* const to = room_ + (turn_ * segments_ + place.segment) * kTileRows * kColumns +
+                      place.row * kColumns + 2 * place.quarter;
     *reinterpret_cast<float2*>(to) = make_float2(sums[0], sums[1]);
     *reinterpret_cast<float2*>(to + 8 * kColumns) = make_float2(sums[2], sums[3]);
     place.meet();
@@ -279,7 +297,8 @@ class Exchange {
   /// The tree over the segments; a segment's value of a token is the sum of its planes, the smallest first.
   template <bool Fast>
   __device__ float at(int row, int token, int planes) const {
-    const float* from = room_ + turn_ * segments_ * kTileRows * kColumns + row * kColumns + token * (Fast ? 1 : planes);
+    const float* from =
+        room_ + turn_ * segments_ * kTileRows * kColumns + row * kColumns + token * (Fast ? 1 : planes);
     float leaf[kSegments];
 #pragma unroll
     for (int s = 0; s < kSegments; s++) {
@@ -320,17 +339,18 @@ __device__ inline void put_planes(Bf16* columns, const Split& s, int row, int pl
 }
 __device__ inline void clear_columns(Bf16* columns, const Split& s, int count) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < count * s.plane / 8; i += kThreads) reinterpret_cast<uint4*>(columns)[i] = make_uint4(0, 0, 0, 0);
+  for (int i = threadIdx.x; i < count * s.plane / 8; i += kThreads)
+    reinterpret_cast<uint4*>(columns)[i] = make_uint4(0, 0, 0, 0);
   meet_block();
 }
 
-/// Puts `count` rows of s.total activations into shared memory as columns, `planes` each. All threads call it.
-/// Fast: one plane, and all pieces aligned.
+/// Puts `count` rows of s.total activations into shared memory as columns, `planes` each. All threads call
+/// it. Fast: one plane, and all pieces aligned.
 template <bool Fast>
 __device__ void load_columns(Bf16* columns, const Split& s, int count, int planes, const float* rows) {
   if constexpr (Fast) {
     // A thread takes the same piece of every row, or of every `together`th where rows are short.
-    const int pieces = s.total / 8, shift = pieces <= 128 ? 2 : pieces <= 256 ? 1 : 0;
+    const int pieces = s.total / 8, shift = pieces <= 64 ? 3 : pieces <= 128 ? 2 : pieces <= 256 ? 1 : 0;
     const int lanes = kThreads >> shift, row0 = threadIdx.x / lanes;
 #pragma unroll 1
     for (int piece = threadIdx.x % lanes; piece < pieces; piece += lanes) {
@@ -356,13 +376,14 @@ __device__ void load_columns(Bf16* columns, const Split& s, int count, int plane
 /// The lane's own column of `columns`, at its segment and quarter; null when the lane's column is not in use.
 __device__ inline const uint4* column_of(const Bf16* columns, const Split& s, const Place& place, int used) {
   if (place.row >= used) return nullptr;
-  return reinterpret_cast<const uint4*>(columns + place.row * s.plane + place.segment * s.padded) + place.quarter;
+  return reinterpret_cast<const uint4*>(columns + place.row * s.plane + place.segment * s.padded) +
+         place.quarter;
 }
 
 /// Columns of up to kColumns rows after their RMSNorm. index null: row r is row r. `room`: 4 * kWarps floats.
 template <bool Fast>
-__device__ void load_normed_columns(Bf16* columns, float* room, const Split& s, int count, int planes, float eps, const float* hidden,
-                                    const int* index, const Bf16* weight) {
+__device__ void load_normed_columns(Bf16* columns, float* room, const Split& s, int count, int planes,
+                                    float eps, const float* hidden, const int* index, const Bf16* weight) {
   const int n = s.total;
   const auto row_of = [&](int r) { return hidden + static_cast<int64_t>(index ? index[r] : r) * n; };
   if constexpr (Fast) {
@@ -414,8 +435,9 @@ constexpr int kMostNormed = 8 * kThreads;
 constexpr int kFillers = 4;  // warps that keep the rings filled
 constexpr int kGemvThreads = kThreads + kFillers * 32;
 
-/// A matrix op is a Work<Fast>: made from its Parameters, a warp's place and shared memory, it says which weights the warp's
-/// group multiplies, loads the columns, and takes the sums. In this order, where `all` is the 16 warps and those that fill:
+/// A matrix op is a Work<Fast>: made from its Parameters, a warp's place and shared memory, it says which
+/// weights the warp's group multiplies, loads the columns, and takes the sums. In this order, where `all` is
+/// the 16 warps and those that fill:
 ///   early()   the 16 warps: what can be done before the inputs are there
 ///   known()   all: tiles known then
 ///   list()    the 16 warps: with the inputs there, what it takes to know the others
@@ -423,10 +445,11 @@ constexpr int kGemvThreads = kThreads + kFillers * 32;
 ///   load()    the 16 warps: the columns
 ///   enter()   the 16 warps: goes to a unit; column(): the lane's column there
 ///   finish()  the 16 warps: the sums of the unit
-/// Fast is for bfloat16 runs with aligned rows. Code that has not run lately comes from memory too, and slowly: what
-/// every step runs is kept short, and the rest is in a kernel of its own.
+/// Fast is for bfloat16 runs with aligned rows. Code that has not run lately comes from memory too, and
+/// slowly: what every step runs is kept short, and the rest is in a kernel of its own.
 template <template <bool> class WorkOf, bool Fast>
-__global__ void __launch_bounds__(kGemvThreads, 1) gemv(const __grid_constant__ typename WorkOf<Fast>::Parameters p, int slots) {
+__global__ void __launch_bounds__(kGemvThreads, 1)
+    gemv(const __grid_constant__ typename WorkOf<Fast>::Parameters p, int slots) {
   using Work = WorkOf<Fast>;
   extern __shared__ __align__(1024) char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -466,7 +489,8 @@ __global__ void __launch_bounds__(kGemvThreads, 1) gemv(const __grid_constant__ 
   wait_for_inputs();
   let_next_start();
   work.list();
-  if ((Fast || s.aligned) && !work.all_known()) asm volatile("bar.arrive %0, %1;" ::"n"(kListed), "n"(kGemvThreads) : "memory");
+  if ((Fast || s.aligned) && !work.all_known())
+    asm volatile("bar.arrive %0, %1;" ::"n"(kListed), "n"(kGemvThreads) : "memory");
   work.load();
   meet_block();
   const int tiles = work.tiles(), parts = work.parts();
@@ -497,20 +521,23 @@ template <template <bool> class WorkOf>
 void launch_gemv(CudaBackend& backend, const Dims& d, int tokens, typename WorkOf<true>::Parameters p) {
   const auto slots = [&](int count) {
     p.columns.tokens = count;
-    const int room = backend.shared_memory() - 2048 - p.bytes() - kExchangeBytes - kBarrierBytes;  // 2 KB: a kernel's own
+    const int room =
+        backend.shared_memory() - 2048 - p.bytes() - kExchangeBytes - kBarrierBytes;  // 2 KB: a kernel's own
     return room < 0 ? 0 : least(kMostSlots, least(room, backend.ring_bytes) / (kWarps * p.slot_bytes()));
   };
   p.columns = {0, 0, d.bfloat16 ? 1 : 3};
   int most = least(kColumns / p.columns.planes, tokens);
   while (most > 1 && slots(most) < 2) most--;
   if (slots(most) < 1)
-    fail("TP_LIMIT", "the activations of one token need %d bytes of shared memory in one op, the GPU gives %d",
+    fail("TP_LIMIT",
+         "the activations of one token need %d bytes of shared memory in one op, the GPU gives %d",
          p.bytes() + kExchangeBytes + kBarrierBytes + kWarps * p.slot_bytes(), backend.shared_memory());
   const bool fast = d.bfloat16 && p.aligned();
   for (int first = 0; first < tokens; first += most) {
     const int count = slots(least(tokens - first, most));
     p.columns.first = first;
-    backend.launch(fast ? gemv<WorkOf, true> : gemv<WorkOf, false>, dim3(static_cast<unsigned>(backend.processors())), kGemvThreads,
+    backend.launch(fast ? gemv<WorkOf, true> : gemv<WorkOf, false>,
+                   dim3(static_cast<unsigned>(backend.processors())), kGemvThreads,
                    p.bytes() + kExchangeBytes + kBarrierBytes + kWarps * count * p.slot_bytes(), p, count);
   }
 }

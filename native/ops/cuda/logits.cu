@@ -1,4 +1,5 @@
-// Final norm, this rank's rows of the vocabulary head, softcap; then what every vocabulary leaf tells the sampler.
+// Final norm, this rank's rows of the vocabulary head, softcap; then what every vocabulary leaf tells the
+// sampler.
 #include "ops/cuda/candidates.cuh"
 #include "ops/cuda/gemv.cuh"
 
@@ -17,7 +18,9 @@ struct LogitsParameters {
   __host__ __device__ int segments() const { return split.segments; }
   __host__ __device__ int slot_bytes() const { return split.slot_bytes(); }
   bool aligned() const { return split.aligned && split.total <= kMostNormed; }
-  __host__ __device__ int bytes() const { return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16)); }
+  __host__ __device__ int bytes() const {
+    return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16));
+  }
 };
 
 template <bool Fast>
@@ -26,8 +29,12 @@ class Logits {
   using Parameters = LogitsParameters;
 
   __device__ Logits(const Parameters& p, const Place& place, float* exchange, char* memory)
-      : p_(p), place_(place), room_(exchange), exchange_(exchange, place, p.split.segments),
-        columns_(reinterpret_cast<Bf16*>(memory)), tiles_(place.share(p.tiles)) {}
+      : p_(p),
+        place_(place),
+        room_(exchange),
+        exchange_(exchange, place, p.split.segments),
+        columns_(reinterpret_cast<Bf16*>(memory)),
+        tiles_(place.share(p.tiles)) {}
 
   __device__ int tiles() const { return tiles_; }
   __device__ int known() const { return tiles_; }
@@ -38,8 +45,8 @@ class Logits {
   __device__ void early() { prefetch(p_.args.norm, p_.split.total * static_cast<int>(sizeof(Bf16))); }
   __device__ void list() {}
   __device__ void load() {
-    load_normed_columns<Fast>(columns_, room_, p_.split, p_.columns.tokens, p_.columns.planes, p_.eps, p_.args.hidden,
-                              p_.row + p_.columns.first, p_.args.norm);
+    load_normed_columns<Fast>(columns_, room_, p_.split, p_.columns.tokens, p_.columns.planes, p_.eps,
+                              p_.args.hidden, p_.row + p_.columns.first, p_.args.norm);
   }
   __device__ void enter(const Cursor&) {}
   __device__ const uint4* column() const {
@@ -58,7 +65,9 @@ class Logits {
   }
 
  private:
-  __device__ int first_row(const Cursor& at) const { return (place_.global_group + at.tile * place_.groups) * kTileRows; }
+  __device__ int first_row(const Cursor& at) const {
+    return (place_.global_group + at.tile * place_.groups) * kTileRows;
+  }
 
   const Parameters& p_;
   const Place& place_;
@@ -68,8 +77,10 @@ class Logits {
   int tiles_;
 };
 
-/// One row of one leaf a block: its maximum, the sum of exponentials, the target's logit and the best candidates.
-__global__ void __launch_bounds__(kThreads) summarise(const float* logits, float* candidates, Dims d, Input in) {
+/// One row of one leaf a block: its maximum, the sum of exponentials, the target's logit and the best
+/// candidates.
+__global__ void __launch_bounds__(kThreads)
+    summarise(const float* logits, float* candidates, Dims d, Input in) {
   __shared__ float room[kWarps];
   __shared__ unsigned long long best_of[kWarps];
   wait_for_inputs();
@@ -103,8 +114,8 @@ __global__ void __launch_bounds__(kThreads) summarise(const float* logits, float
   const auto position = static_cast<uint32_t>(in.position[in.row[row]]);
   auto* const list = reinterpret_cast<Candidate*>(out + kSummaryFloats);
   const auto score_of = [&](int i) {
-    return perturb ? x[i] / temperature + gumbel(in.seed[row], static_cast<uint32_t>(in.sequence[row]), position,
-                                                 static_cast<uint32_t>(first + i))
+    return perturb ? x[i] / temperature + gumbel(in.seed[row], static_cast<uint32_t>(in.sequence[row]),
+                                                 position, static_cast<uint32_t>(first + i))
                    : x[i];
   };
   if (d.candidates >= n) {  // everything
@@ -122,7 +133,8 @@ __global__ void __launch_bounds__(kThreads) summarise(const float* logits, float
     }
     best = block_min(best, best_of);
     taken = best;
-    if (threadIdx.x == 0) list[c] = {score_of_key(best), x[token_of_key(best) - first], static_cast<float>(token_of_key(best))};
+    if (threadIdx.x == 0)
+      list[c] = {score_of_key(best), x[token_of_key(best) - first], static_cast<float>(token_of_key(best))};
   }
 }
 
@@ -133,9 +145,17 @@ void logits(const LogitsArgs& a, const Dims& d, const Input& in, Backend& backen
   CudaBackend& cuda = of(backend);
   const Split split = split_whole(d.hidden);
   launch_gemv<Logits>(cuda, d, in.rows,
-                      {a, matrix_of(a.table, d.local_vocab, split), split, {}, in.row, d.local_vocab, tiles_of(d.local_vocab), d.eps,
+                      {a,
+                       matrix_of(a.table, d.local_vocab, split),
+                       split,
+                       {},
+                       in.row,
+                       d.local_vocab,
+                       tiles_of(d.local_vocab),
+                       d.eps,
                        d.softcap});
-  cuda.launch(summarise, dim3(static_cast<unsigned>(in.rows * d.leaves)), kThreads, 0, a.logits, a.candidates, d, in);
+  cuda.launch(summarise, dim3(static_cast<unsigned>(in.rows * d.leaves)), kThreads, 0, a.logits, a.candidates,
+              d, in);
 }
 
 }  // namespace tp::cuda

@@ -15,8 +15,8 @@ struct Matrix {
   int rows;
 };
 
-/// A matrix of rows of `width` elements, to be read in boxes of `box` rows by `chunk` elements. Swizzled: piece p
-/// of 16 bytes of row r lies where piece p ^ r % 8 would. Without `aligned` the map stays empty and
+/// A matrix of rows of `width` elements, to be read in boxes of `box` rows by `chunk` elements. Swizzled:
+/// piece p of 16 bytes of row r lies where piece p ^ r % 8 would. Without `aligned` the map stays empty and
 /// readers take the elements one by one.
 Matrix matrix_of(const Bf16* data, int64_t rows, int width, int chunk, int box, bool swizzled, bool aligned);
 

@@ -6,11 +6,14 @@ namespace {
 
 __global__ void __launch_bounds__(kThreads) make_elements(Synthetic source, Stretch stretch, Bf16* out) {
   const uint64_t all = stretch.count * stretch.rows;
-  for (uint64_t i = blockIdx.x * uint64_t{kThreads} + threadIdx.x; i < all; i += uint64_t{kThreads} * gridDim.x)
-    out[i] = synthetic_element(source, stretch.start + i / stretch.count * stretch.stride + i % stretch.count);
+  for (uint64_t i = blockIdx.x * uint64_t{kThreads} + threadIdx.x; i < all;
+       i += uint64_t{kThreads} * gridDim.x)
+    out[i] =
+        synthetic_element(source, stretch.start + i / stretch.count * stretch.stride + i % stretch.count);
 }
 
-__global__ void __launch_bounds__(256) read_all(const uint4* memory, uint64_t pieces, unsigned long long* sum) {
+__global__ void __launch_bounds__(256)
+    read_all(const uint4* memory, uint64_t pieces, unsigned long long* sum) {
   constexpr int kFlight = 8;
   uint32_t seen = 0;
   const uint64_t step = uint64_t{gridDim.x} * 256;
@@ -28,16 +31,18 @@ __global__ void __launch_bounds__(256) read_all(const uint4* memory, uint64_t pi
 
 void synthesize(const Synthetic& source, const Stretch& stretch, Bf16* out, Backend& backend) {
   CudaBackend& cuda = of(backend);
-  const uint64_t blocks = (stretch.count * stretch.rows + kThreads - 1) / kThreads, most = static_cast<uint64_t>(cuda.processors()) * 4;
-  make_elements<<<dim3(static_cast<unsigned>(blocks < most ? blocks : most)), kThreads, 0, cuda.stream()>>>(source, stretch, out);
+  const uint64_t blocks = (stretch.count * stretch.rows + kThreads - 1) / kThreads,
+                 most = static_cast<uint64_t>(cuda.processors()) * 4;
+  make_elements<<<dim3(static_cast<unsigned>(blocks < most ? blocks : most)), kThreads, 0, cuda.stream()>>>(
+      source, stretch, out);
   check(cudaGetLastError(), "making synthetic weights");
 }
 
 uint64_t stream(const void* memory, uint64_t bytes, Backend& backend) {
   CudaBackend& cuda = of(backend);
   auto* const sum = static_cast<unsigned long long*>(cuda.workspace("stream", sizeof(unsigned long long)));
-  read_all<<<dim3(static_cast<unsigned>(cuda.processors() * 8)), 256, 0, cuda.stream()>>>(static_cast<const uint4*>(memory),
-                                                                                           bytes / sizeof(uint4), sum);
+  read_all<<<dim3(static_cast<unsigned>(cuda.processors() * 8)), 256, 0, cuda.stream()>>>(
+      static_cast<const uint4*>(memory), bytes / sizeof(uint4), sum);
   check(cudaGetLastError(), "reading memory");
   uint64_t seen = 0;
   cuda.read(&seen, sum, sizeof seen);
@@ -47,7 +52,8 @@ uint64_t stream(const void* memory, uint64_t bytes, Backend& backend) {
 }  // namespace
 
 const Ops& ops() {
-  static const Ops table = {angles, embed, qkv, attention, attn_out, route, gate_up, down, ffn_out, logits, sample, advance, synthesize, stream};
+  static const Ops table = {angles, embed,   qkv,    attention, attn_out, route,      gate_up,
+                            down,   ffn_out, logits, sample,    advance,  synthesize, stream};
   return table;
 }
 

@@ -1,4 +1,5 @@
-// Input norm and the three projections as one list of tiles; then per head: norm, RoPE, and k and v into the cache.
+// Input norm and the three projections as one list of tiles; then per head: norm, RoPE, and k and v into the
+// cache.
 #include "ops/cuda/gemv.cuh"
 
 namespace tp::cuda {
@@ -15,7 +16,9 @@ struct QkvParameters {
   __host__ __device__ int segments() const { return split.segments; }
   __host__ __device__ int slot_bytes() const { return split.slot_bytes(); }
   bool aligned() const { return split.aligned && split.total <= kMostNormed; }
-  __host__ __device__ int bytes() const { return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16)); }
+  __host__ __device__ int bytes() const {
+    return columns.tokens * columns.planes * split.plane * static_cast<int>(sizeof(Bf16));
+  }
 };
 
 template <bool Fast>
@@ -24,8 +27,12 @@ class Qkv {
   using Parameters = QkvParameters;
 
   __device__ Qkv(const Parameters& p, const Place& place, float* exchange, char* memory)
-      : p_(p), place_(place), room_(exchange), exchange_(exchange, place, p.split.segments),
-        columns_(reinterpret_cast<Bf16*>(memory)), tiles_(place.share(p.tiles)) {}
+      : p_(p),
+        place_(place),
+        room_(exchange),
+        exchange_(exchange, place, p.split.segments),
+        columns_(reinterpret_cast<Bf16*>(memory)),
+        tiles_(place.share(p.tiles)) {}
 
   __device__ int tiles() const { return tiles_; }
   __device__ int known() const { return tiles_; }
@@ -40,7 +47,8 @@ class Qkv {
   __device__ void list() {}
   __device__ void load() {
     load_normed_columns<Fast>(columns_, room_, p_.split, p_.columns.tokens, p_.columns.planes, p_.eps,
-                              p_.args.hidden + static_cast<int64_t>(p_.columns.first) * p_.split.total, nullptr, p_.args.norm);
+                              p_.args.hidden + static_cast<int64_t>(p_.columns.first) * p_.split.total,
+                              nullptr, p_.args.norm);
   }
   __device__ void enter(const Cursor&) {}
   __device__ const uint4* column() const {
@@ -53,8 +61,8 @@ class Qkv {
     for (int i = place_.thread; i < kTileRows * p_.columns.tokens; i += place_.threads) {
       const int row = to.first + i % kTileRows, t = i / kTileRows;
       if (row < to.rows)
-        to.out[static_cast<int64_t>(p_.columns.first + t) * to.stride + row] =
-            round_to(Fast || p_.columns.planes == 1, exchange_.template at<Fast>(i % kTileRows, t, p_.columns.planes));
+        to.out[static_cast<int64_t>(p_.columns.first + t) * to.stride + row] = round_to(
+            Fast || p_.columns.planes == 1, exchange_.template at<Fast>(i % kTileRows, t, p_.columns.planes));
     }
   }
 
@@ -96,12 +104,16 @@ __device__ inline float4 four(const float* from, int i, int n) {
 __device__ inline float4 four(const Bf16* from, int i, int n) {
   if (i >= n) return make_float4(0, 0, 0, 0);
   const uint2 raw = *reinterpret_cast<const uint2*>(from + i);
-  return make_float4(float_of(raw.x << 16), float_of(raw.x & 0xffff0000u), float_of(raw.y << 16), float_of(raw.y & 0xffff0000u));
+  return make_float4(float_of(raw.x << 16), float_of(raw.x & 0xffff0000u), float_of(raw.y << 16),
+                     float_of(raw.y & 0xffff0000u));
 }
-__device__ inline float squares(float4 x) { return fused(x.x, x.x, fused(x.y, x.y, fused(x.z, x.z, x.w * x.w))); }
+__device__ inline float squares(float4 x) {
+  return fused(x.x, x.x, fused(x.y, x.y, fused(x.z, x.z, x.w * x.w)));
+}
 
-/// A warp takes one head of one token (blockIdx.y): a query head in place, or a key and its value into the cache. A lane keeps
-/// 4 neighbours of either half of the head, so that pairs that rotate are its own; dim <= 512, a multiple of 8.
+/// A warp takes one head of one token (blockIdx.y): a query head in place, or a key and its value into the
+/// cache. A lane keeps 4 neighbours of either half of the head, so that pairs that rotate are its own; dim <=
+/// 512, a multiple of 8.
 __global__ void __launch_bounds__(kHeadWarps * 32) finish_heads(const __grid_constant__ HeadParameters p) {
   constexpr int kPer = 2;
   const Heads& h = p.args.heads;
@@ -121,7 +133,8 @@ __global__ void __launch_bounds__(kHeadWarps * 32) finish_heads(const __grid_con
   float4 w[kPer][2];
 #pragma unroll
   for (int j = 0; j < kPer; j++)
-    for (int part = 0; part < 2; part++) w[j][part] = lane * 4 + j * 128 < half ? four(weight, part * half + lane * 4 + j * 128, dim) : float4{};
+    for (int part = 0; part < 2; part++)
+      w[j][part] = lane * 4 + j * 128 < half ? four(weight, part * half + lane * 4 + j * 128, dim) : float4{};
   wait_for_inputs();
   let_next_start();
   float4 a[kPer][2], b[kPer][2], cosine[kPer], sine[kPer];
@@ -145,11 +158,13 @@ __global__ void __launch_bounds__(kHeadWarps * 32) finish_heads(const __grid_con
   const float inverse = inverse_rms(warp_sum(sum), dim, p.eps);
   const float v_inverse = inverse_rms(warp_sum(v_sum), dim, p.eps);
   const int row = position < p.args.cache.capacity ? position : position % p.args.cache.capacity;
-  const int64_t at = ((static_cast<int64_t>(slot) * h.kv_heads + kv_head) * p.args.cache.capacity + row) * dim;
+  const int64_t at =
+      ((static_cast<int64_t>(slot) * h.kv_heads + kv_head) * p.args.cache.capacity + row) * dim;
   const auto to_cache = [&](void* cache, int i, float4 y) {
     if (p.bfloat16)
       *reinterpret_cast<uint2*>(static_cast<Bf16*>(cache) + at + i) =
-          make_uint2(to_bf16(y.x) | static_cast<uint32_t>(to_bf16(y.y)) << 16, to_bf16(y.z) | static_cast<uint32_t>(to_bf16(y.w)) << 16);
+          make_uint2(to_bf16(y.x) | static_cast<uint32_t>(to_bf16(y.y)) << 16,
+                     to_bf16(y.z) | static_cast<uint32_t>(to_bf16(y.w)) << 16);
     else
       *reinterpret_cast<float4*>(static_cast<float*>(cache) + at + i) = y;
   };
@@ -184,7 +199,8 @@ __global__ void __launch_bounds__(kHeadWarps * 32) finish_heads(const __grid_con
 }
 
 /// The same for any even head size, and any number of rotary pairs, one element after another.
-__global__ void __launch_bounds__(kHeadWarps * 32) finish_odd_heads(const __grid_constant__ HeadParameters p) {
+__global__ void __launch_bounds__(kHeadWarps * 32)
+    finish_odd_heads(const __grid_constant__ HeadParameters p) {
   wait_for_inputs();
   let_next_start();
   const Heads& h = p.args.heads;
@@ -200,7 +216,8 @@ __global__ void __launch_bounds__(kHeadWarps * 32) finish_odd_heads(const __grid
   const float* const cosine = p.args.cosine + static_cast<int64_t>(t) * h.rotary_pairs;
   const float* const sine = p.args.sine + static_cast<int64_t>(t) * h.rotary_pairs;
   const int64_t at = ((static_cast<int64_t>(p.slot[t]) * h.kv_heads + kv_head) * p.args.cache.capacity +
-                      p.position[t] % p.args.cache.capacity) * dim;
+                      p.position[t] % p.args.cache.capacity) *
+                     dim;
   const auto to_cache = [&](void* cache, int i, float value) {
     if (p.bfloat16)
       static_cast<Bf16*>(cache)[at + i] = to_bf16(value);
@@ -213,7 +230,8 @@ __global__ void __launch_bounds__(kHeadWarps * 32) finish_odd_heads(const __grid
     sum = fused(x[i], x[i], sum);
     if (!query) v_sum = fused(v[i], v[i], v_sum);
   }
-  const float inverse = inverse_rms(warp_sum(sum), dim, p.eps), v_inverse = inverse_rms(warp_sum(v_sum), dim, p.eps);
+  const float inverse = inverse_rms(warp_sum(sum), dim, p.eps),
+              v_inverse = inverse_rms(warp_sum(v_sum), dim, p.eps);
 #pragma unroll 1
   for (int i = lane; i < half; i += 32) {
     if (!query) {
@@ -244,13 +262,24 @@ void qkv(const QkvArgs& a, const Dims& d, const Input& in, Backend& backend) {
   const int q_rows = a.heads.heads * a.heads.head_dim, kv_rows = a.heads.kv_heads * a.heads.head_dim;
   const int q_tiles = tiles_of(q_rows), kv_tiles = tiles_of(kv_rows);
   launch_gemv<Qkv>(cuda, d, in.tokens,
-                   {a, matrix_of(a.q_weight, q_rows, split), matrix_of(a.k_weight, kv_rows, split),
-                    matrix_of(a.v_weight ? a.v_weight : a.k_weight, kv_rows, split), split, {}, q_rows, kv_rows, q_tiles, kv_tiles,
-                    q_tiles + (a.v_weight ? 2 : 1) * kv_tiles, d.eps});
+                   {a,
+                    matrix_of(a.q_weight, q_rows, split),
+                    matrix_of(a.k_weight, kv_rows, split),
+                    matrix_of(a.v_weight ? a.v_weight : a.k_weight, kv_rows, split),
+                    split,
+                    {},
+                    q_rows,
+                    kv_rows,
+                    q_tiles,
+                    kv_tiles,
+                    q_tiles + (a.v_weight ? 2 : 1) * kv_tiles,
+                    d.eps});
   const int heads = a.heads.heads + a.heads.kv_heads;
   const bool even = a.heads.head_dim % 8 == 0 && a.heads.head_dim <= 512 && a.heads.rotary_pairs % 4 == 0;
-  cuda.launch(even ? finish_heads : finish_odd_heads, dim3(static_cast<unsigned>((heads + kHeadWarps - 1) / kHeadWarps), static_cast<unsigned>(in.tokens)),
-              kHeadWarps * 32, 0, HeadParameters{a, in.slot, in.position, d.eps, d.bfloat16});
+  cuda.launch(
+      even ? finish_heads : finish_odd_heads,
+      dim3(static_cast<unsigned>((heads + kHeadWarps - 1) / kHeadWarps), static_cast<unsigned>(in.tokens)),
+      kHeadWarps * 32, 0, HeadParameters{a, in.slot, in.position, d.eps, d.bfloat16});
 }
 
 }  // namespace tp::cuda

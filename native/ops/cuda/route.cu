@@ -1,5 +1,6 @@
-// The middle of a layer, by a cluster of 8 blocks for up to 8 tokens: a block takes a token's norms, then tiles of the
-// router for all tokens, then a token's choice. The router's rows are on their way while the inputs are computed.
+// The middle of a layer, by a cluster of 8 blocks for up to 8 tokens: a block takes a token's norms, then
+// tiles of the router for all tokens, then a token's choice. The router's rows are on their way while the
+// inputs are computed.
 #include <cooperative_groups.h>
 
 #include "ops/cuda/gemv.cuh"
@@ -25,13 +26,15 @@ template <int Per, bool Aligned>
 struct RouteNorms {
   Row<Per, Aligned> post, dense, expert, scale;
   __device__ RouteNorms(const RouteArgs& a, int n) {
-    post.load(a.post_norm, n), dense.load(a.dense_norm, n), expert.load(a.expert_norm, n), scale.load(a.scale, n);
+    post.load(a.post_norm, n), dense.load(a.dense_norm, n), expert.load(a.expert_norm, n),
+        scale.load(a.scale, n);
   }
 };
 
 /// The residual after attention, the inputs of dense MLP and experts, and z, of one token, by one block.
 template <int Per, bool Aligned>
-__device__ void token_norms(const RouteParameters& p, const RouteNorms<Per, Aligned>& norms, int t, float* room) {
+__device__ void token_norms(const RouteParameters& p, const RouteNorms<Per, Aligned>& norms, int t,
+                            float* room) {
   const RouteArgs& a = p.args;
   const int n = p.split.total;
   const int64_t at = static_cast<int64_t>(t) * n;
@@ -95,12 +98,14 @@ __device__ void choose(const float* logits, const RouteParameters& p, int t) {
   }
   if (lane < p.top_k) {
     p.args.route_index[t * p.top_k + lane] = least(index, p.experts - 1);
-    p.args.route_weight[t * p.top_k + lane] = mine / chosen * to_float(p.args.per_expert_scale[least(index, p.experts - 1)]);
+    p.args.route_weight[t * p.top_k + lane] =
+        mine / chosen * to_float(p.args.per_expert_scale[least(index, p.experts - 1)]);
   }
 }
 
 /// The same for any number of experts, in shared memory.
-__device__ __noinline__ void choose_of_many(const float* logits, float* probability, const RouteParameters& p, int t) {
+__device__ __noinline__ void choose_of_many(const float* logits, float* probability, const RouteParameters& p,
+                                            int t) {
   const int lane = threadIdx.x % 32, experts = p.experts;
   float max = -INFINITY;
 #pragma unroll 1
@@ -118,9 +123,10 @@ __device__ __noinline__ void choose_of_many(const float* logits, float* probabil
   int at = INT_MAX;
   const auto look = [&] {
     best = 0, at = INT_MAX;
-  #pragma unroll 1
-  for (int e = lane; e < experts; e += 32)
-      if (probability[e] >= 0 && (at == INT_MAX || bits_of(probability[e]) > best)) best = bits_of(probability[e]), at = e;
+#pragma unroll 1
+    for (int e = lane; e < experts; e += 32)
+      if (probability[e] >= 0 && (at == INT_MAX || bits_of(probability[e]) > best))
+        best = bits_of(probability[e]), at = e;
   };
 #pragma unroll 1
   for (int e = lane; e < experts; e += 32) probability[e] /= total;
@@ -131,7 +137,8 @@ __device__ __noinline__ void choose_of_many(const float* logits, float* probabil
   for (int k = 0; k < p.top_k; k++) {
     const uint32_t most = __reduce_max_sync(~0u, best);
     unsigned who = __reduce_min_sync(~0u, best == most ? static_cast<unsigned>(at) : INT_MAX);
-    if (who >= static_cast<unsigned>(experts)) who = static_cast<unsigned>(k);  // not numbers: any expert, but a valid one
+    if (who >= static_cast<unsigned>(experts))
+      who = static_cast<unsigned>(k);  // not numbers: any expert, but a valid one
     if (lane == k) mine = float_of(most), index = static_cast<int>(who);
     chosen += float_of(most);
     if (static_cast<int>(who) != at) continue;
@@ -144,8 +151,10 @@ __device__ __noinline__ void choose_of_many(const float* logits, float* probabil
   }
 }
 
-/// Sorts `count` assignments by expert, then by token: thread i of `threads` takes every i-th. Quadratic, but all at once.
-__device__ void sort_by_expert(const RouteArgs& a, const int* index, int count, int experts, int thread, int threads) {
+/// Sorts `count` assignments by expert, then by token: thread i of `threads` takes every i-th. Quadratic, but
+/// all at once.
+__device__ void sort_by_expert(const RouteArgs& a, const int* index, int count, int experts, int thread,
+                               int threads) {
   for (int e = thread; e <= experts; e += threads) {
     int before = 0;
 #pragma unroll 4
@@ -168,12 +177,14 @@ __global__ void __launch_bounds__(kThreads, 1) route_tokens(const __grid_constan
   __shared__ float room[kWarps];
   const cg::cluster_group cluster = cg::this_cluster();
   const int rank = static_cast<int>(cluster.block_rank());
-  const int first = static_cast<int>(blockIdx.x) / kCluster * kCluster, tokens = min(kCluster, p.tokens - first);
+  const int first = static_cast<int>(blockIdx.x) / kCluster * kCluster,
+            tokens = min(kCluster, p.tokens - first);
   const Place place(kSegments, threadIdx.x / 32, threadIdx.x % 32);
   const bool multiplies = threadIdx.x < kSegments * 32;
   // Shared memory: rings of 8 warps, columns, exchange.
   const Split& split = p.split;
-  auto* const columns = reinterpret_cast<Bf16*>(shared + kBarrierBytes + kSegments * p.slots * split.slot_bytes());
+  auto* const columns =
+      reinterpret_cast<Bf16*>(shared + kBarrierBytes + kSegments * p.slots * split.slot_bytes());
   auto* const exchange_room = reinterpret_cast<float*>(columns + kColumns * split.plane);
   Exchange exchange(exchange_room, place, kSegments);
   const int tiles = (p.experts + kTileRows - 1) / kTileRows;
@@ -221,7 +232,8 @@ __global__ void __launch_bounds__(kThreads, 1) route_tokens(const __grid_constan
           sums.add(taking.take(), split.chunk, x, left, place);
           taking.release();
         } else {
-          sums.add(taking.gather({{&p.router, tile * kTileRows}, {}}, split, split.from(place.segment, c)), split.chunk, x, left, place);
+          sums.add(taking.gather({{&p.router, tile * kTileRows}, {}}, split, split.from(place.segment, c)),
+                   split.chunk, x, left, place);
         }
       }
       sums.join();
@@ -230,7 +242,8 @@ __global__ void __launch_bounds__(kThreads, 1) route_tokens(const __grid_constan
       for (int i = place.thread; i < kTileRows * count; i += place.threads) {
         const int row = tile * kTileRows + i % kTileRows, t = i / kTileRows;
         if (row < p.experts)
-          p.args.router_logits[static_cast<int64_t>(first + from + t) * p.experts + row] = exchange.template at<false>(i % kTileRows, t, planes);
+          p.args.router_logits[static_cast<int64_t>(first + from + t) * p.experts + row] =
+              exchange.template at<false>(i % kTileRows, t, planes);
       }
     }
   cluster.sync();
@@ -272,11 +285,21 @@ void route(const RouteArgs& a, const Dims& d, const Input& in, Backend& backend)
   const int slots = least(least(room, kMostSlots), split.chunks);
   if (slots < 1) fail("TP_LIMIT", "hidden size: %d, too large for the router's shared memory", d.hidden);
   const int clusters = (in.tokens + kCluster - 1) / kCluster;
-  const RouteParameters p{a, matrix_of(a.router, d.experts, split), split, in.tokens, d.experts, d.top_k, slots, d.eps,
-                          1.0f / __builtin_sqrtf(static_cast<float>(d.hidden)), d.bfloat16, one_cluster};
+  const RouteParameters p{a,
+                          matrix_of(a.router, d.experts, split),
+                          split,
+                          in.tokens,
+                          d.experts,
+                          d.top_k,
+                          slots,
+                          d.eps,
+                          1.0f / __builtin_sqrtf(static_cast<float>(d.hidden)),
+                          d.bfloat16,
+                          one_cluster};
   with_row(d.hidden, [&]<int Per, bool Aligned>() {
-    cuda.launch_cluster(route_tokens<Per, Aligned>, dim3(static_cast<unsigned>(clusters * kCluster)), kThreads,
-                        fixed + static_cast<size_t>(kSegments * slots * split.slot_bytes()), kCluster, p);
+    cuda.launch_cluster(route_tokens<Per, Aligned>, dim3(static_cast<unsigned>(clusters * kCluster)),
+                        kThreads, fixed + static_cast<size_t>(kSegments * slots * split.slot_bytes()),
+                        kCluster, p);
   });
   if (one_cluster) return;
   const int work = in.tokens * d.top_k > d.experts ? in.tokens * d.top_k : d.experts + 1;

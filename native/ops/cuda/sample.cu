@@ -1,4 +1,5 @@
-// The next token from the gathered candidates, a block a row; every rank computes the same from the same bytes.
+// The next token from the gathered candidates, a block a row; every rank computes the same from the same
+// bytes.
 #include "ops/cuda/candidates.cuh"
 
 namespace tp::cuda {
@@ -19,11 +20,13 @@ __device__ void sort_keys(unsigned long long* keys, int n) {
   __syncthreads();
 }
 
-/// How many of the `count` best keys make up the probability top_p, at least one: thread i adds a stretch of them.
+/// How many of the `count` best keys make up the probability top_p, at least one: thread i adds a stretch of
+/// them.
 __device__ int shortest_prefix(const unsigned long long* keys, int count, float temperature, float top_p) {
   __shared__ float stretch[kThreads];
   __shared__ int kept;
-  const int each = (count + kThreads - 1) / kThreads, first = min(count, static_cast<int>(threadIdx.x) * each);
+  const int each = (count + kThreads - 1) / kThreads,
+            first = min(count, static_cast<int>(threadIdx.x) * each);
   const int last = min(count, first + each);
   const float best = score_of_key(keys[0]);
   const auto weight = [&](int i) { return exp_f32((score_of_key(keys[i]) - best) / temperature); };
@@ -51,14 +54,17 @@ __device__ int shortest_prefix(const unsigned long long* keys, int count, float 
   return kept > 0 ? kept : 1;
 }
 
-__global__ void __launch_bounds__(kThreads) sample_rows(SampleArgs a, Dims d, Input in, unsigned long long* room, int padded) {
+__global__ void __launch_bounds__(kThreads)
+    sample_rows(SampleArgs a, Dims d, Input in, unsigned long long* room, int padded) {
   __shared__ unsigned long long best_of[kWarps];
   __shared__ ExpSum leaves[kMaxLeaves];
   wait_for_inputs();
   let_next_start();
-  const int row = blockIdx.x, stride = kSummaryFloats + kCandidateFloats * d.candidates, all = d.all_leaves * d.candidates;
+  const int row = blockIdx.x, stride = kSummaryFloats + kCandidateFloats * d.candidates,
+            all = d.all_leaves * d.candidates;
   const auto leaf = [&](int l) {
-    return a.candidates + ((static_cast<int64_t>(l / d.leaves) * in.rows + row) * d.leaves + l % d.leaves) * stride;
+    return a.candidates +
+           ((static_cast<int64_t>(l / d.leaves) * in.rows + row) * d.leaves + l % d.leaves) * stride;
   };
   const auto candidate = [&](int i) {
     const float* const from = leaf(i / d.candidates) + kSummaryFloats + i % d.candidates * kCandidateFloats;
@@ -89,7 +95,8 @@ __global__ void __launch_bounds__(kThreads) sample_rows(SampleArgs a, Dims d, In
     for (int i = threadIdx.x; i < count; i += kThreads) {
       const uint32_t token = token_of_key(keys[i]);
       const unsigned long long drawn =
-          key_of(score_of_key(keys[i]) / temperature + gumbel(in.seed[row], static_cast<uint32_t>(in.sequence[row]), position, token),
+          key_of(score_of_key(keys[i]) / temperature +
+                     gumbel(in.seed[row], static_cast<uint32_t>(in.sequence[row]), position, token),
                  token);
       best = drawn < best ? drawn : best;
     }
@@ -126,8 +133,8 @@ void sample(const SampleArgs& a, const Dims& d, const Input& in, Backend& backen
   CudaBackend& cuda = of(backend);
   int padded = 2;
   while (padded < d.all_leaves * d.candidates) padded *= 2;
-  auto* const room = static_cast<unsigned long long*>(
-      cuda.workspace("sample", sizeof(unsigned long long) * static_cast<size_t>(padded) * static_cast<size_t>(in.rows)));
+  auto* const room = static_cast<unsigned long long*>(cuda.workspace(
+      "sample", sizeof(unsigned long long) * static_cast<size_t>(padded) * static_cast<size_t>(in.rows)));
   cuda.launch(sample_rows, dim3(static_cast<unsigned>(in.rows)), kThreads, 0, a, d, in, room, padded);
 }
 
