@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "base/wires.h"
+
 namespace tp {
 
 /// A CUDA stream, opaque here: the engine that holds a collective compiles without CUDA too.
@@ -30,6 +32,8 @@ class DeviceCollective {
   virtual void all_reduce(float* buffer, int64_t floats, Stream stream) = 0;
   /// gathered (size, floats) becomes every rank's `send`, rank-major.
   virtual void all_gather(const float* send, float* gathered, int64_t floats, Stream stream) = 0;
+  /// For kernels that do the sums themselves, once joined; null where memory of other ranks is out of reach.
+  virtual const Wires* wires() const { return nullptr; }
   /// Frees whoever waits, from any thread; the collective is of no use afterwards.
   virtual void abort() = 0;
   /// Empty, or what went wrong since connect().

@@ -185,7 +185,11 @@ class Peer final : public DeviceCollective {
     in_.rank = rank;
     in_.size = size;
     in_.lines = (max_floats + kLineFloats - 1) / kLineFloats;
-    const size_t bytes = size_t{2} * size * in_.lines * sizeof(uint4);
+    wires_.rank = rank;
+    wires_.size = size;
+    wires_.floats = max_floats;
+    // Behind the lines of this file's kernels, those of kernels that sum by themselves.
+    const size_t bytes = line_bytes() + size_t{2} * size * max_floats * sizeof(uint64_t);
     check(cudaMalloc(&in_.of[rank], bytes), "inbox");
     check(cudaMemset(in_.of[rank], 0, bytes), "inbox");
     check(cudaMalloc(&in_.epoch, 2 * sizeof(uint32_t)), "epoch");
@@ -195,6 +199,9 @@ class Peer final : public DeviceCollective {
     shared_->abort = 0;
     shared_->late = 0;
     check(cudaHostGetDevicePointer(&in_.shared, shared_, 0), "abort flag");
+    wires_.abort = &in_.shared->abort;
+    wires_.late = &in_.shared->late;
+    wires_.inbox[rank] = behind_lines(in_.of[rank]);
     check(cudaDeviceSynchronize(), "inbox");  // cleared before anyone may push
   }
 
@@ -228,8 +235,11 @@ class Peer final : public DeviceCollective {
       void* memory = nullptr;
       check(cudaIpcOpenMemHandle(&memory, handle, cudaIpcMemLazyEnablePeerAccess), "opening a peer's memory");
       in_.of[r] = static_cast<uint4*>(memory);
+      wires_.inbox[r] = behind_lines(in_.of[r]);
     }
   }
+
+  const Wires* wires() const override { return &wires_; }
 
   void all_reduce(float* buffer, int64_t floats, Stream on) override {
     const auto stream = static_cast<cudaStream_t>(on);
@@ -265,7 +275,13 @@ class Peer final : public DeviceCollective {
     return static_cast<int>(std::min<int64_t>((lines + kThreads - 1) / kThreads, kMostBlocks));
   }
 
+  size_t line_bytes() const { return size_t{2} * in_.size * in_.lines * sizeof(uint4); }
+  uint64_t* behind_lines(uint4* inboxes) const {
+    return reinterpret_cast<uint64_t*>(reinterpret_cast<char*>(inboxes) + line_bytes());
+  }
+
   Inboxes in_{};
+  Wires wires_{};
   Shared* shared_ = nullptr;
 };
 

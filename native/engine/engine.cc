@@ -76,6 +76,7 @@ DeviceCollective& Engine::collective() {
 void Engine::prepare() {
   weights_->require_filled();
   program_ = std::make_unique<Program>(spec_, dims_, input_, *weights_, *buffers_, *backend_);
+  fused_ = backend_->fuse(program_->decoder(), dims_, collective_ ? collective_->wires() : nullptr);
 }
 
 void Engine::begin(const Batch& batch) {
@@ -177,9 +178,15 @@ void Engine::start_step(size_t from, size_t to, bool feed) {
   const auto& calls = program_->calls();
   if (from == 0)
     for (const AnglesArgs& rope : buffers_->ropes) backend_->ops().angles(rope, dims_, input_, *backend_);
-  for (size_t i = from; i < to; i++) {
-    start(calls[i]);
-    inspect(calls[i]);
+  for (size_t i = from; i < to;) {
+    const size_t fused_to = start_fused(i, to);
+    if (fused_to > i) {
+      i = fused_to;
+    } else {
+      start(calls[i]);
+      i++;
+    }
+    inspect(calls[i - 1]);
   }
   if (to < calls.size()) return;
   backend_->ops().advance(
@@ -188,6 +195,26 @@ void Engine::start_step(size_t from, size_t to, bool feed) {
        spec_.limits.rows, buffers_->history_token, buffers_->history_logprob, buffers_->history_ns,
        buffers_->fed_steps},
       dims_, input_, *backend_);
+}
+
+size_t Engine::start_fused(size_t from, size_t to) {
+  const auto& calls = program_->calls();
+  if (!fused_ || calls[from].stage_number < 0 || !fused_->takes(input_)) return from;
+  // Whoever looks at every stage needs every stage by itself. A sync is fused with the stages on both its
+  // sides.
+  const bool alone = fault_ || spec_.trace, syncs = dims_.size == 1 || (collective_ && collective_->wires());
+  size_t end = from + 1;
+  while (!alone && end < to) {
+    if (calls[end].stage_number >= 0)
+      end++;
+    else if (syncs && calls[end].sync == Program::Sync::all_reduce && end + 1 < to &&
+             calls[end + 1].stage_number >= 0)
+      end += 2;
+    else
+      break;
+  }
+  fused_->run(calls[from].stage_number, calls[end - 1].stage_number + 1, input_);
+  return end;
 }
 
 void Engine::start(const Program::Call& call) {

@@ -72,6 +72,8 @@ class Engine {
   void upload();
   void start(const Program::Call& call);
   void start_step(size_t from, size_t to, bool feed);
+  /// Starts stages from step `from` on in one launch, if they can be fused; returns the step after them.
+  size_t start_fused(size_t from, size_t to);
   void inspect(const Program::Call& call);
   void count_reads();
   void require_joined() const;
@@ -92,6 +94,7 @@ class Engine {
   std::unique_ptr<Buffers> buffers_;
   std::unique_ptr<DeviceCollective> collective_;
   std::unique_ptr<Program> program_;
+  std::unique_ptr<Fused> fused_;  // null where the ops run one by one
   std::unique_ptr<Inspector> inspector_;
 };
 

@@ -1,5 +1,6 @@
 #include "engine/program.h"
 
+#include <iterator>
 #include <map>
 
 #include "base/check.h"
@@ -51,6 +52,12 @@ Program::Program(const EngineSpec& spec, const Dims& d, const Input& in, const W
   };
   const View hidden{b.hidden, d.hidden, false, false};
 
+  decoder_.layers.resize(spec.layers.size());
+  const auto layer_args = [&](const StepSpec& step) -> LayerArgs& {
+    layer_of(step);  // checked
+    return decoder_.layers[static_cast<size_t>(step.layer)];
+  };
+
   using Build = std::function<void(const StepSpec&, Resolver&, Call&)>;
   const auto heads_of = [](const LayerSpec& l) {
     return Heads{l.heads, l.kv_heads, l.head_dim, l.window, l.rotary_pairs};
@@ -88,20 +95,24 @@ Program::Program(const EngineSpec& spec, const Dims& d, const Input& in, const W
          a.heads = heads_of(l);
          a.cache = b.caches[static_cast<size_t>(step.layer)];
          c.run = call(ops.qkv, a);
+         layer_args(step).qkv = a;
          c.outputs = {{b.q, static_cast<int>(q_rows), false, true}};
        }},
       {"attention",
        [&](const StepSpec& step, Resolver&, Call& c) {
          const LayerSpec& l = layer_of(step);
-         c.run = call(ops.attention, AttentionArgs{b.q, b.attention, heads_of(l),
-                                                   b.caches[static_cast<size_t>(step.layer)]});
+         const AttentionArgs a{b.q, b.attention, heads_of(l), b.caches[static_cast<size_t>(step.layer)]};
+         c.run = call(ops.attention, a);
+         layer_args(step).attention = a;
          c.outputs = {{b.attention, l.heads * l.head_dim, false, true}};
        }},
       {"attnOut",
        [&](const StepSpec& step, Resolver& w, Call& c) {
          const LayerSpec& l = layer_of(step);
          const int columns = l.heads * l.head_dim;
-         c.run = call(ops.attn_out, AttnOutArgs{b.attention, w("o", {h, columns}), b.attn_sum, columns});
+         const AttnOutArgs a{b.attention, w("o", {h, columns}), b.attn_sum, columns};
+         c.run = call(ops.attn_out, a);
+         layer_args(step).attn_out = a;
        }},
       {"route",
        [&](const StepSpec& step, Resolver& w, Call& c) {
@@ -123,6 +134,7 @@ Program::Program(const EngineSpec& spec, const Dims& d, const Input& in, const W
          a.expert_start = expert_start(step);
          a.assignment = b.assignment;
          c.run = call(ops.route, a);
+         layer_args(step).route = a;
          c.outputs = {hidden,
                       {b.route_weight, d.top_k, false, false, 1, false},
                       {b.route_index, d.top_k, false, false, 1, false}};
@@ -143,6 +155,7 @@ Program::Program(const EngineSpec& spec, const Dims& d, const Input& in, const W
          a.dense_act = b.dense_act;
          a.expert_act = b.expert_act;
          c.run = call(ops.gate_up, a);
+         layer_args(step).gate_up = a;
          c.outputs = {{b.dense_act, d.inter, false, true},
                       {b.expert_act, d.top_k * d.moe_inter, false, true, d.top_k}};
        }},
@@ -161,9 +174,10 @@ Program::Program(const EngineSpec& spec, const Dims& d, const Input& in, const W
          a.assignment = b.assignment;
          a.sum = b.ffn_sum;
          c.run = call(ops.down, a);
+         layer_args(step).down = a;
        }},
       {"ffnOut",
-       [&](const StepSpec&, Resolver& w, Call& c) {
+       [&](const StepSpec& step, Resolver& w, Call& c) {
          FfnOutArgs a{};
          a.sum = b.ffn_sum;
          a.dense_norm = w("denseNorm", {h});
@@ -172,6 +186,7 @@ Program::Program(const EngineSpec& spec, const Dims& d, const Input& in, const W
          a.layer_scalar = w("layerScalar", {1});
          a.hidden = b.hidden;
          c.run = call(ops.ffn_out, a);
+         layer_args(step).ffn_out = a;
          c.outputs = {hidden};
        }},
       {"logits",
@@ -185,6 +200,7 @@ Program::Program(const EngineSpec& spec, const Dims& d, const Input& in, const W
          a.logits = b.logits;
          a.candidates = b.candidates;
          c.run = call(ops.logits, a);
+         decoder_.logits = a;
          c.outputs = {{b.logits, d.local_vocab, true, true, 1, false}};
        }},
       {"sample",
@@ -220,6 +236,21 @@ Program::Program(const EngineSpec& spec, const Dims& d, const Input& in, const W
     }
     calls_.push_back(std::move(c));
   }
+  number_stages();
+}
+
+void Program::number_stages() {
+  static const char* const kOrder[] = {"qkv", "attention", "attnOut", "route", "gateUp", "down", "ffnOut"};
+  constexpr int kStages = std::size(kOrder);
+  const int all = static_cast<int>(decoder_.layers.size()) * kStages;
+  int number = 0;
+  for (Call& call : calls_) {
+    if (call.sync != Sync::none) continue;
+    if (number == all ? call.stage == "logits"
+                      : call.layer == number / kStages && call.stage == kOrder[number % kStages])
+      call.stage_number = number++;
+  }
+  if (number <= all) decoder_.layers.clear();
 }
 
 }  // namespace tp

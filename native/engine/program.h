@@ -23,6 +23,7 @@ class Program {
     double weight_bytes = 0;    // read whatever the input is
     double expert_bytes = 0;    // read for every distinct expert
     int64_t floats_per_token = 0, floats_per_row = 0;  // of a sync's message
+    int stage_number = -1;  // in decoder(); -1 for what is not a stage of a layer, nor the logits
   };
 
   /// Throws TP_PLAN for a step that is unknown, misses a weight or has one of the wrong shape.
@@ -30,9 +31,14 @@ class Program {
           Buffers& buffers, Backend& backend);
 
   const std::vector<Call>& calls() const { return calls_; }
+  /// The same layers as data; empty when the steps are not those of a decoder, layer by layer.
+  const Decoder& decoder() const { return decoder_; }
 
  private:
+  void number_stages();
+
   std::vector<Call> calls_;
+  Decoder decoder_;
 };
 
 }  // namespace tp

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "ops/ops.h"
+#include "ops/decoder.h"
 
 namespace tp {
 
@@ -57,6 +57,10 @@ class Backend {
   /// Runs `work`, which does nothing but call ops. Work of the same key makes the same calls, so a device may
   /// record it.
   virtual void replay(uint64_t /*key*/, const std::function<void()>& work) { work(); }
+
+  /// The decoder's stages in fewer launches than there are ops, or null where the ops are all there is.
+  /// `wires`: to the other ranks, null when they are out of reach.
+  virtual std::unique_ptr<Fused> fuse(const Decoder&, const Dims&, const Wires*) { return nullptr; }
 
   template <class Work>
   void parallel(int count, Work&& work) {

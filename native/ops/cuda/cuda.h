@@ -32,6 +32,7 @@ class CudaBackend final : public Backend {
   void read(void* host, const void* device, size_t bytes) override;
   void require(const Dims& dims, const Heads& heads) const override;
   void replay(uint64_t key, const std::function<void()>& work) override;
+  std::unique_ptr<Fused> fuse(const Decoder& decoder, const Dims& dims, const Wires* wires) override;
 
   void* allocate_shared(size_t bytes) override;
   void enter() override;
@@ -71,7 +72,25 @@ class CudaBackend final : public Backend {
   }
 
   int ring_bytes =
-      96 << 10;         // of weights on their way to a block: more would only crowd the second-level cache
+      96 << 10;  // of weights on their way to a block: more would only crowd the second-level cache
+  /// Launches a kernel whose blocks wait for each other: all are resident at once, or the launch fails.
+  template <class... Parameters, class... Arguments>
+  void launch_together(void (*kernel)(Parameters...), dim3 grid, int block, size_t shared,
+                       const Arguments&... arguments) {
+    prepare(reinterpret_cast<const void*>(kernel), shared);
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(static_cast<unsigned>(block));
+    config.dynamicSmemBytes = shared;
+    config.stream = stream_;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "launching a kernel");
+  }
+
   bool overlap = true;  // kernels start before their predecessor ends; off for comparison
 
  private:
@@ -106,6 +125,8 @@ void gate_up(const GateUpArgs&, const Dims&, const Input&, Backend&);
 void down(const DownArgs&, const Dims&, const Input&, Backend&);
 void ffn_out(const FfnOutArgs&, const Dims&, const Input&, Backend&);
 void logits(const LogitsArgs&, const Dims&, const Input&, Backend&);
+/// What every vocabulary leaf tells the sampler, from logits that are there.
+void summarise_logits(const LogitsArgs&, const Dims&, const Input&, Backend&);
 void sample(const SampleArgs&, const Dims&, const Input&, Backend&);
 void advance(const AdvanceArgs&, const Dims&, const Input&, Backend&);
 

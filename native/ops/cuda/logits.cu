@@ -154,8 +154,13 @@ void logits(const LogitsArgs& a, const Dims& d, const Input& in, Backend& backen
                        tiles_of(d.local_vocab),
                        d.eps,
                        d.softcap});
-  cuda.launch(summarise, dim3(static_cast<unsigned>(in.rows * d.leaves)), kThreads, 0, a.logits, a.candidates,
-              d, in);
+  summarise_logits(a, d, in, backend);
+}
+
+void summarise_logits(const LogitsArgs& a, const Dims& d, const Input& in, Backend& backend) {
+  if (in.rows == 0) return;
+  of(backend).launch(summarise, dim3(static_cast<unsigned>(in.rows * d.leaves)), kThreads, 0, a.logits,
+                     a.candidates, d, in);
 }
 
 }  // namespace tp::cuda

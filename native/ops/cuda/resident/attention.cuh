@@ -1,0 +1,323 @@
+// Norms and RoPE of the heads, the cache, and one query a head over it. The cache is cut at fixed positions
+// into chunks; a task is one chunk of one KV head for one token and all the query heads that share it.
+// Positions of this step come from the projections, not from the cache, where each token's own task lays
+// them. Chunks are joined in their order, so neither the batch nor timing changes a bit.
+#pragma once
+
+#include "ops/cuda/resident/products.cuh"
+
+namespace tp::cuda::resident {
+
+/// Positions of a chunk: 16 KB of keys.
+inline __host__ __device__ int chunk_of(int head_dim) { return 8192 / head_dim; }
+
+/// What a token sees of a layer's cache.
+struct Sight {
+  int first, last;  // positions
+  int chunk;        // positions of one
+  __device__ Sight(int position, const Heads& h)
+      : first(h.window > 0 && position >= h.window ? position - h.window + 1 : 0),
+        last(position),
+        chunk(chunk_of(h.head_dim)) {}
+  __device__ int first_chunk() const { return first / chunk; }
+  __device__ int chunks() const { return last / chunk - first_chunk() + 1; }
+};
+
+struct AttentionTask {
+  int token, kv_head, chunk, chunks;
+};
+
+/// Task i of the step, or false. Tasks of a token: chunks of KV head 0, of head 1, ...
+__device__ __forceinline__ bool task_of(const Context& c, const Heads& h, int i, AttentionTask& task) {
+#pragma unroll 1
+  for (int t = 0; t < c.tokens; t++) {
+    const int chunks = Sight(c.position[t], h).chunks(), tasks = chunks * h.kv_heads;
+    if (i < tasks) {
+      task = {t, i / chunks, i % chunks, chunks};
+      return true;
+    }
+    i -= tasks;
+  }
+  return false;
+}
+
+/// One head by one warp: a lane holds D / 64 neighbours of the first half and those that RoPE pairs with
+/// them.
+template <int D>
+struct Head {
+  static constexpr int kHalf = D / 64;
+  float low[kHalf], high[kHalf];
+
+  __device__ void load(const float* from) {
+    const int at = threadIdx.x % 32 * kHalf;
+#pragma unroll
+    for (int i = 0; i < kHalf; i += 4) {
+      const float4 a = __ldcg(reinterpret_cast<const float4*>(from + at + i)),
+                   b = __ldcg(reinterpret_cast<const float4*>(from + D / 2 + at + i));
+      low[i] = a.x, low[i + 1] = a.y, low[i + 2] = a.z, low[i + 3] = a.w;
+      high[i] = b.x, high[i + 1] = b.y, high[i + 2] = b.z, high[i + 3] = b.w;
+    }
+  }
+  /// weight null: without.
+  __device__ void norm(const Bf16* weight, float eps) {
+    const int at = threadIdx.x % 32 * kHalf;
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kHalf; i++) sum = fused(low[i], low[i], sum);
+#pragma unroll
+    for (int i = 0; i < kHalf; i++) sum = fused(high[i], high[i], sum);
+    const float inverse = inverse_rms(warp_sum(sum), D, eps);
+#pragma unroll
+    for (int i = 0; i < kHalf; i++) {
+      low[i] = rounded(weight ? low[i] * inverse * to_float(weight[at + i]) : low[i] * inverse);
+      high[i] = rounded(weight ? high[i] * inverse * to_float(weight[D / 2 + at + i]) : high[i] * inverse);
+    }
+  }
+  __device__ void rope(const float* cosine, const float* sine, int pairs) {
+    const int at = threadIdx.x % 32 * kHalf;
+#pragma unroll
+    for (int i = 0; i < kHalf; i++) {
+      if (at + i >= pairs) continue;
+      const float x = low[i], y = high[i], cos = __ldg(cosine + at + i), sin = __ldg(sine + at + i);
+      low[i] = rounded(fused(x, cos, -(y * sin)));
+      high[i] = rounded(fused(y, cos, x * sin));
+    }
+  }
+  __device__ void put(Bf16* to) const {
+    const int at = threadIdx.x % 32 * kHalf;
+#pragma unroll
+    for (int i = 0; i < kHalf; i += 2) {
+      *reinterpret_cast<uint32_t*>(to + at + i) = to_bf16(low[i]) | static_cast<uint32_t>(to_bf16(low[i + 1]))
+                                                                        << 16;
+      *reinterpret_cast<uint32_t*>(to + D / 2 + at + i) =
+          to_bf16(high[i]) | static_cast<uint32_t>(to_bf16(high[i + 1])) << 16;
+    }
+  }
+};
+
+/// norm(raw), weighted unless `weight` is null, and rotated unless `cosine` is, to shared memory and, unless
+/// null, to the cache. By one warp.
+template <int D>
+__device__ __noinline__ void place_head(const float* raw, const Bf16* weight, const float* cosine,
+                                        const float* sine, int pairs, float eps, Bf16* to, Bf16* cache) {
+  Head<D> head;
+  head.load(raw);
+  head.norm(weight, eps);
+  if (cosine) head.rope(cosine, sine, pairs);
+  head.put(to);
+  if (cache) head.put(cache);
+}
+
+/// Shared memory of a task, in the room of the activations.
+template <int D>
+struct AttentionRoom {
+  static constexpr int kPositions = 8192 / D;
+  static constexpr int kStride = D * 2 + 64;  // of queries and keys: eight rows use all banks
+  char query[kMostGroup * kStride];
+  char key[kPositions * kStride];
+  Bf16 value[kPositions][D];
+  float score[kPositions][kMostGroup];  // then probabilities, not yet divided by their sum
+  float2 scale[kMostGroup];             // maximum, sum
+};
+
+__device__ inline void copy_16(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_of(to)), "l"(from) : "memory");
+}
+
+template <int D>
+__device__ __forceinline__ void attend(Context& c, const LayerArgs& layer, const AttentionTask& task,
+                                       bool& waited) {
+  using Room = AttentionRoom<D>;
+  const AttentionArgs& a = layer.attention;
+  const QkvArgs& qa = layer.qkv;
+  const Heads& h = a.heads;
+  const int group = h.heads / h.kv_heads, q_rows = h.heads * D, kv_rows = h.kv_heads * D;
+  const int warp = c.warp, own = task.token;
+  const Sight sight(c.position[own], h);
+  const int begin = (sight.first_chunk() + task.chunk) * Room::kPositions;
+  const int from = max(sight.first - begin, 0),
+            to = min(sight.last - begin + 1, Room::kPositions);  // that are seen
+  auto& room = *reinterpret_cast<Room*>(c.acts);
+  const int64_t cache = (static_cast<int64_t>(c.slot[own]) * h.kv_heads + task.kv_head) * a.cache.capacity;
+  const auto cached = [&](const void* of, int position) {
+    return static_cast<const Bf16*>(of) + (cache + position % a.cache.capacity) * D;
+  };
+
+  // A warp a position; those of this step come later.
+#pragma unroll 1
+  for (int i = from + warp; i < to; i += kWarps) {
+    bool of_step = false;
+#pragma unroll 1
+    for (int t = 0; t < c.tokens; t++) of_step |= c.slot[t] == c.slot[own] && c.position[t] == begin + i;
+    if (of_step) continue;
+    const Bf16 *const k = cached(a.cache.k, begin + i), *const v = cached(a.cache.v, begin + i);
+#pragma unroll
+    for (int at = 0; at < D; at += 256) {
+      copy_16(room.key + i * Room::kStride + (at + c.lane * 8) * 2, k + at + c.lane * 8);
+      copy_16(&room.value[i][at + c.lane * 8], v + at + c.lane * 8);
+    }
+  }
+  if (!waited) c.grid.await(c.wires);
+  c.mark(1);
+  waited = true;
+  if (warp < group) {
+    place_head<D>(qa.q + static_cast<int64_t>(own) * q_rows + (task.kv_head * group + warp) * D, qa.q_norm,
+                  qa.cosine + own * h.rotary_pairs, qa.sine + own * h.rotary_pairs, h.rotary_pairs,
+                  c.p.dims.eps, reinterpret_cast<Bf16*>(room.query + warp * Room::kStride), nullptr);
+  }
+  const int t = kWarps - 1 - warp;  // the other end of the warps: with few tokens they do not do both
+  const int fresh = t < c.tokens && c.slot[t] == c.slot[own] ? c.position[t] - begin : -1;
+  if (fresh >= from && fresh < to) {
+    const float* const raw = qa.kv + static_cast<int64_t>(t) * 2 * kv_rows + task.kv_head * D;
+    const auto cache_of = [&](const void* of) {
+      return t == own ? const_cast<Bf16*>(cached(of, begin + fresh)) : nullptr;
+    };
+    place_head<D>(qa.v_weight ? raw + kv_rows : raw, nullptr, nullptr, nullptr, 0, c.p.dims.eps,
+                  room.value[fresh], cache_of(a.cache.v));
+    place_head<D>(raw, qa.k_norm, qa.cosine + t * h.rotary_pairs, qa.sine + t * h.rotary_pairs,
+                  h.rotary_pairs, c.p.dims.eps, reinterpret_cast<Bf16*>(room.key + fresh * Room::kStride),
+                  cache_of(a.cache.k));
+  }
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  meet();
+
+  // Scores: a warp takes 8 positions.
+  if (warp * 8 < Room::kPositions) {
+    float even[4] = {}, odd[4] = {};
+    const char* const key = room.key + (warp * 8 + c.column) * Room::kStride + c.quarter * 16;
+    const char* const query = room.query + c.column * Room::kStride + c.quarter * 16;
+#pragma unroll 4
+    for (int i = 0; i < D / 32; i++) {
+      const uint4 k = *reinterpret_cast<const uint4*>(key + i * 64);
+      uint4 q = make_uint4(0, 0, 0, 0);
+      if (c.column < group) q = *reinterpret_cast<const uint4*>(query + i * 64);
+      multiply(even, q.x, q.y, k.x, k.y);
+      multiply(odd, q.z, q.w, k.z, k.w);
+    }
+    for (int i = 0; i < 2; i++) {
+      const int at = warp * 8 + 2 * c.quarter + i;
+      room.score[at][c.column] = at >= from && at < to ? even[i] + odd[i] : -INFINITY;
+    }
+  }
+  meet();
+  if (warp < group) {
+    float max = -INFINITY, sum = 0;
+#pragma unroll 1
+    for (int at = c.lane; at < Room::kPositions; at += 32)
+      max = room.score[at][warp] > max ? room.score[at][warp] : max;
+    max = warp_max(max);
+#pragma unroll 1
+    for (int at = c.lane; at < Room::kPositions; at += 32)
+      sum += room.score[at][warp] = exp_f32(room.score[at][warp] - max);
+    sum = warp_sum(sum);
+    if (c.lane == 0) room.scale[warp] = make_float2(max, sum);
+  }
+  meet();
+
+  // Values: a thread takes D / 256 neighbouring dimensions of all heads, position by position.
+  constexpr int kWide = D / 256;
+  float acc[kMostGroup][kWide] = {};
+  const int dim = threadIdx.x * kWide;
+#pragma unroll 2
+  for (int i = from; i < to; i++) {
+    float v[kWide];
+#pragma unroll
+    for (int w = 0; w < kWide; w++) v[w] = to_float(room.value[i][dim + w]);
+    const float4 low = *reinterpret_cast<const float4*>(room.score[i]),
+                 high = *reinterpret_cast<const float4*>(room.score[i] + 4);
+    const float p[kMostGroup] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int head = 0; head < kMostGroup; head++)
+#pragma unroll
+      for (int w = 0; w < kWide; w++) acc[head][w] = fused(p[head], v[w], acc[head][w]);
+  }
+#pragma unroll
+  for (int head = 0; head < kMostGroup; head++) {
+    if (head >= group) continue;
+    const int64_t row = static_cast<int64_t>(own) * h.heads + task.kv_head * group + head;
+    const float sum = room.scale[head].y;
+    float* const out = task.chunks > 1 ? c.p.partial + (row * c.p.partial_chunks + task.chunk) * D + dim
+                                       : a.attention + row * D + dim;
+#pragma unroll
+    for (int w = 0; w < kWide; w++) out[w] = task.chunks > 1 ? acc[head][w] : rounded(acc[head][w] / sum);
+  }
+  if (task.chunks > 1 && warp == 0 && c.lane < group)
+    c.p.partial_scale[(static_cast<int64_t>(own) * h.heads + task.kv_head * group + c.lane) *
+                          c.p.partial_chunks +
+                      task.chunk] = room.scale[c.lane];
+  meet();  // the room is free again
+}
+
+/// Joins the chunks of heads that have several: a task is 32 dimensions of one head.
+__device__ __forceinline__ void join_chunks(Context& c, const LayerArgs& layer) {
+  const Heads& h = layer.attention.heads;
+  const int slices = h.head_dim / 32, tasks = c.tokens * h.heads * slices;
+  auto* const parts = reinterpret_cast<float2*>(c.acts);  // (8, 32): weighted values, weights
+#pragma unroll 1
+  for (int i = blockIdx.x; i < tasks; i += gridDim.x) {
+    const int row = i / slices, t = row / h.heads, dim = i % slices * 32 + c.lane;
+    const int chunks = Sight(c.position[t], h).chunks();
+    if (chunks == 1) continue;
+    const float2* const scale = c.p.partial_scale + static_cast<int64_t>(row) * c.p.partial_chunks;
+    const float* const value =
+        c.p.partial + static_cast<int64_t>(row) * c.p.partial_chunks * h.head_dim + dim;
+    float max = -INFINITY;
+#pragma unroll 1
+    for (int k = c.lane; k < chunks; k += 32) {
+      const float x = __ldcg(&scale[k].x);
+      max = x > max ? x : max;
+    }
+    max = warp_max(max);
+    float weighted = 0, weight = 0;
+#pragma unroll 4
+    for (int k = c.warp; k < chunks; k += kWarps) {
+      const float2 of = __ldcg(scale + k);
+      const float share = exp_f32(of.x - max);
+      weighted = fused(share, __ldcg(value + static_cast<int64_t>(k) * h.head_dim), weighted);
+      weight = fused(share, of.y, weight);
+    }
+    parts[c.warp * 32 + c.lane] = make_float2(weighted, weight);
+    meet();
+    if (c.warp == 0) {
+      float values[kWarps], weights[kWarps];
+#pragma unroll
+      for (int w = 0; w < kWarps; w++)
+        values[w] = parts[w * 32 + c.lane].x, weights[w] = parts[w * 32 + c.lane].y;
+#pragma unroll
+      for (int span = 1; span < kWarps; span *= 2)
+#pragma unroll
+        for (int w = 0; w < kWarps; w += 2 * span)
+          values[w] += values[w + span], weights[w] += weights[w + span];
+      layer.attention.attention[static_cast<int64_t>(row) * h.head_dim + dim] =
+          rounded(values[0] / weights[0]);
+    }
+    meet();
+  }
+}
+
+__device__ __forceinline__ void attention(Context& c, const LayerArgs& layer) {
+  const Heads& h = layer.attention.heads;
+  bool waited = false;
+  AttentionTask task;
+#pragma unroll 1
+  for (int i = blockIdx.x; task_of(c, h, i, task); i += gridDim.x) {
+    if (h.head_dim == 256)
+      attend<256>(c, layer, task, waited);
+    else
+      attend<512>(c, layer, task, waited);
+  }
+  if (!waited)
+    c.grid.await(c.wires);  // blocks without a task must not arrive again before all have arrived once
+  bool several = false;
+#pragma unroll 1
+  for (int t = 0; t < c.tokens; t++) several |= Sight(c.position[t], h).chunks() > 1;
+  c.grid.arrive();
+  c.grid.expect(gridDim.x);
+  if (!several) return;
+  c.grid.await(c.wires);
+  join_chunks(c, layer);
+  c.grid.arrive();
+  c.grid.expect(gridDim.x);
+}
+
+}  // namespace tp::cuda::resident

@@ -1,0 +1,42 @@
+#pragma once
+
+#include "ops/cuda/resident/products.cuh"
+
+namespace tp::cuda::resident {
+
+struct AttnOutRows {
+  const Bf16* weight;
+  int columns;
+  __device__ int part() const { return min(columns, kAttentionPart); }
+  __device__ Deal deal(int hidden) const { return {hidden / kUnitRows, columns / part(), 0}; }
+  __device__ const Bf16* row(int unit, int part, int r) const {
+    return weight + (static_cast<int64_t>(unit) * kUnitRows + r) * columns + part * this->part();
+  }
+};
+
+__device__ __forceinline__ void attn_out(Context& c, const LayerArgs& layer) {
+  const AttnOutArgs& a = layer.attn_out;
+  const Dims& d = c.p.dims;
+  const AttnOutRows rows{a.weight, a.columns};
+  const int stride = stride_of(2 * a.columns);
+  c.grid.await(c.wires);
+  c.mark(1);
+  load_acts(c.acts, stride, a.attention, c.tokens, a.columns);
+  meet();
+  const Deal deal = rows.deal(d.hidden);
+  if (!c.last) c.epoch++;
+  const int chunks = a.columns / kAttentionChunk;
+  consume<kAttentionChunk / 8>(
+      c, deal, min(chunks, kWarps), {c.acts, stride}, [&](int first, int units, const float* room) {
+        each_output<kUnitRows>(c, units, [&](int u, int t, int row) {
+          const float x = joined_leaves(room, deal.parts, d.leaves, chunks / d.leaves, u, t, row);
+          const int64_t at = static_cast<int64_t>(t) * d.hidden + deal.unit(first + u) * kUnitRows + row;
+          if (c.last)
+            a.sum[at] = x;
+          else
+            push(c.wires, c.epoch, at, x);
+        });
+      });
+}
+
+}  // namespace tp::cuda::resident

@@ -1,0 +1,47 @@
+// The end of a layer: a token's row is one block's work, as are its norms.
+#pragma once
+
+#include "ops/cuda/resident/products.cuh"
+
+namespace tp::cuda::resident {
+
+__device__ __forceinline__ void ffn_out(Context& c, const LayerArgs& layer) {
+  const FfnOutArgs& a = layer.ffn_out;
+  const int n = c.p.dims.hidden;
+  const float eps = c.p.dims.eps;
+  if (c.owner()) {
+    const int64_t t = blockIdx.x;
+    NormWeights dense_norm, expert_norm, norm;
+    dense_norm.load(a.dense_norm, n), expert_norm.load(a.expert_norm, n), norm.load(a.norm, n);
+    const float scalar = to_float(*a.layer_scalar);
+    Row hidden, dense, experts;
+    hidden.load(a.hidden + t * n, n);
+    if (c.first) {
+      dense.load(a.sum + 2 * t * n, n), experts.load(a.sum + (2 * t + 1) * n, n);
+    } else {
+      dense = reduced(c.wires, c.epoch, 2 * t * n, n);
+      experts = reduced(c.wires, c.epoch, (2 * t + 1) * n, n);
+    }
+    c.mark(1);
+    dense.change([](float x, int, int) { return rounded(x); });
+    experts.change([](float x, int, int) { return rounded(x); });
+    c.sums.next();
+    c.sums.give(0, dense.squares()), c.sums.give(1, experts.squares());
+    meet();
+    const float of_dense = inverse_rms(c.sums.take(0), n, eps),
+                of_experts = inverse_rms(c.sums.take(1), n, eps);
+    dense.change([&](float x, int p, int j) {
+      return rounded(rounded(x * of_dense * dense_norm.at(p, j)) +
+                     rounded(experts.x[p][j] * of_experts * expert_norm.at(p, j)));
+    });
+    const float inverse = inverse_rms(c.sums.over_block(dense.squares()), n, eps);
+    hidden.change([&](float m, int p, int j) {
+      return rounded(rounded(m + rounded(dense.x[p][j] * inverse * norm.at(p, j))) * scalar);
+    });
+    hidden.store(a.hidden + t * n, n);
+    c.owners.arrive();
+  }
+  c.owners.expect(c.tokens);
+}
+
+}  // namespace tp::cuda::resident

@@ -1,0 +1,78 @@
+// Gate and up projections and GELU(gate) * up. A unit is four columns: their gate rows, then their up rows.
+#pragma once
+
+#include "ops/cuda/resident/route.cuh"
+
+namespace tp::cuda::resident {
+
+constexpr int kUnitColumns = kUnitRows / 2;
+
+struct GateUpRows {
+  const Bf16 *gate, *up, *experts;
+  int hidden, inter, moe;
+  __device__ GateUpRows(const GateUpArgs& a, const Dims& d)
+      : gate(a.gate),
+        up(a.up),
+        experts(a.expert_gate_up),
+        hidden(d.hidden),
+        inter(d.inter),
+        moe(d.moe_inter) {}
+  __device__ int expert_units() const { return moe / kUnitColumns; }
+  __device__ Deal dense_deal() const { return {inter / kUnitColumns, 1, 0}; }
+  /// Begins where the dense units ended, so that no block has more than one unit above its share.
+  __device__ Deal expert_deal(int count) const { return {count * expert_units(), 1, inter / kUnitColumns}; }
+  __device__ const Bf16* dense_row(int unit, int r) const {
+    return (r < kUnitColumns ? gate : up) + (int64_t{unit} * kUnitColumns + r % kUnitColumns) * hidden;
+  }
+  __device__ const Bf16* expert_row(int expert, int unit, int r) const {
+    const int row = (r < kUnitColumns ? 0 : moe) + unit * kUnitColumns + r % kUnitColumns;
+    return experts + (int64_t{expert} * 2 * moe + row) * hidden;
+  }
+};
+
+__device__ __forceinline__ float gated(const float* room, int unit, int token, int column) {
+  const float gate = rounded(joined(room, unit, token, column)),
+              up = rounded(joined(room, unit, token, kUnitColumns + column));
+  return rounded(rounded(gelu_tanh(gate)) * up);
+}
+
+__device__ __forceinline__ void gate_up(Context& c, const LayerArgs& layer) {
+  const GateUpArgs& a = layer.gate_up;
+  const Dims& d = c.p.dims;
+  const GateUpRows rows(a, d);
+  const int stride = stride_of(2 * d.hidden);
+  if (c.first) {  // else the router left them
+    NormWeights dense, expert;
+    dense.load(layer.route.dense_norm, d.hidden), expert.load(layer.route.expert_norm, d.hidden);
+    load_rows(c, expert_in(c), layer.route.hidden, nullptr);
+    norm_rows(c, expert_in(c), c.acts, dense);
+    norm_rows(c, expert_in(c), expert_in(c), expert);
+  }
+  meet();
+  const Deal dense = rows.dense_deal();
+  consume<kWholePieces>(c, dense, kWarps, {c.acts, stride}, [&](int first, int units, const float* room) {
+    each_output<kUnitColumns>(c, units, [&](int u, int t, int column) {
+      a.dense_act[int64_t{t} * d.inter + dense.unit(first + u) * kUnitColumns + column] =
+          gated(room, u, t, column);
+    });
+  });
+  c.grid.await(c.wires);
+  c.mark(1);
+  choose(c, layer.route, blockIdx.x == 0);
+  c.mark(2);
+  const Deal experts = rows.expert_deal(c.chosen->count);
+  consume<kWholePieces>(
+      c, experts, kWarps, {expert_in(c), stride}, [&](int first, int units, const float* room) {
+        each_output<kUnitColumns>(c, units, [&](int u, int t, int column) {
+          const int unit = experts.unit(first + u), i = unit / rows.expert_units();
+          const int slot = c.chosen->slot(i, t);
+          if (slot < 0) return;
+          a.expert_act[(int64_t{t} * d.top_k + slot) * d.moe_inter +
+                       unit % rows.expert_units() * kUnitColumns + column] = gated(room, u, t, column);
+        });
+      });
+  c.grid.arrive();
+  c.grid.expect(gridDim.x);
+}
+
+}  // namespace tp::cuda::resident

@@ -1,0 +1,31 @@
+// Final norm and this rank's rows of the vocabulary head.
+#pragma once
+
+#include "ops/cuda/resident/products.cuh"
+
+namespace tp::cuda::resident {
+
+__device__ __forceinline__ void logits(Context& c) {
+  const LogitsArgs& a = c.p.logits;
+  const Dims& d = c.p.dims;
+  const int n = d.hidden;
+  NormWeights norm;
+  norm.load(a.norm, n);
+  c.owners.await(c.wires);
+  c.mark(1);
+  c.tokens = c.p.in.rows;  // columns are rows of logits from here on
+  load_rows(c, c.acts, a.hidden, c.p.in.row);
+  norm_rows(c, c.acts, c.acts, norm);
+  meet();
+  const Deal deal(d.local_vocab / kUnitRows, 1, 0);
+  consume<kWholePieces>(
+      c, deal, kWarps, {c.acts, stride_of(2 * n)}, [&](int first, int units, const float* room) {
+        each_output<kUnitRows>(c, units, [&](int u, int row_of_logits, int row) {
+          const float x = joined(room, u, row_of_logits, row);
+          a.logits[static_cast<int64_t>(row_of_logits) * d.local_vocab + deal.unit(first + u) * kUnitRows +
+                   row] = d.softcap > 0 ? d.softcap * tanh_f32(x / d.softcap) : x;
+        });
+      });
+}
+
+}  // namespace tp::cuda::resident

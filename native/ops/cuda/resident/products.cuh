@@ -1,0 +1,219 @@
+// Weight rows times the tokens' activations, slot by slot: tensor-core products of bfloat16 with fp32 sums, 8
+// weight rows by up to 8 tokens at once. What a token's column holds never changes what its neighbours
+// compute, so a token's bits do not depend on the batch.
+//
+// The columns of a portion are shared out among the warps. Their sums lie side by side in shared memory until
+// all warps are done with a few portions; then a thread joins those of an output, in an order that the
+// matrix's shape fixes.
+#pragma once
+
+#include "ops/cuda/resident/ring.cuh"
+#include "ops/cuda/resident/rows.cuh"
+
+namespace tp::cuda::resident {
+
+/// The experts that the step's tokens chose, each once, in the order of their ids.
+struct Chosen {
+  int count;
+  int expert[kMostTokens * kMostTopK];
+  uint64_t slots[kMostTokens * kMostTopK];  // a byte a token: which of its K experts, 0xff = not chosen
+  float weight[kMostTokens * kMostTopK][kMostTokens];  // routing weight
+  __device__ int slot(int i, int token) const { return static_cast<signed char>(slots[i] >> (8 * token)); }
+};
+
+/// What every stage sees.
+struct Context {
+  const Parameters& p;
+  const Wires& wires;
+  int tokens, warp, lane;
+  int column, quarter;  // of a product: the token of the lane's operand, and which 8 of every 32 elements
+  Ring ring;
+  Counter grid, owners;
+  Sums sums;
+  char* acts;       // bfloat16 activations
+  uint32_t zeros;   // shared address of kZeroBytes of zeros: the activations of tokens that are not there
+  float* exchange;  // 2 turns of kRoomFloats
+  Chosen* chosen;
+  uint32_t listed;             // barrier: `chosen` is there, for the warp that fills the ring
+  const int *position, *slot;  // (T) in shared memory
+  uint32_t epoch;              // number of the all-reduce under way
+  int turn = 0;
+  bool first, last;  // stage of this launch
+  uint64_t* marks;   // (4) of the stage, null = this block does not measure
+
+  __device__ void mark(int i) const {
+    if (marks && threadIdx.x == 0) marks[i] = now_ns();
+  }
+  __device__ bool owner() const { return static_cast<int>(blockIdx.x) < tokens; }
+  __device__ float* next_room() {
+    turn ^= 1;
+    return exchange + turn * kRoomFloats;
+  }
+};
+
+__device__ inline void multiply(float (&acc)[4], uint32_t a0, uint32_t a2, uint32_t b0, uint32_t b1) {
+  // volatile: every lane takes part, also those whose sums nobody wants
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %5}, {%7, %8}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
+}
+
+constexpr int kMostPieces = 48;  // pieces of 8 elements in one warp's chunk of a row
+constexpr int kZeroBytes = kMostPieces * 16;
+
+/// sums[i] = products of the lane's token with the weight rows that lanes of column 2 * quarter + i hold,
+/// over `Pieces` pieces. Shared addresses of the lane's first pieces.
+template <int Pieces>
+__device__ __forceinline__ void product(uint32_t weights, uint32_t act, int quarter, float (&sums)[2]) {
+  constexpr int kSteps = (Pieces + 3) / 4, kAhead = 6;  // steps whose operands are asked for at once
+  float acc[4][4] = {};
+#pragma unroll
+  for (int base = 0; base < kSteps; base += kAhead) {
+    uint4 w[kAhead], x[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; k++) {
+      const int i = base + k;
+      if (i >= kSteps) continue;
+      w[k] = x[k] = make_uint4(0, 0, 0, 0);
+      if (i * 4 + 3 < Pieces || i * 4 + quarter < Pieces)
+        w[k] = load_shared(weights + i * 64), x[k] = load_shared(act + i * 64);
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; k++) {
+      const int i = base + k;
+      if (i >= kSteps) continue;
+      multiply(acc[i % 2 * 2], x[k].x, x[k].y, w[k].x, w[k].y);
+      multiply(acc[i % 2 * 2 + 1], x[k].z, x[k].w, w[k].z, w[k].w);
+    }
+  }
+  for (int i = 0; i < 2; i++) sums[i] = (acc[0][i] + acc[1][i]) + (acc[2][i] + acc[3][i]);
+}
+
+/// The activations of a stage: a row a token in shared memory.
+struct Acts {
+  const char* data;
+  int stride;  // bytes
+};
+
+/// The row of a portion that lanes of a column hold: neighbouring columns are in neighbouring slots, on other
+/// banks.
+__device__ __forceinline__ int row_of(int column) { return (column & 1) * kSlotRows + column / 2; }
+
+/// Takes all portions of a deal. A warp takes a chunk of `Pieces` pieces of every row; a portion has `chunks`
+/// of them. done(unit, units, room) is called by all threads when the sums of `units` neighbouring units of
+/// the block's, from `unit` on, are in the room.
+template <int Pieces, class Done>
+__device__ __forceinline__ void consume(Context& c, const Deal& deal, int chunks, const Acts& acts,
+                                        Done&& done) {
+  const int row = row_of(c.column), row_bytes = chunks * Pieces * 16;
+  const uint32_t offset = c.warp * Pieces * 16 + c.quarter * 16;
+  const bool held = c.column < c.tokens;
+  const uint32_t act =
+      held ? shared_of(acts.data) + c.column * acts.stride + offset : c.zeros + c.quarter * 16;
+  const int sums_at = c.warp * kSumFloats + c.column * kUnitRows + row_of(2 * c.quarter);
+#pragma unroll 1
+  for (int base = 0; base < deal.portions; base += kGroup) {
+    const int end = min(base + kGroup, deal.portions);
+    float* const room = c.next_room();
+#pragma unroll 1
+    for (int n = base; n < end; n++) {
+      const uint32_t at = c.ring.take(row, row_bytes, c.wires) + offset;
+      if (c.warp < chunks) {
+        float sums[2];
+        product<Pieces>(at, held ? act + (n & (deal.parts - 1)) * row_bytes : act, c.quarter, sums);
+        float* const to = room + (n - base) * kWarps * kSumFloats + sums_at;
+        if (held) to[0] = sums[0], to[kSlotRows] = sums[1];
+      }
+      c.ring.release();
+    }
+    meet();
+    done(base / deal.parts, (end - base) / deal.parts, room);
+  }
+}
+
+/// An output of rows that all warps share: their sums in tree order.
+__device__ __forceinline__ float joined(const float* room, int unit, int token, int row) {
+  const float* const from = room + unit * kWarps * kSumFloats + token * kUnitRows + row;
+  float sum[kWarps];
+#pragma unroll
+  for (int w = 0; w < kWarps; w++) sum[w] = from[w * kSumFloats];
+  return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+}
+
+/// An output of rows of leaves: `chunks` of a leaf are added in order, leaves in tree order. A unit has
+/// `parts` portions.
+__device__ __forceinline__ float joined_leaves(const float* room, int parts, int leaves, int chunks, int unit,
+                                               int token, int row) {
+  const float* from = room + unit * parts * kWarps * kSumFloats + token * kUnitRows + row;
+  float leaf[kMaxLeaves];
+#pragma unroll
+  for (int l = 0; l < kMaxLeaves; l++) {
+    leaf[l] = 0;
+    if (l >= leaves) continue;
+    leaf[l] = from[l * chunks * kSumFloats];
+#pragma unroll 1
+    for (int i = 1; i < chunks; i++) leaf[l] += from[(l * chunks + i) * kSumFloats];
+  }
+#pragma unroll
+  for (int span = 1; span < kMaxLeaves; span *= 2)
+    if (span < leaves)
+#pragma unroll
+      for (int l = 0; l < kMaxLeaves; l += 2 * span) leaf[l] += leaf[l + span];
+  return leaf[0];
+}
+
+/// Calls each(unit, token, row) for `rows` of the 8 rows of every unit and every token, a thread each.
+template <int Rows, class Each>
+__device__ __forceinline__ void each_output(const Context& c, int units, Each&& each) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < units * Rows * kMostTokens; i += kThreads) {
+    const int token = i / Rows % kMostTokens;
+    if (token < c.tokens) each(i / (Rows * kMostTokens), token, i % Rows);
+  }
+}
+
+/// Rows of fp32 activations as bfloat16 columns.
+__device__ __forceinline__ void load_acts(char* to, int stride, const float* from, int rows, int width) {
+  const int pieces = width / 4;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < rows * pieces; i += kThreads) {
+    const int row = i / pieces, at = (i - row * pieces) * 4;
+    const float4 x = __ldcg(reinterpret_cast<const float4*>(from + static_cast<int64_t>(row) * width + at));
+    *reinterpret_cast<uint2*>(to + row * stride + at * 2) =
+        make_uint2(to_bf16(x.x) | static_cast<uint32_t>(to_bf16(x.y)) << 16,
+                   to_bf16(x.z) | static_cast<uint32_t>(to_bf16(x.w)) << 16);
+  }
+}
+
+/// Rows of the residual stream into shared memory, as they are (they are bfloat16-valued), and their squares
+/// into the sums: c.sums.take(t) after this. `index`: which row each token reads, null = its own.
+__device__ __forceinline__ void load_rows(Context& c, char* to, const float* hidden, const int* index) {
+  const int n = c.p.dims.hidden, stride = stride_of(2 * n);
+  c.sums.next();
+#pragma unroll 2
+  for (int t = 0; t < c.tokens; t++) {
+    Row row;
+    row.load(hidden + static_cast<int64_t>(index ? index[t] : t) * n, n);
+    row.put(to + t * stride, n);
+    c.sums.give(t, row.squares());
+  }
+  meet();
+}
+
+/// Rows that load_rows() brought, normed and weighted. In place is fine: a thread keeps to its own elements.
+__device__ __forceinline__ void norm_rows(const Context& c, const char* from, char* to,
+                                          const NormWeights& weights) {
+  const int n = c.p.dims.hidden, stride = stride_of(2 * n);
+#pragma unroll 1
+  for (int t = 0; t < c.tokens; t++) {
+    const float inverse = inverse_rms(c.sums.take(t), n, c.p.dims.eps);
+    Row row;
+    row.get(from + t * stride, n);
+    row.change([&](float x, int p, int j) { return x * inverse * weights.at(p, j); });
+    row.put(to + t * stride, n);
+  }
+}
+
+}  // namespace tp::cuda::resident

@@ -1,0 +1,53 @@
+// Input norm and the three projections. Norms of the heads, RoPE and the cache are attention's, which reads
+// whole heads.
+#pragma once
+
+#include "ops/cuda/resident/products.cuh"
+
+namespace tp::cuda::resident {
+
+struct QkvRows {
+  const Bf16 *q, *k, *v;  // v null: k serves as both
+  int q_units, kv_units;
+  __device__ explicit QkvRows(const QkvArgs& a)
+      : q(a.q_weight),
+        k(a.k_weight),
+        v(a.v_weight),
+        q_units(a.heads.heads * a.heads.head_dim / kUnitRows),
+        kv_units(a.heads.kv_heads * a.heads.head_dim / kUnitRows) {}
+  __device__ Deal deal() const { return {q_units + (v ? 2 : 1) * kv_units, 1, 0}; }
+  __device__ const Bf16* row(int unit, int r, int hidden) const {
+    const bool of_q = unit < q_units, of_k = unit < q_units + kv_units;
+    const int64_t at = (of_q ? unit : unit - q_units - (of_k ? 0 : kv_units)) * kUnitRows + r;
+    return (of_q ? q : of_k ? k : v) + at * hidden;
+  }
+};
+
+__device__ __forceinline__ void qkv(Context& c, const LayerArgs& layer) {
+  const QkvArgs& a = layer.qkv;
+  const QkvRows rows(a);
+  const int n = c.p.dims.hidden, q_rows = rows.q_units * kUnitRows, kv_rows = rows.kv_units * kUnitRows;
+  NormWeights norm;
+  norm.load(a.norm, n);
+  c.owners.await(c.wires);
+  c.mark(1);
+  load_rows(c, c.acts, a.hidden, nullptr);
+  norm_rows(c, c.acts, c.acts, norm);
+  meet();
+  const Deal deal = rows.deal();
+  consume<kWholePieces>(c, deal, kWarps, {c.acts, stride_of(2 * n)},
+                        [&](int first, int units, const float* room) {
+                          each_output<kUnitRows>(c, units, [&](int u, int t, int row) {
+                            const float x = rounded(joined(room, u, t, row));
+                            const int at = deal.unit(first + u) * kUnitRows + row;
+                            if (at < q_rows)
+                              a.q[static_cast<int64_t>(t) * q_rows + at] = x;
+                            else
+                              a.kv[static_cast<int64_t>(t) * 2 * kv_rows + at - q_rows] = x;  // k, then v
+                          });
+                        });
+  c.grid.arrive();
+  c.grid.expect(gridDim.x);
+}
+
+}  // namespace tp::cuda::resident

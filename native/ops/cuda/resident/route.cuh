@@ -1,0 +1,174 @@
+// The middle of a layer. The residual after attention is one block's work a token; the router's rows are
+// dealt out to all blocks; the choice is made by every block for itself, from the same logits.
+#pragma once
+
+#include "ops/cuda/resident/products.cuh"
+
+namespace tp::cuda::resident {
+
+/// The inputs of dense MLP and experts, side by side in the room of the activations.
+__device__ inline char* expert_in(const Context& c) {
+  return c.acts + c.tokens * stride_of(2 * c.p.dims.hidden);
+}
+
+/// m = hidden + norm(sum), of the block's token.
+__device__ __forceinline__ void add_attention(Context& c, const RouteArgs& a) {
+  const int n = c.p.dims.hidden;
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * n;
+  NormWeights post;
+  post.load(a.post_norm, n);
+  Row hidden, sum;
+  hidden.load(a.hidden + at, n);
+  if (c.first)
+    sum.load(a.sum + at, n);
+  else
+    sum = reduced(c.wires, c.epoch, at, n);
+  c.mark(1);
+  sum.change([](float x, int, int) { return rounded(x); });
+  const float inverse = inverse_rms(c.sums.over_block(sum.squares()), n, c.p.dims.eps);
+  hidden.change(
+      [&](float x, int p, int j) { return rounded(x + rounded(sum.x[p][j] * inverse * post.at(p, j))); });
+  hidden.store(a.hidden + at, n);
+}
+
+/// The K most probable experts of every token, a warp a token, and the list of them all. The block that
+/// stores also leaves them where the ops' contract has them.
+__device__ __forceinline__ void choose(Context& c, const RouteArgs& a, bool store) {
+  __shared__ int index[kMostTokens][kMostTopK];
+  __shared__ float weight[kMostTokens][kMostTopK];
+  __shared__ int voters[kWarps];
+  static_assert(kMostExperts < kThreads);
+  const int experts = c.p.dims.experts, top_k = c.p.dims.top_k, t = c.warp;
+  if (t < c.tokens) {
+    constexpr int kPer = kMostExperts / 32;
+    float p[kPer], max = -INFINITY, total = 0;
+#pragma unroll
+    for (int i = 0; i < kPer; i++) {
+      const int e = c.lane + 32 * i;
+      p[i] = e < experts ? __ldcg(a.router_logits + t * experts + e) : -INFINITY;
+      max = p[i] > max ? p[i] : max;
+    }
+    max = warp_max(max);
+#pragma unroll
+    for (int i = 0; i < kPer; i++) total += p[i] = exp_f32(p[i] - max);
+    total = warp_sum(total);
+#pragma unroll
+    for (int i = 0; i < kPer; i++) p[i] = c.lane + 32 * i < experts ? p[i] / total : -1.0f;
+    float chosen = 0, mine = 0;  // lane k keeps the k-th
+    int who = 0;
+#pragma unroll 1
+    for (int k = 0; k < top_k; k++) {
+      // Probabilities are not negative: their bits are in their order.
+      uint32_t best = 0;
+      int at = INT_MAX;
+#pragma unroll
+      for (int i = 0; i < kPer; i++)
+        if (p[i] >= 0 && (at == INT_MAX || bits_of(p[i]) > best)) best = bits_of(p[i]), at = c.lane + 32 * i;
+      const uint32_t most = __reduce_max_sync(~0u, best);
+      unsigned expert = __reduce_min_sync(~0u, best == most ? static_cast<unsigned>(at) : INT_MAX);
+      if (expert >= static_cast<unsigned>(experts))
+        expert = static_cast<unsigned>(k);  // not numbers: any expert, but a valid one
+      if (c.lane == k) mine = float_of(most), who = static_cast<int>(expert);
+      chosen += float_of(most);
+#pragma unroll
+      for (int i = 0; i < kPer; i++)
+        if (c.lane + 32 * i == static_cast<int>(expert)) p[i] = -1;
+    }
+    if (c.lane < top_k) {
+      index[t][c.lane] = who;
+      weight[t][c.lane] = mine / chosen * to_float(a.per_expert_scale[who]);
+      if (store) {
+        a.route_index[t * top_k + c.lane] = who;
+        a.route_weight[t * top_k + c.lane] = weight[t][c.lane];
+      }
+    }
+  }
+  meet();
+  const int e = threadIdx.x;
+  uint64_t slots = ~0ull;
+  int before = 0;
+#pragma unroll 1
+  for (int token = 0; token < c.tokens; token++)
+#pragma unroll 2
+    for (int k = 0; k < top_k; k++) {
+      before += index[token][k] < e;
+      if (index[token][k] == e) slots ^= (0xffull ^ static_cast<uint64_t>(k)) << (8 * token);
+    }
+  const bool any = slots != ~0ull;
+  const unsigned votes = __ballot_sync(~0u, any);
+  if (c.lane == 0) voters[c.warp] = __popc(votes);
+  meet();
+  int at = __popc(votes & ((1u << c.lane) - 1)), all = 0;
+  for (int w = 0; w < kWarps; w++) {
+    if (w < c.warp) at += voters[w];
+    all += voters[w];
+  }
+  if (any) {
+    c.chosen->expert[at] = e, c.chosen->slots[at] = slots;
+#pragma unroll 1
+    for (int token = 0; token < c.tokens; token++) {
+      const int slot = static_cast<signed char>(slots >> (8 * token));
+      c.chosen->weight[at][token] = slot < 0 ? 0 : weight[token][slot];
+    }
+  }
+  if (e == 0) c.chosen->count = all;
+  if (store && e <= experts) a.expert_start[e] = before;
+  meet();
+  if (e == 0) arrive_at(c.listed);
+}
+
+__device__ __forceinline__ void route(Context& c, const LayerArgs& layer) {
+  const RouteArgs& a = layer.route;
+  const Dims& d = c.p.dims;
+  const int n = d.hidden, stride = stride_of(2 * n);
+  NormWeights scale, dense, expert, router;
+  scale.load(a.scale, n), dense.load(a.dense_norm, n), expert.load(a.expert_norm, n);
+  if (static_cast<int>(blockIdx.x) < d.experts)
+    router.load(a.router + static_cast<int64_t>(blockIdx.x) * n, n);
+  if (c.owner()) {
+    add_attention(c, a);
+    c.owners.arrive();
+  }
+  c.owners.expect(c.tokens);
+  c.owners.await(c.wires);
+  c.mark(2);
+  char* const m = expert_in(c);
+  load_rows(c, m, a.hidden, nullptr);
+  const float root = 1.0f / __builtin_sqrtf(static_cast<float>(n));
+  Sums logits = c.sums;
+  logits.next();
+#pragma unroll 1
+  for (int e = blockIdx.x; e < d.experts; e += gridDim.x) {
+    if (e >= static_cast<int>(gridDim.x)) {
+      router.load(a.router + static_cast<int64_t>(e) * n, n);
+      meet();
+    }
+#pragma unroll 1
+    for (int t = 0; t < c.tokens; t++) {
+      const float inverse = inverse_rms(c.sums.take(t), n, d.eps);
+      Row z;
+      z.get(m + t * stride, n);
+      float logit = 0;
+      z.change([&](float x, int p, int j) {
+        const float scaled = rounded(rounded(rounded(x * inverse) * scale.at(p, j)) * root);
+        logit = fused(scaled, router.at(p, j), logit);
+        return scaled;
+      });
+      logits.give(t, logit);
+    }
+    meet();
+    if (static_cast<int>(threadIdx.x) < c.tokens)
+      a.router_logits[threadIdx.x * d.experts + e] = logits.take(threadIdx.x);
+  }
+  c.grid.arrive();
+  c.grid.expect(gridDim.x);
+  if (!c.last) {
+    norm_rows(c, m, c.acts, dense);
+    norm_rows(c, m, m, expert);
+    return;
+  }
+  c.grid.await(c.wires);
+  choose(c, a, blockIdx.x == 0);
+}
+
+}  // namespace tp::cuda::resident

@@ -1,0 +1,305 @@
+// The resident kernel: a block a multiprocessor runs the stages of the plan one after the other. Eight warps
+// compute; the ninth walks the same plan and keeps the ring of weights full, so that memory is read while
+// blocks wait for each other, for a peer or for the router.
+#include <algorithm>
+
+#include "ops/cuda/resident/attention.cuh"
+#include "ops/cuda/resident/attn_out.cuh"
+#include "ops/cuda/resident/down.cuh"
+#include "ops/cuda/resident/ffn_out.cuh"
+#include "ops/cuda/resident/gate_up.cuh"
+#include "ops/cuda/resident/logits.cuh"
+#include "ops/cuda/resident/qkv.cuh"
+
+namespace tp::cuda {
+
+namespace resident {
+
+/// What the ninth warp does: portions in the order in which the stages take them.
+__device__ void fill_ring(const Parameters& p, Ring& ring, const Chosen& chosen, uint32_t listed) {
+  const Dims& d = p.dims;
+  uint64_t policy;  // weights are read once a step: let them not drive out what is read again
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  uint32_t lists = 0;
+  const auto await_list = [&] { await_phase(listed, lists++ & 1, p.wires); };
+  const int r = threadIdx.x % kUnitRows;
+  const auto fill = [&](const Deal& deal, int bytes, bool adjacent, auto&& row) {
+#pragma unroll 1
+    for (int n = 0, unit = deal.first, part = 0; n < deal.portions; n++) {
+      ring.ask(row(unit, part), bytes, adjacent, p.wires, policy);
+      if (++part == deal.parts) part = 0, unit += deal.step;
+    }
+  };
+#pragma unroll 1
+  for (int step = p.from; step < p.to; step++) {
+    if (step == p.layer_count * kStages) {
+      fill({d.local_vocab / kUnitRows, 1, 0}, 2 * d.hidden, true,
+           [&](int unit, int) { return p.logits.table + (int64_t{unit} * kUnitRows + r) * d.hidden; });
+      return;
+    }
+    const LayerArgs& layer = p.layers[step / kStages];
+    switch (step % kStages) {
+      case kQkv: {
+        const QkvRows rows(layer.qkv);
+        fill(rows.deal(), 2 * d.hidden, true, [&](int unit, int) { return rows.row(unit, r, d.hidden); });
+        break;
+      }
+      case kAttnOut: {
+        const AttnOutRows rows{layer.attn_out.weight, layer.attn_out.columns};
+        const Deal deal = rows.deal(d.hidden);
+        fill(deal, 2 * rows.part(), deal.parts == 1,
+             [&](int unit, int part) { return rows.row(unit, part, r); });
+        break;
+      }
+      case kGateUp: {
+        const GateUpRows rows(layer.gate_up, d);
+        fill(rows.dense_deal(), 2 * d.hidden, true, [&](int unit, int) { return rows.dense_row(unit, r); });
+        await_list();
+        const int units = rows.expert_units();
+        fill(rows.expert_deal(chosen.count), 2 * d.hidden, true, [&](int unit, int) {
+          const int i = unit / units;
+          return rows.expert_row(chosen.expert[i], unit - i * units, r);
+        });
+        break;
+      }
+      case kDown: {
+        const DownRows rows(layer.down, d);
+        if (step == p.from) await_list();
+        fill(rows.dense_deal(), 2 * d.inter, true, [&](int unit, int) { return rows.dense_row(unit, r); });
+        fill(rows.expert_deal(chosen.count), 2 * d.moe_inter * rows.expert_rows, false,
+             [&](int unit, int part) -> const Bf16* {
+               const int i = part * kWarps + r;
+               return i < chosen.count ? rows.expert_row(chosen.expert[i], unit) : nullptr;
+             });
+        break;
+      }
+      default:
+        break;
+    }
+  }
+}
+
+/// One stage of one layer, by the computing warps.
+__device__ __forceinline__ void run_stage(Context& c, int stage, const LayerArgs& layer) {
+  switch (stage) {
+    case kQkv:
+      return qkv(c, layer);
+    case kAttention:
+      return attention(c, layer);
+    case kAttnOut:
+      return attn_out(c, layer);
+    case kRoute:
+      return route(c, layer);
+    case kGateUp:
+      return gate_up(c, layer);
+    case kDown:
+      return down(c, layer);
+    default:
+      return ffn_out(c, layer);
+  }
+}
+
+/// Brings a layer's arguments into shared memory behind the running stage.
+__device__ inline void fetch(LayerArgs* to, const LayerArgs* from) {
+  static_assert(sizeof(LayerArgs) % 8 == 0);
+  for (int i = threadIdx.x * 8; i < static_cast<int>(sizeof(LayerArgs)); i += kThreads * 8)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_of(to) + i),
+                 "l"(reinterpret_cast<const char*>(from) + i)
+                 : "memory");
+}
+__device__ inline void await_fetched() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  meet();
+}
+
+__global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ Parameters p) {
+  extern __shared__ __align__(128) char memory[];  // ring, activations, exchange
+  __shared__ uint64_t barriers[2 * kMostSlots], listed;
+  __shared__ Chosen chosen;
+  __shared__ float room[2 * kMostTokens * kWarps];
+  __shared__ int position[kMostTokens], slot[kMostTokens];
+  __shared__ LayerArgs layers[2];
+  __shared__ __align__(16) char zeros[kZeroBytes];
+  Ring ring(p, memory, barriers);
+  const int tokens = p.in.tokens;
+  if (threadIdx.x == 0) {
+    ring.prepare();
+    prepare_barrier(shared_of(&listed), 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  if (static_cast<int>(threadIdx.x) < tokens) {
+    position[threadIdx.x] = p.in.position[threadIdx.x];
+    slot[threadIdx.x] = p.in.slot[threadIdx.x];
+  }
+  for (int i = threadIdx.x; i < kZeroBytes; i += kBlock) zeros[i] = 0;
+  __syncthreads();
+  if (threadIdx.x >= kThreads) {
+    fill_ring(p, ring, chosen, shared_of(&listed));
+    return;
+  }
+
+  const int lane = threadIdx.x % 32;
+  char* const acts = memory + p.slots * p.slot_bytes;
+  Context c{p,
+            p.wires,
+            tokens,
+            static_cast<int>(threadIdx.x) / 32,
+            lane,
+            lane / 4,
+            lane % 4,
+            ring,
+            Counter(&p.counters->grid, __ldcg(&p.counters->grid_before)),
+            Counter(&p.counters->owners, __ldcg(&p.counters->owners_before)),
+            Sums(room),
+            acts,
+            shared_of(zeros),
+            reinterpret_cast<float*>(acts + p.act_bytes),
+            &chosen,
+            shared_of(&listed),
+            position,
+            slot,
+            __ldcg(&p.counters->epoch)};
+  const int first_layer = p.from / kStages;
+  if (first_layer < p.layer_count) fetch(&layers[first_layer & 1], p.layers + first_layer);
+#pragma unroll 1
+  for (int step = p.from; step < p.to; step++) {
+    const int layer = step / kStages, stage = step % kStages;
+    c.first = step == p.from, c.last = step + 1 == p.to;
+    c.marks = p.marks ? p.marks + (int64_t{blockIdx.x} * (p.layer_count * kStages + 1) + step) * 4 : nullptr;
+    c.mark(0);
+    if (layer == p.layer_count) {
+      logits(c);
+    } else {
+      if (c.first || stage == 0) {
+        await_fetched();
+        if (layer + 1 < p.layer_count) fetch(&layers[(layer + 1) & 1], p.layers + layer + 1);
+      }
+      run_stage(c, stage, layers[layer & 1]);
+    }
+    c.mark(3);
+  }
+
+  await_fetched();
+  if (threadIdx.x > 0) return;
+  __threadfence();
+  if (atomicAdd(&p.counters->exited, 1u) != gridDim.x - 1) return;
+  p.counters->exited = 0;
+  p.counters->grid_before = c.grid.due(), p.counters->owners_before = c.owners.due();
+  p.counters->epoch = c.epoch;
+}
+
+/// Shared memory that the stages' activations take for `tokens` tokens.
+int act_bytes_of(const Decoder& decoder, const Dims& d, int tokens) {
+  int most = std::max(tokens * 2 * stride_of(2 * d.hidden),
+                      tokens * (stride_of(2 * d.inter) + d.top_k * stride_of(2 * d.moe_inter)));
+  for (const LayerArgs& layer : decoder.layers) {
+    most = std::max(most, tokens * stride_of(2 * layer.attn_out.columns));
+    most =
+        std::max(most, static_cast<int>(layer.attention.heads.head_dim == 256 ? sizeof(AttentionRoom<256>)
+                                                                              : sizeof(AttentionRoom<512>)));
+  }
+  return (most + 127) / 128 * 128;
+}
+
+/// Room of a slot's rows in the ring.
+int slot_bytes_of(const Decoder& decoder, const Dims& d) {
+  int most = std::max({2 * d.hidden, 2 * d.inter, 2 * d.moe_inter * expert_rows_of(d.leaves)});
+  for (const LayerArgs& layer : decoder.layers)
+    most = std::max(most, 2 * std::min(layer.attn_out.columns, kAttentionPart));
+  return stride_of(kSlotRows * most);
+}
+
+bool power_of_two(int n) { return n > 0 && (n & (n - 1)) == 0; }
+
+/// Whether the stages take these shapes.
+bool fits(const Decoder& decoder, const Dims& d) {
+  const bool model = d.bfloat16 && d.hidden == 8 * kWarps * kWholePieces &&
+                     d.inter == 8 * kDensePieces * d.leaves && d.moe_inter == 8 * kLeafPieces * d.leaves &&
+                     d.local_vocab % kUnitRows == 0 && d.top_k <= kMostTopK && d.experts <= kMostExperts &&
+                     d.experts >= d.top_k && power_of_two(d.leaves);
+  return model && std::all_of(decoder.layers.begin(), decoder.layers.end(), [&](const LayerArgs& layer) {
+           const Heads& h = layer.attention.heads;
+           const int chunks = layer.attn_out.columns / kAttentionChunk;
+           return (h.head_dim == 256 || h.head_dim == 512) && h.heads / h.kv_heads <= kMostGroup &&
+                  layer.attn_out.columns % kAttentionChunk == 0 && power_of_two(chunks) &&
+                  chunks <= kGroup * kWarps && chunks % d.leaves == 0;
+         });
+}
+
+class Step final : public Fused {
+ public:
+  Step(const Decoder& decoder, const Dims& d, const Wires* wires, CudaBackend& cuda)
+      : decoder_(decoder), cuda_(cuda) {
+    p_.dims = d;
+    p_.logits = decoder.logits;
+    p_.layer_count = static_cast<int>(decoder.layers.size());
+    const size_t bytes = decoder.layers.size() * sizeof(LayerArgs);
+    auto* const layers = static_cast<LayerArgs*>(cuda.allocate(bytes));
+    cuda.write(layers, decoder.layers.data(), bytes);
+    p_.layers = layers;
+    p_.counters = static_cast<Counters*>(cuda.allocate(sizeof(Counters)));
+    p_.slot_bytes = slot_bytes_of(decoder, d);
+    if (wires) {
+      p_.wires = *wires;
+    } else {
+      p_.wires.size = 1;
+      p_.wires.floats = int64_t{2} * d.hidden * kMostTokens;
+      p_.wires.inbox[0] =
+          static_cast<uint64_t*>(cuda.allocate(2 * static_cast<size_t>(p_.wires.floats) * sizeof(uint64_t)));
+    }
+    size_t rows = 0;
+    for (const LayerArgs& layer : decoder.layers) {
+      const Heads& h = layer.attention.heads;
+      const int seen =
+          h.window > 0 ? std::min(h.window, layer.attention.cache.capacity) : layer.attention.cache.capacity;
+      const int chunks = seen / chunk_of(h.head_dim) + 2;  // the first and the last may be cut
+      p_.partial_chunks = std::max(p_.partial_chunks, chunks);
+      rows = std::max(rows, static_cast<size_t>(h.heads) * h.head_dim);
+    }
+    const size_t partials = kMostTokens * static_cast<size_t>(p_.partial_chunks);
+    p_.partial = static_cast<float*>(cuda.allocate(partials * rows * sizeof(float)));
+    p_.partial_scale = static_cast<float2*>(cuda.allocate(partials * rows / 256 * sizeof(float2)));
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, run_stages), "asking for a kernel's needs");
+    room_ = cuda.shared_memory() - static_cast<int>(attributes.sharedSizeBytes) -
+            2 * kRoomFloats * static_cast<int>(sizeof(float));
+  }
+
+  bool takes(const Input& in) const override {
+    return in.tokens <= kMostTokens && in.rows <= in.tokens && slots_for(in.tokens) >= kUnitSlots;
+  }
+
+  void run(int from, int to, const Input& in) override {
+    Parameters p = p_;
+    p.in = in;
+    p.from = from, p.to = to;
+    p.act_bytes = act_bytes_of(decoder_, p.dims, in.tokens);
+    p.slots = slots_for(in.tokens);
+    const size_t shared =
+        static_cast<size_t>(p.slots * p.slot_bytes + p.act_bytes) + 2 * kRoomFloats * sizeof(float);
+    const dim3 grid(static_cast<unsigned>(cuda_.processors()));
+    cuda_.launch_together(run_stages, grid, kBlock, shared, p);
+    if (to > p.layer_count * kStages) summarise_logits(p.logits, p.dims, in, cuda_);
+  }
+
+  void measure(uint64_t* marks) override { p_.marks = marks; }
+
+ private:
+  int slots_for(int tokens) const {
+    return std::min(kMostSlots, (room_ - act_bytes_of(decoder_, p_.dims, tokens)) / p_.slot_bytes);
+  }
+
+  Decoder decoder_;
+  CudaBackend& cuda_;
+  Parameters p_{};
+  int room_ = 0;  // bytes of shared memory for ring and activations
+};
+
+}  // namespace resident
+
+std::unique_ptr<Fused> CudaBackend::fuse(const Decoder& decoder, const Dims& dims, const Wires* wires) {
+  if (decoder.layers.empty() || !resident::fits(decoder, dims)) return nullptr;
+  return std::make_unique<resident::Step>(decoder, dims, wires, *this);
+}
+
+}  // namespace tp::cuda

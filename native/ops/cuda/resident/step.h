@@ -1,0 +1,62 @@
+// The whole decode step in one launch: the same stages as the ops of ops.h, run by blocks that stay on their
+// multiprocessors from the first layer to the logits.
+#pragma once
+
+#include "base/wires.h"
+#include "ops/decoder.h"
+
+namespace tp::cuda::resident {
+
+/// Stages of a layer, in order; a step is (layer * kStages + stage), and the logits after all layers.
+enum Stage { kQkv, kAttention, kAttnOut, kRoute, kGateUp, kDown, kFfnOut, kStages };
+
+constexpr int kWarps = 8;              // that compute
+constexpr int kThreads = 32 * kWarps;  // of them
+constexpr int kBlock = kThreads + 32;  // and the warp that keeps the ring full
+constexpr int kMostTokens = 8;         // columns of a tensor-core product
+constexpr int kMostTopK = 8;
+constexpr int kMostExperts = 128;
+constexpr int kUnitRows = 8;  // weight rows of a tensor-core product
+constexpr int kSlotRows = 4;  // of them in one slot of the ring
+constexpr int kUnitSlots = kUnitRows / kSlotRows;
+constexpr int kMostSlots = 16;
+constexpr int kSlotsAhead =
+    2;  // whose bytes may be on their way at once: more only queue in the memory system
+constexpr int kSumFloats = kUnitRows * kMostTokens;  // of one warp's product
+constexpr int kGroup = 4;                            // portions of 8 rows whose sums meet at once
+constexpr int kRoomFloats = kGroup * kWarps * kSumFloats;
+// Elements of a row that a warp takes, in pieces of 8: of a row as long as the hidden size, of a leaf of the
+// dense MLP, of a leaf of an expert. The products are compiled for the 26B model.
+constexpr int kWholePieces = 44, kDensePieces = 33, kLeafPieces = 11;
+constexpr int kAttentionChunk = 256;                      // elements of a row of o_proj that a warp takes
+constexpr int kAttentionPart = kAttentionChunk * kWarps;  // and all warps
+constexpr int kMostGroup = 8;                             // query heads of a KV head
+constexpr int kRowPieces = 3;                             // pieces of 4 that a thread keeps of a token's row
+constexpr int kMostHidden = kRowPieces * 4 * kThreads;
+
+/// Arrivals only ever grow, over all launches; the last block to leave notes where they stand.
+struct Counters {
+  uint32_t grid, pad0[31];
+  uint32_t owners, pad1[31];
+  uint32_t exited, grid_before, owners_before, epoch;
+};
+
+struct Parameters {
+  const LayerArgs* layers;  // (layers) in device memory
+  LogitsArgs logits;
+  Dims dims;
+  Input in;
+  Wires wires;
+  Counters* counters;
+  float* partial;         // (T, heads, chunks, D) of attention, as wide as the widest layer needs
+  float2* partial_scale;  // (T, heads, chunks): maximum, sum of exponentials
+  int partial_chunks;
+  uint64_t*
+      marks;  // (blocks, stages, 4) ns: begin, inputs there, later inputs there, end; null = do not measure
+  int layer_count, from, to;
+  int slots;  // of the ring
+  int slot_bytes;
+  int act_bytes;  // room of the activations
+};
+
+}  // namespace tp::cuda::resident
