@@ -922,6 +922,282 @@ void time_all(int layer_count) {
   }
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// The fused step against the ops one by one, against itself stage by stage, and a token alone against all together.
+
+Decoder decoder_of(const Model& m) {
+  Decoder out;
+  for (const Layer& l : m.layers)
+    out.layers.push_back({l.qkv, l.attention, l.attn_out, l.route, l.gate_up, l.down, l.ffn_out});
+  out.logits = m.logits;
+  return out;
+}
+
+/// Positions and tokens of a step of T sequences.
+void set_step(Step& in, const std::vector<int>& positions) {
+  for (int t = 0; t < 8; t++) {
+    in.token.host[t] = static_cast<int>(1000 + 17 * t), in.position.host[t] = positions[t % positions.size()],
+    in.slot.host[t] = t, in.row.host[t] = t;
+    in.target.host[t] = -1, in.temperature.host[t] = 0, in.top_k.host[t] = 0, in.top_p.host[t] = 1;
+    in.seed.host[t] = 1, in.sequence.host[t] = t;
+  }
+  in.upload();
+}
+
+void set_angles(const Model& m) {
+  std::vector<float> cosine(8 * 128), sine(8 * 128);
+  for (size_t i = 0; i < cosine.size(); i++) {
+    const float angle = 3 * uniform();
+    cosine[i] = std::cos(angle), sine[i] = std::sin(angle);
+  }
+  gpu->write(const_cast<float*>(m.layers[0].qkv.cosine), cosine.data(), cosine.size() * sizeof(float));
+  gpu->write(const_cast<float*>(m.layers[0].qkv.sine), sine.data(), sine.size() * sizeof(float));
+}
+
+std::vector<float> logits_of(const Model& m, int rows) {
+  std::vector<float> out(static_cast<size_t>(rows) * m.d.local_vocab);
+  gpu->read(out.data(), m.logits.logits, out.size() * sizeof(float));
+  return out;
+}
+
+void test_fused(int layer_count) {
+  const int positions = 1100, stages = layer_count * 7 + 1;
+  Model m(1, layer_count, 8, positions);
+  set_angles(m);
+  const auto fused = gpu->fuse(decoder_of(m), m.d, nullptr);
+  if (!fused) return expect(false, "the fused step does not take the real shape", 0);
+  Step in(8, 8);
+  const Ops& ops = gpu->ops();
+  for (const std::vector<int>& at : std::vector<std::vector<int>>{{0}, {5, 63, 64, 100}, {1023, 1050, 700, 3}})
+    for (const int T : {1, 2, 5, 8}) {
+      where = "fused step at position " + std::to_string(at[0]) + " T=" + std::to_string(T);
+      set_step(in, at);
+      const Input input = in.device(T, T);
+      const int before = failures;
+      // One layer by stages: where the first difference is.
+      const auto compare = [&](const char* what, const float* from, int width, const std::function<void()>& by_ops,
+                               const std::function<void()>& by_fused) {
+        std::vector<float> a(static_cast<size_t>(T) * width), b = a;
+        by_ops();
+        gpu->read(a.data(), from, a.size() * sizeof(float));
+        by_fused();
+        gpu->read(b.data(), from, b.size() * sizeof(float));
+        const double far = distance(b, a);
+        expect(far < 0.01, what, far);
+      };
+      for (const int l : {0, 5}) {
+        const Layer& layer = m.layers[static_cast<size_t>(l)];
+        ops.embed(m.embed, m.d, input, *gpu);
+        const int n = l * 7, q = layer.attn_out.columns;
+        compare("attention", layer.attention.attention, q,
+                [&] {
+                  ops.qkv(layer.qkv, m.d, input, *gpu);
+                  ops.attention(layer.attention, m.d, input, *gpu);
+                },
+                [&] { fused->run(n, n + 2, input); });
+        compare("attn_out", layer.attn_out.sum, 2816, [&] { ops.attn_out(layer.attn_out, m.d, input, *gpu); },
+                [&] { fused->run(n + 2, n + 3, input); });
+        compare("route", layer.route.hidden, 2816,
+                [&] { ops.route(layer.route, m.d, input, *gpu); },
+                [&] {
+                  ops.embed(m.embed, m.d, input, *gpu);
+                  fused->run(n + 3, n + 4, input);
+                });
+        compare("route weights", layer.route.route_weight, 8, [&] {
+          ops.embed(m.embed, m.d, input, *gpu);
+          ops.route(layer.route, m.d, input, *gpu);
+        }, [&] {
+                  ops.embed(m.embed, m.d, input, *gpu);
+                  fused->run(n + 3, n + 4, input);
+                });
+        compare("dense act", layer.gate_up.dense_act, m.d.inter,
+                [&] { ops.gate_up(layer.gate_up, m.d, input, *gpu); },
+                [&] { fused->run(n + 4, n + 5, input); });
+        compare("expert act", layer.gate_up.expert_act, 8 * m.d.moe_inter,
+                [&] { ops.gate_up(layer.gate_up, m.d, input, *gpu); },
+                [&] { fused->run(n + 4, n + 5, input); });
+        compare("down", layer.down.sum, 2 * 2816, [&] { ops.down(layer.down, m.d, input, *gpu); },
+                [&] { fused->run(n + 5, n + 6, input); });
+        std::vector<float> kept(static_cast<size_t>(T) * 2816);
+        gpu->read(kept.data(), layer.ffn_out.hidden, kept.size() * sizeof(float));
+        compare("ffn_out", layer.ffn_out.hidden, 2816, [&] { ops.ffn_out(layer.ffn_out, m.d, input, *gpu); },
+                [&] {
+                  gpu->write(layer.ffn_out.hidden, kept.data(), kept.size() * sizeof(float));
+                  fused->run(n + 6, n + 7, input);
+                });
+      }
+      if (failures > before + 8) return;
+      ops.embed(m.embed, m.d, input, *gpu);
+      for (const Layer& l : m.layers) m.layer(l, input);
+      ops.logits(m.logits, m.d, input, *gpu);
+      const std::vector<float> by_ops = logits_of(m, T);
+      ops.embed(m.embed, m.d, input, *gpu);
+      fused->run(0, stages, input);
+      const std::vector<float> whole = logits_of(m, T);
+      std::printf("%s: logits %.3g from the ops'\n", where.c_str(), distance(whole, by_ops));
+      // A token whose last two experts are nearly equal may choose another one: the stages above are compared closely.
+      expect(distance(whole, by_ops) < 0.6, "the fused step against the ops", distance(whole, by_ops));
+      for (int again = 0; again < 3; again++) {
+        ops.embed(m.embed, m.d, input, *gpu);
+        fused->run(0, stages, input);
+        expect(logits_of(m, T) == whole, "the same step again", again);
+      }
+      ops.embed(m.embed, m.d, input, *gpu);
+      for (int s = 0; s < stages; s++) fused->run(s, s + 1, input);
+      expect(logits_of(m, T) == whole, "stage by stage", 0);
+      for (int t = 0; t < T; t++) {  // alone: rows of the input begin at its own
+        Step one(1, 1);
+        one.token.host[0] = in.token.host[t], one.position.host[0] = in.position.host[t];
+        one.slot.host[0] = in.slot.host[t], one.row.host[0] = 0, one.target.host[0] = -1;
+        one.temperature.host[0] = 0, one.top_k.host[0] = 0, one.top_p.host[0] = 1, one.seed.host[0] = 1;
+        one.sequence.host[0] = 0;
+        one.upload();
+        if (t > 0) break;  // angles of other tokens lie elsewhere
+        const Input alone = one.device(1, 1);
+        ops.embed(m.embed, m.d, alone, *gpu);
+        fused->run(0, stages, alone);
+        const std::vector<float> single = logits_of(m, 1);
+        expect(std::equal(single.begin(), single.end(), whole.begin() + static_cast<int64_t>(t) * m.d.local_vocab),
+               "a token alone", t);
+      }
+      if (failures == before) std::printf("ok %s\n", where.c_str());
+      std::fflush(stdout);
+    }
+  std::printf("%d comparisons, %d failures\n", comparisons, failures);
+}
+
+/// Stretches of a step against the same stages one by one: where does a stretch first leave other bits?
+void test_stretches() {
+  Model m(1, 6, 8, 1100);
+  set_angles(m);
+  const auto fused = gpu->fuse(decoder_of(m), m.d, nullptr);
+  for (const int T : {1, 2, 8}) {
+    Step in(8, 8);
+    set_step(in, {0, 70});
+    const Input input = in.device(T, T);
+    const auto left = [&](int step) {  // what stage `step` leaves behind
+      const Layer& l = m.layers[static_cast<size_t>(step / 7)];
+      const float* const from[] = {l.qkv.q, l.attention.attention, l.attn_out.sum, l.route.hidden,
+                                   l.gate_up.expert_act, l.down.sum, l.ffn_out.hidden};
+      const int width[] = {l.attn_out.columns, l.attn_out.columns, 2816, 2816, 8 * m.d.moe_inter, 2 * 2816, 2816};
+      std::vector<float> out(static_cast<size_t>(T) * width[step % 7]);
+      gpu->read(out.data(), from[step % 7], out.size() * sizeof(float));
+      return out;
+    };
+    std::vector<std::vector<float>> alone;
+    gpu->ops().embed(m.embed, m.d, input, *gpu);
+    for (int s = 0; s < 14; s++) fused->run(s, s + 1, input), alone.push_back(left(s));
+    for (int from = 0; from < 14; from++)
+      for (int to = from + 1; to <= 14; to++) {
+        int wrong = 0, most = 0;
+        size_t first = 0;
+        for (int again = 0; again < 4; again++) {
+          gpu->ops().embed(m.embed, m.d, input, *gpu);
+          for (int s = 0; s < from; s++) fused->run(s, s + 1, input);
+          fused->run(from, to, input);
+          const auto now = left(to - 1);
+          int differ = 0;
+          for (size_t i = 0; i < now.size(); i++)
+            if (now[i] != alone[static_cast<size_t>(to - 1)][i]) {
+              if (differ++ == 0) first = i;
+            }
+          wrong += differ > 0, most = std::max(most, differ);
+        }
+        if (wrong) std::printf("T=%d stages %d..%d: %d of 4 runs differ, %d elements, first %zu\n", T, from, to - 1, wrong, most, first);
+        expect(wrong == 0, "a stretch of stages against each alone", wrong);
+        if (wrong) break;
+      }
+  }
+  std::printf("%d comparisons, %d failures\n", comparisons, failures);
+}
+
+/// A few short steps, for a profiler.
+void profile_fused() {
+  Model m(2, 6, 8, 1100);
+  set_angles(m);
+  const auto fused = gpu->fuse(decoder_of(m), m.d, nullptr);
+  Step in(8, 8);
+  set_step(in, {100});
+  for (int i = 0; i < 3; i++) fused->run(0, 6 * 7 + 1, in.device(1, 1));
+  gpu->finish();
+}
+
+void time_fused(int layer_count) {
+  const int stages = layer_count * 7 + 1;
+  static const char* const kNames[] = {"qkv", "attention", "attn_out", "route", "gate_up", "down", "ffn_out"};
+  for (const int size : {1, 2}) {
+    if (size == 1 && getenv("ONLY")) continue;
+    gpu.reset();
+    gpu = std::make_unique<cuda::CudaBackend>(0);
+    Model m(size, layer_count, 8, 1100);
+    set_angles(m);
+    // As one rank: what it would add to its peers' sums it adds to nothing.
+    const auto fused = gpu->fuse(decoder_of(m), m.d, nullptr);
+    Step in(8, 8);
+    for (const int T : {1, 2, 4, 8}) {
+      if (getenv("ONLY") && T != 1 && T != 8) continue;
+      set_step(in, {100});
+      const Input input = in.device(T, T);
+      gpu->ops().embed(m.embed, m.d, input, *gpu);
+      fused->run(0, stages, input);
+      double bytes = 2.0 * 2816 * m.d.local_vocab;
+      for (const Layer& l : m.layers) {
+        fused->run(0, 7, input);
+        bytes += l.qkv_bytes + l.out_bytes + 2.0 * 128 * 2816 +
+                 (m.d.inter + m.distinct(l) * static_cast<double>(m.d.moe_inter)) * 3.0 * 2 * 2816;
+      }
+      const double us = microseconds([&] { fused->run(0, stages, input); }, 1, 31);
+      report("FUSED", size, T, us, bytes);
+      const auto blocks = static_cast<size_t>(gpu->processors());
+      auto* const marks = static_cast<uint64_t*>(gpu->allocate(blocks * stages * 4 * sizeof(uint64_t)));
+      fused->measure(marks);
+      for (int i = 0; i < 2; i++) fused->run(0, stages, input);
+      fused->measure(nullptr);
+      std::vector<uint64_t> seen(blocks * stages * 4);
+      gpu->read(seen.data(), marks, seen.size() * sizeof(uint64_t));
+      // Of every stage: from the first block's begin to the last block's, the inputs' and the end, and how long blocks
+      // take from their inputs to their end: least, median, most. Medians over the layers, the tenth layer on.
+      for (const bool full : {false, true}) {
+        std::printf("%s layers: us until inputs (first, last block), later inputs, end (first, last); longest block\n",
+                    full ? "full" : "sliding");
+        double layer_us = 0;
+        for (int s = 0; s < 7; s++) {
+          std::vector<double> out[7];
+          for (int l = 1; l < layer_count; l++) {
+            if ((l % 6 == 5) != full) continue;
+            const auto at = [&](size_t block, int mark) { return seen[(block * stages + l * 7 + s) * 4 + mark]; };
+            uint64_t begin = ~0ull;
+            double first[4] = {1e9, 1e9, 1e9, 1e9}, last[4] = {};
+            for (size_t b = 0; b < blocks; b++) begin = std::min(begin, at(b, 0));
+            for (size_t b = 0; b < blocks; b++)
+              for (int i = 0; i < 4; i++) {
+                if (at(b, i) < begin) continue;
+                const double us = static_cast<double>(at(b, i) - begin) / 1e3;
+                first[i] = std::min(first[i], us), last[i] = std::max(last[i], us);
+              }
+            const double numbers[7] = {last[0], first[1], last[1], first[2], last[2], first[3], last[3]};
+            for (int i = 0; i < 7; i++) out[i].push_back(numbers[i]);
+          }
+          std::printf("  %-10s", kNames[s]);
+          for (auto& x : out) {
+            std::sort(x.begin(), x.end());
+            std::printf(" %7.2f", x[x.size() / 2]);
+          }
+          std::printf("\n");
+          layer_us += out[6][out[6].size() / 2];
+        }
+        std::vector<double> head;
+        for (size_t b = 0; b < blocks; b++) {
+          const uint64_t* const at = &seen[(b * stages + stages - 1) * 4];
+          head.push_back(static_cast<double>(at[3] - at[0]) / 1e3);
+        }
+        std::sort(head.begin(), head.end());
+        std::printf("  sum %.2f us; logits %.1f .. %.1f .. %.1f us\n", layer_us, head[0], head[blocks / 2], head.back());
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -934,7 +1210,11 @@ int main(int argc, char** argv) {
       return argc == 1;
     };
     if (asked("check") || asked("small")) check_all(asked("small") && argc > 1);
+    if (asked("fused")) test_fused(6);
     if (asked("time")) time_all(30);
+    if (asked("time") || asked("time-fused")) time_fused(30);
+    if (asked("stretches")) test_stretches();
+    if (asked("profile")) profile_fused();
   } catch (const Error& error) {
     std::printf("FAIL %s: %s\n", error.code().c_str(), error.what());
     return 1;
