@@ -182,7 +182,17 @@ export interface NativeEngine {
   stats(): EngineStats;
   /** Streams through this rank's own weights for about `seconds`; GB/s. */
   readBandwidth(seconds: number): Promise<number>;
+  /**
+   * The device collective's all-reduce of `floats` values: a time per sample, each the mean of many launched one by one
+   * (32), or of many recorded in one CUDA graph (256); all ranks call it together. Every sum is checked.
+   */
+  timeAllReduce(floats: number, samples: number, warmup: number, graph: boolean): Promise<AllReduceTimes>;
   close(): void;
+}
+
+export interface AllReduceTimes {
+  timesUs: Float64Array; // [samples] microseconds of one all-reduce
+  wrong: number; // elements that differ from the exact sum
 }
 
 export interface EngineStats {

@@ -82,6 +82,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
                            InstanceMethod<&EngineWrap::plant_fault>("plantFault"),
                            InstanceMethod<&EngineWrap::stats>("stats"),
                            InstanceMethod<&EngineWrap::read_bandwidth>("readBandwidth"),
+                           InstanceMethod<&EngineWrap::time_all_reduce>("timeAllReduce"),
                            InstanceMethod<&EngineWrap::close>("close"),
                        });
   }
@@ -348,6 +349,21 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
   Napi::Value read_bandwidth(const Napi::CallbackInfo& info) {
     const double seconds = info[0].As<Napi::Number>().DoubleValue();
     return submit(info.Env(), [this, seconds] { return number_answer(engine_->read_bandwidth(seconds)); });
+  }
+
+  Napi::Value time_all_reduce(const Napi::CallbackInfo& info) {
+    const int64_t floats = info[0].As<Napi::Number>().Int64Value();
+    const int samples = info[1].As<Napi::Number>().Int32Value();
+    const int warmup = info[2].As<Napi::Number>().Int32Value();
+    const bool graph = info[3].As<Napi::Boolean>();
+    return submit(info.Env(), [this, floats, samples, warmup, graph]() -> Task::Answer {
+      return [times = engine_->time_all_reduce(floats, samples, warmup, graph)](Napi::Env env) {
+        Napi::Object out = Napi::Object::New(env);
+        out.Set("timesUs", typed_array<Napi::Float64Array>(env, times.us));
+        out.Set("wrong", times.wrong);
+        return out;
+      };
+    });
   }
 
   void close(const Napi::CallbackInfo&) {

@@ -280,6 +280,13 @@ Stats Engine::take_stats() {
   return taken;
 }
 
+CollectiveBench::Times Engine::time_all_reduce(int64_t floats, int samples, int warmup, bool recorded) {
+  DeviceCollective& joined = collective();
+  if (!collective_bench_)
+    collective_bench_ = std::make_unique<CollectiveBench>(*backend_, joined, spec_.rank, spec_.size);
+  return collective_bench_->run(floats, samples, warmup, recorded);
+}
+
 double Engine::read_bandwidth(double seconds) {
   // Host threads take pieces; a device takes all at once.
   const auto total = static_cast<uint64_t>(weights_->bytes());

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "comm/collective.h"
+#include "engine/collective_bench.h"
 #include "engine/inspect.h"
 #include "engine/program.h"
 
@@ -67,6 +68,8 @@ class Engine {
   Stats take_stats();
   /// GB/s of streaming through this rank's weights for about `seconds`.
   double read_bandwidth(double seconds);
+  /// The device collective alone; TP_PLAN when the spec names none.
+  CollectiveBench::Times time_all_reduce(int64_t floats, int samples, int warmup, bool recorded);
 
  private:
   void upload();
@@ -91,6 +94,7 @@ class Engine {
   std::unique_ptr<Weights> weights_;
   std::unique_ptr<Buffers> buffers_;
   std::unique_ptr<DeviceCollective> collective_;
+  std::unique_ptr<CollectiveBench> collective_bench_;
   std::unique_ptr<Program> program_;
   std::unique_ptr<Inspector> inspector_;
 };

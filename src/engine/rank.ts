@@ -47,7 +47,8 @@ async function live(life: Life): Promise<void> {
   zmq.connect(peers);
   const collective: Collective = name === 'local' ? localCollective : zmq;
   await collective.allReduce(new Float32Array(1)); // returns when everybody is there
-  if (name === 'peer' || name === 'nccl') await joinOnDevice(engine, collective, ranks, spec.initTimeoutMs);
+  const onDevice = name === 'peer' || name === 'nccl';
+  if (onDevice) await joinOnDevice(engine, collective, ranks, spec.initTimeoutMs);
 
   life.enter('weights');
   const total = weightBytes(plan);
@@ -66,6 +67,7 @@ async function live(life: Life): Promise<void> {
     limits,
     trace,
     bursts: name !== 'zmq',
+    onDevice,
   };
   const run: RunJob = (job, report) => runJob(decoder, job, report);
   await run(WARM_UP, async () => {});

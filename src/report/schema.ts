@@ -150,6 +150,8 @@ export const AllReduceBench = z.strictObject({
       count: count,
       type: z.literal('float'),
       redop: z.literal('sum'),
+      /** By the host; one by one on the device's stream; many in one CUDA graph. */
+      launch: z.enum(['host', 'stream', 'graph']),
       /** The slowest rank's time of each iteration. */
       time_us: z.strictObject({ median: real, p10: real, p90: real, p99: real, min: real, samples }),
       algbw_gb_per_s: real,

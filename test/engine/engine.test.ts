@@ -47,6 +47,14 @@ describe('a call', () => {
       });
   });
 
+  it('to time a device collective that the engine does not have is refused', async () => {
+    const engine = await readyModel();
+    expect(await refusal(() => engine.timeAllReduce(16, 2, 0, true))).toMatchObject({
+      code: 'TP_PLAN',
+      message: 'collective local has nothing to join',
+    });
+  });
+
   it('for a buffer that does not exist, or with values that do not fit it, is refused', async () => {
     const engine = await readyModel();
     engine.begin(smallBatch());
