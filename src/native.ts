@@ -124,6 +124,18 @@ export interface CudaDevice {
   peers: number[];
 }
 
+/** How GPUs are joined, lists by device index; for people, see doctor. */
+export interface GpuTopology {
+  driver: string; // '' = not known: see why
+  cuda: string; // newest CUDA that the driver runs; '' without a driver
+  why: string; // why NVML cannot be asked
+  nvlinks: number[]; // active NVLinks, -1 = not known
+  pci: string[]; // bus ids
+  ipc: string[]; // '' = its memory can be opened by other processes, else why not
+  /** `from` reaches the memory of `to`, also with atomics (NVLink). */
+  pairs: { from: number; to: number; access: boolean; atomics: boolean }[];
+}
+
 /** Hashes of one stage's output in the last step. */
 export interface TraceEntry {
   stage: string;
@@ -207,6 +219,8 @@ interface Addon {
   version(): { addon: string; cuda: string | null; isa: Isa[] };
   /** GPUs and NCCL as this process finds them; `why` and `ncclWhy` say what is missing. */
   cuda(): { devices: CudaDevice[]; why: string; nccl: string | null; ncclWhy: string };
+  /** Asks the driver and NVML; makes a context on every GPU. */
+  topology(): GpuTopology;
   /** Ends this process (exit code 4) when the other end of pipe `fd` closes, from a native thread. */
   watchParent(fd: number): void;
   /** Elements [start, start + out.length) of a synthetic tensor as BF16 bits. */

@@ -10,6 +10,7 @@
 #include "base/random.h"
 #include "binding/engine_wrap.h"
 #include "comm/collective.h"
+#include "comm/topology.h"
 #include "ops/backend.h"
 
 #ifndef TP_RUN_VERSION
@@ -59,6 +60,36 @@ Napi::Value cuda(const Napi::CallbackInfo& info) {
   return out;
 }
 
+template <class Value>
+Napi::Array array_of(Napi::Env env, const std::vector<Value>& values) {
+  Napi::Array out = Napi::Array::New(env, values.size());
+  for (size_t i = 0; i < values.size(); i++) out.Set(static_cast<uint32_t>(i), values[i]);
+  return out;
+}
+
+Napi::Value topology(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  const GpuTopology found = gpu_topology();
+  Napi::Array pairs = Napi::Array::New(env);
+  for (const GpuPair& pair : found.pairs) {
+    Napi::Object one = Napi::Object::New(env);
+    one.Set("from", pair.from);
+    one.Set("to", pair.to);
+    one.Set("access", pair.access);
+    one.Set("atomics", pair.atomics);
+    pairs.Set(pairs.Length(), one);
+  }
+  Napi::Object out = Napi::Object::New(env);
+  out.Set("driver", found.driver);
+  out.Set("cuda", found.cuda);
+  out.Set("why", found.why);
+  out.Set("nvlinks", array_of(env, found.nvlinks));
+  out.Set("pci", array_of(env, found.pci));
+  out.Set("ipc", array_of(env, found.ipc));
+  out.Set("pairs", pairs);
+  return out;
+}
+
 /// A thread of its own, because the event loop may be inside a long call when the parent dies.
 void watch_parent(const Napi::CallbackInfo& info) {
   const int fd = info[0].As<Napi::Number>().Int32Value();
@@ -93,6 +124,7 @@ Napi::Object initialise(Napi::Env env, Napi::Object exports) {
   exports.Set("cuda", Napi::Function::New(env, cuda));
   exports.Set("version", Napi::Function::New(env, version));
   exports.Set("watchParent", Napi::Function::New(env, watch_parent));
+  exports.Set("topology", Napi::Function::New(env, topology));
   exports.Set("synthesize", Napi::Function::New(env, synthesize));
   return exports;
 }

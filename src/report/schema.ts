@@ -164,6 +164,42 @@ export const AllReduceBench = z.strictObject({
 });
 export type AllReduceBench = z.infer<typeof AllReduceBench>;
 
+export const GpuReport = z.strictObject({
+  driver: z.string().nullable(),
+  /** Newest CUDA that the driver runs. */
+  cuda: z.string().nullable(),
+  /** "2.28.9 (/usr/lib/...)" */
+  nccl: z.string().nullable(),
+  devices: z.array(
+    z.strictObject({
+      index: count,
+      name: z.string(),
+      compute_capability: z.string(),
+      free_bytes: count,
+      total_bytes: count,
+      pci: z.string(),
+      /** Active ones; null = not known. */
+      nvlinks: count.nullable(),
+      /** Other processes can open its memory. */
+      ipc: z.boolean(),
+      /** All measured GPUs read at the same time. */
+      read_gb_per_s: real,
+    }),
+  ),
+  links: z.array(z.strictObject({ from: count, to: count, access: z.boolean(), atomics: z.boolean() })),
+  all_reduce: z.array(
+    z.strictObject({
+      collective: z.string(),
+      launch: z.enum(['host', 'stream', 'graph']),
+      bytes: count,
+      median_us: real,
+      wrong: count,
+    }),
+  ),
+  not_measured: z.array(z.strictObject({ what: z.string(), why: z.string() })),
+});
+export type GpuReport = z.infer<typeof GpuReport>;
+
 export const DoctorResult = z.strictObject({
   schema: z.literal('tp-run/doctor/1'),
   can_run: z.boolean(),
@@ -175,5 +211,7 @@ export const DoctorResult = z.strictObject({
       text: z.string(),
     }),
   ),
+  /** null where no GPU can be used. */
+  gpus: GpuReport.nullable(),
 });
 export type DoctorResult = z.infer<typeof DoctorResult>;
