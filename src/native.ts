@@ -223,6 +223,13 @@ interface Addon {
   topology(): GpuTopology;
   /** Ends this process (exit code 4) when the other end of pipe `fd` closes, from a native thread. */
   watchParent(fd: number): void;
+  /**
+   * Keeps all threads of this process to rank `rank`'s share of the cores: at least `threads`. Returns how many; 0 when
+   * the cores do not suffice for a share each.
+   */
+  keepToCores(rank: number, ranks: number, threads: number): number;
+  /** For `ms` from now a native thread of idle priority keeps a core of this process from halting. */
+  stayAwake(ms: number): void;
   /** Elements [start, start + out.length) of a synthetic tensor as BF16 bits. */
   synthesize(
     out: Uint16Array,

@@ -9,8 +9,10 @@
 
 #include "base/random.h"
 #include "binding/engine_wrap.h"
+#include "comm/awake.h"
 #include "comm/collective.h"
 #include "comm/topology.h"
+#include "engine/cores.h"
 #include "ops/backend.h"
 
 #ifndef TP_RUN_VERSION
@@ -108,6 +110,13 @@ void watch_parent(const Napi::CallbackInfo& info) {
   }).detach();
 }
 
+void awake(const Napi::CallbackInfo& info) { stay_awake(info[0].As<Napi::Number>().DoubleValue()); }
+
+Napi::Value cores(const Napi::CallbackInfo& info) {
+  const auto number = [&](size_t i) { return info[i].As<Napi::Number>().Int32Value(); };
+  return Napi::Number::New(info.Env(), keep_to_cores(number(0), number(1), number(2)));
+}
+
 void synthesize(const Napi::CallbackInfo& info) {
   auto out = info[0].As<Napi::Uint16Array>();
   const auto start = static_cast<uint64_t>(info[1].As<Napi::Number>().Int64Value());
@@ -125,6 +134,8 @@ Napi::Object initialise(Napi::Env env, Napi::Object exports) {
   exports.Set("version", Napi::Function::New(env, version));
   exports.Set("watchParent", Napi::Function::New(env, watch_parent));
   exports.Set("topology", Napi::Function::New(env, topology));
+  exports.Set("stayAwake", Napi::Function::New(env, awake));
+  exports.Set("keepToCores", Napi::Function::New(env, cores));
   exports.Set("synthesize", Napi::Function::New(env, synthesize));
   return exports;
 }

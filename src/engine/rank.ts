@@ -30,7 +30,7 @@ export async function runRank(place: Place): Promise<number> {
 
 async function live(life: Life): Promise<void> {
   life.enter('addon');
-  const { Engine, version } = native();
+  const { Engine, keepToCores, version } = native();
 
   life.enter('connect');
   const { place } = life;
@@ -39,6 +39,7 @@ async function live(life: Life): Promise<void> {
   const { spec, collective: name, peers } = await meet(life, version().addon, zmq.endpoints);
 
   life.enter('device');
+  if (spec.device === 'cpu' && ranks > 1 && keepToCores(rank, ranks, spec.threads) > 0) zmq.keepAwake();
   const model = openModel(spec.model);
   const plan = makePlan(model.config, rank, ranks);
   const engine = new Engine(engineSpec(spec, plan, name));
