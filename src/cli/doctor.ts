@@ -12,7 +12,7 @@ import { cpuModel, packageVersion } from '../report/provenance.js';
 import type { DoctorResult } from '../report/schema.js';
 import { chooseDevice } from './device.js';
 import { gpuLines, measureGpus } from './gpu-probe.js';
-import { defaultThreads, type Options } from './options.js';
+import { defaultThreads, environment, type Options } from './options.js';
 import { print, printJson } from './output.js';
 
 /** NCCL and the workers' shared memory want at least this much of /dev/shm; containers often give 64 MB. */
@@ -73,7 +73,10 @@ const PROBES: Record<string, (options: Options) => Omit<Finding, 'what'>> = {
   },
   collective(options) {
     const { device, devices } = chooseDevice(options);
-    return ok(chooseCollective('auto', { ranks: options.gpus.count, device, devices }, gpuFacts).why);
+    return ok(
+      chooseCollective('auto', { ranks: options.gpus.count, device, devices }, () => gpuFacts(environment()))
+        .why,
+    );
   },
 };
 

@@ -11,7 +11,7 @@ import { driverOfProc } from '../report/machine.js';
 import type { GpuReport } from '../report/schema.js';
 import { quantile } from '../report/stats.js';
 import { openModel } from './model.js';
-import type { Options } from './options.js';
+import { environment, type Options } from './options.js';
 import { withRun } from './session.js';
 import { runSpec } from './spec.js';
 
@@ -80,7 +80,9 @@ export async function measureGpus(options: Options, devices: readonly number[]):
   }
   for (const name of ['peer', 'nccl'] as const) {
     await measured(`all-reduce by ${name}`, async () => {
-      chooseCollective(name, { ranks: devices.length, device: 'cuda', devices }, gpuFacts);
+      chooseCollective(name, { ranks: devices.length, device: 'cuda', devices }, () =>
+        gpuFacts(environment()),
+      );
       await probe(name, (run) => sums(run, name, report));
     });
   }

@@ -19,6 +19,8 @@ export const RunFacts = z.strictObject({
   isa: z.string(),
   sequences: count,
   load_s: real,
+  /** Milliseconds of each stage up to readiness, on the rank that took longest. */
+  stage_ms: z.record(z.string(), real),
   weight_bytes: z.array(count),
   cache_bytes: z.array(count),
 });
