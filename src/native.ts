@@ -199,6 +199,8 @@ export interface NativeEngine {
    * (32), or of many recorded in one CUDA graph (256); all ranks call it together. Every sum is checked.
    */
   timeAllReduce(floats: number, samples: number, warmup: number, graph: boolean): Promise<AllReduceTimes>;
+  /** Frees kernels that wait for a peer: the call under way rejects with TP_COLLECTIVE, and so do all later ones. */
+  abort(): void;
   close(): void;
 }
 

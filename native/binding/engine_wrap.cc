@@ -83,6 +83,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
                            InstanceMethod<&EngineWrap::stats>("stats"),
                            InstanceMethod<&EngineWrap::read_bandwidth>("readBandwidth"),
                            InstanceMethod<&EngineWrap::time_all_reduce>("timeAllReduce"),
+                           InstanceMethod<&EngineWrap::abort>("abort"),
                            InstanceMethod<&EngineWrap::close>("close"),
                        });
   }
@@ -144,6 +145,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
 
   void stop() {
     if (!thread_.joinable()) return;
+    if (pending_ > 0 && engine_) engine_->abort();  // whoever still waits for a peer has nobody to tell
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       stopping_ = true;
@@ -364,6 +366,10 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
         return out;
       };
     });
+  }
+
+  void abort(const Napi::CallbackInfo&) {
+    if (engine_) engine_->abort();
   }
 
   void close(const Napi::CallbackInfo&) {

@@ -30,7 +30,7 @@ class DeviceCollective {
   virtual void all_reduce(float* buffer, int64_t floats, Stream stream) = 0;
   /// gathered (size, floats) becomes every rank's `send`, rank-major.
   virtual void all_gather(const float* send, float* gathered, int64_t floats, Stream stream) = 0;
-  /// Frees whoever waits, from any thread; the collective is of no use afterwards.
+  /// Frees whoever waits, from any thread; the collective is of no use afterwards, and error() says so.
   virtual void abort() = 0;
   /// Empty, or what went wrong since connect().
   virtual std::string error() const = 0;

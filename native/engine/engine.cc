@@ -73,6 +73,10 @@ DeviceCollective& Engine::collective() {
   return *collective_;
 }
 
+void Engine::abort() {
+  if (collective_) collective_->abort();
+}
+
 void Engine::prepare() {
   weights_->require_filled();
   program_ = std::make_unique<Program>(spec_, dims_, input_, *weights_, *buffers_, *backend_);

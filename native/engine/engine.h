@@ -24,6 +24,9 @@ class Engine {
   Weights& weights() { return *weights_; }
   /// The device collective's part of joining the ranks; TP_PLAN when the spec names none.
   DeviceCollective& collective();
+  /// Lets work under way end without its peers, from any thread: nothing useful comes of this engine any
+  /// more.
+  void abort();
   /// Checks that every tensor is loaded and resolves the plan.
   void prepare();
   /// Takes one step's input; TP_BATCH when it breaks a limit.

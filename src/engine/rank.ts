@@ -49,6 +49,7 @@ async function live(life: Life): Promise<void> {
   const collective: Collective = name === 'local' ? localCollective : zmq;
   await collective.allReduce(new Float32Array(1)); // returns when everybody is there
   const onDevice = name === 'peer' || name === 'nccl';
+  if (onDevice) endGently(life, engine);
   if (onDevice) await joinOnDevice(engine, collective, ranks, spec.initTimeoutMs);
 
   life.enter('weights');
@@ -79,6 +80,18 @@ async function live(life: Life): Promise<void> {
   await serve(life, collective, run);
   collective.close();
   engine.close();
+}
+
+/** Kernels that are told to stop waiting leave within microseconds; the driver needs its moment. */
+const FREED_MS = 30;
+
+/** Told to end, a rank first frees its kernels from waiting for peers: a GPU that still spins holds up its process's end. */
+function endGently(life: Life, engine: NativeEngine): void {
+  process.once('SIGTERM', () => {
+    life.hush(); // what the freed call says is no failure of its own
+    engine.abort();
+    setTimeout(() => process.kill(process.pid, 'SIGTERM'), FREED_MS);
+  });
 }
 
 /** One token through every layer: pages are touched and caches warm before anything is timed. */

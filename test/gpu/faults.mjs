@@ -68,7 +68,7 @@ export async function faults(suite) {
       const ended = await long.ended;
       const took = (performance.now() - at) / 1000;
       expectEnd(ended, 4, /^TP_STEP_TIMEOUT: rank 1 on \S+/m);
-      must(took < 2 + 2 * END_S, `it took ${took.toFixed(1)} s to end`);
+      must(took < 2 + END_S, `it took ${took.toFixed(1)} s to end`); // its partner's kernels do not spin on
       await gone(workers);
       await works(collective);
       return `over after ${took.toFixed(2)} s with a step time-out of 2 s, and the next run works`;
