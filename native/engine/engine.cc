@@ -49,7 +49,7 @@ Engine::Engine(EngineSpec spec) : spec_(std::move(spec)) {
                                     : make_cpu_backend(spec_.isa.c_str(), spec_.threads);
   for (const LayerSpec& l : spec_.layers)
     backend_->require(dims_, {l.heads, l.kv_heads, l.head_dim, l.window, l.rotary_pairs});
-  weights_ = std::make_unique<Weights>(spec_.tensors, *backend_);
+  weights_ = std::make_unique<Weights>(spec_.tensors, *backend_, spec_.threads);
   buffers_ = std::make_unique<Buffers>(spec_, dims_, *backend_);
   inspector_ = std::make_unique<Inspector>(spec_, dims_, input_, batch_, *buffers_, *backend_);
   backend_->enter();  // the collective's memory belongs beside the weights
@@ -78,7 +78,7 @@ void Engine::abort() {
 }
 
 void Engine::prepare() {
-  weights_->require_filled();
+  weights_->complete();
   program_ = std::make_unique<Program>(spec_, dims_, input_, *weights_, *buffers_, *backend_);
 }
 

@@ -101,7 +101,10 @@ function samplingOf({ temperature, topK, topP, seed }: Options): Sampling {
 function summarize(recorder: Recorder, facts: RunFacts): void {
   const { tokens, records, prefillMs, tpot, shares } = recorder;
   const prompts = records.length === 1 ? '' : ` for ${records.length} prompts`;
-  const load = `load ${short(facts.load_s ?? Number.NaN)} s, prompt ${short(prefillMs)} ms`;
+  const gb = facts.weight_bytes.reduce((sum, bytes) => sum + bytes, 0) / 1e9;
+  const rate = (1000 * gb) / (facts.stage_ms.weights ?? Number.NaN);
+  const weights = `weights ${short(gb)} GB at ${short(rate)} GB/s`;
+  const load = `load ${short(facts.load_s ?? Number.NaN)} s (${weights}), prompt ${short(prefillMs)} ms`;
   log.info(
     `${counted(tokens, 'token')}${prompts}: ${load}, TPOT median ${short(tpot.median)} ms, p90 ${short(tpot.p90)} ms`,
   );

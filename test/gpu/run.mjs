@@ -1,7 +1,7 @@
 // `npm run test:gpu [-- --only TEXT]`, or `bin/node test/gpu/run.mjs` inside the bundle: everything that only a host
 // with two GPUs and NCCL can show. Nothing is skipped: what cannot run here fails.
 
-import { checks } from './checks.mjs';
+import { checkpoint, checks } from './checks.mjs';
 import { faults } from './faults.mjs';
 import { goldens } from './goldens.mjs';
 import { must, run, Suite } from './harness.mjs';
@@ -24,5 +24,5 @@ await suite.test('doctor finds two GPUs, NCCL, and no wrong sum', async () => {
   const names = gpus.devices.map(({ name }) => name).join(', ');
   return `${names}, driver ${gpus.driver}, CUDA ${gpus.cuda}, NCCL ${gpus.nccl}`;
 });
-for (const part of [goldens, checks, faults]) await part(suite);
+for (const part of [goldens, checks, checkpoint, faults]) await part(suite);
 process.exitCode = suite.end();
