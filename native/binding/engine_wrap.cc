@@ -91,7 +91,13 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
   explicit EngineWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<EngineWrap>(info) {
     const Napi::Env env = info.Env();
     engine_ = guarded(env, [&] { return std::make_unique<Engine>(to_spec(info[0].As<Napi::Object>())); });
-    settle_ = Settle::New(env, "tp-run engine", 0, 1, this);
+    settle_ = Settle::New(
+        env, "tp-run engine", 0, 1, this,
+        [way = way_](Napi::Env, void*, EngineWrap*) {
+          const std::lock_guard<std::mutex> lock(way->mutex);
+          way->gone = true;
+        },
+        static_cast<void*>(nullptr));
     settle_.Unref(env);  // an idle engine does not keep the process alive; a pending call does, see submit()
     thread_ = std::thread([this] { loop(); });
   }
@@ -139,7 +145,8 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
       } catch (const std::exception& error) {
         task->error = Error("TP_NATIVE", error.what());
       }
-      if (settle_.NonBlockingCall(task.get()) == napi_ok) task.release();
+      const std::lock_guard<std::mutex> lock(way_->mutex);
+      if (!way_->gone && settle_.NonBlockingCall(task.get()) == napi_ok) task.release();
     }
   }
 
@@ -152,7 +159,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
     }
     ready_.notify_one();
     thread_.join();
-    settle_.Release();
+    if (!way_->gone) settle_.Release();
   }
 
   void open(Napi::Env env) const {
@@ -382,6 +389,12 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
 
   std::unique_ptr<Engine> engine_;
   std::map<float*, std::pair<Napi::Reference<Napi::ArrayBuffer>, int64_t>> views_;
+  /// Node takes the way back to the main thread down on its own when the process ends, perhaps before us.
+  struct Way {
+    std::mutex mutex;
+    bool gone = false;
+  };
+  const std::shared_ptr<Way> way_ = std::make_shared<Way>();
   Settle settle_;
   int pending_ = 0;  // calls not settled yet; main thread
   std::mutex mutex_;
