@@ -31,7 +31,7 @@ float* CollectiveBench::buffers(int64_t floats) {
 CollectiveBench::Times CollectiveBench::run(int64_t floats, int samples, int warmup, bool recorded) {
   if (floats < 1) fail("TP_BATCH", "an all-reduce of %lld floats", static_cast<long long>(floats));
   float* const memory = buffers(floats);
-  float* const meeting = buffers(1);
+  if (!meeting_) meeting_ = static_cast<float*>(backend_.allocate(sizeof(float)));
   const int sums = recorded ? kRecorded : kEager;
   const auto reduce_all = [&] {
     for (int k = 0; k < sums; k++)
@@ -52,7 +52,7 @@ CollectiveBench::Times CollectiveBench::run(int64_t floats, int samples, int war
       for (int64_t i = 0; i < floats; i++)
         values[static_cast<size_t>(b * floats + i)] = own_value(i, sample + before, rank_);
     backend_.write(memory, values.data(), total * sizeof(float));
-    collective_.all_reduce(meeting, 1, backend_.stream_handle());  // nobody's start waits for a slower host
+    collective_.all_reduce(meeting_, 1, backend_.stream_handle());  // nobody's start waits for a slower host
     backend_.finish();
 
     const auto start = std::chrono::steady_clock::now();

@@ -30,6 +30,7 @@ class CollectiveBench {
   Backend& backend_;
   DeviceCollective& collective_;
   const int rank_, size_;
+  float* meeting_ = nullptr;           // (1) zero, for the sum before which nobody's clock starts
   std::map<int64_t, float*> buffers_;  // (kBuffers, floats) by floats: recorded pieces hold the address
 };
 

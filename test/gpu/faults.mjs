@@ -94,7 +94,7 @@ export async function faults(suite) {
   await suite.test('a GPU that is already full', async () => {
     const hog = spawn(
       process.execPath,
-      [join(dirname(fileURLToPath(import.meta.url)), 'hog.mjs'), '0', '1500000000'],
+      [join(dirname(fileURLToPath(import.meta.url)), 'hog.mjs'), '0', '3000000000'],
       {
         stdio: ['ignore', 'pipe', 'inherit'],
       },
