@@ -1,4 +1,4 @@
-// `npm run test:gpu [-- --only TEXT]`, or `bin/node test/gpu/run.mjs` inside the bundle: everything that only a host
+// `npm run test:gpu [-- --only TEXT,TEXT]`, or `bin/node test/gpu/run.mjs` inside the bundle: everything that only a host
 // with two GPUs and NCCL can show. Nothing is skipped: what cannot run here fails.
 
 import { checkpoint, checks } from './checks.mjs';
