@@ -17,6 +17,8 @@ import { dirname, join, relative, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 const MOST_MIB = 60;
+/** What `npm run test:gpu` and `npm run bench` are: they run with nothing but the bundled Node. */
+const GPU_SCRIPTS = ['test/gpu', 'test/bench/run.mjs', 'test/bench/markdown.mjs', 'test/fixtures'];
 const root = join(dirname(fileURLToPath(import.meta.url)), '..');
 const out = resolve(
   process.argv[2] ?? join(root, '.bundle', `tp-run-${process.platform}-${process.arch}.tar.gz`),
@@ -36,8 +38,9 @@ try {
   cpSync(process.execPath, join(home, 'bin/node'), { dereference: true });
   execFileSync('strip', ['--strip-debug', join(home, 'bin/node')], { stdio: 'ignore' });
   cpSync(join(root, 'build/tp_run.node'), join(home, 'build/tp_run.node'));
-  for (const part of ['dist', 'configs', 'package.json', 'README.md', 'LICENSE'])
+  for (const part of ['dist', 'configs', 'package.json', 'README.md', 'LICENSE', ...GPU_SCRIPTS])
     cpSync(join(root, part), join(home, part), { recursive: true });
+  writeFileSync(join(home, 'commit.json'), `${JSON.stringify(commitHere())}\n`);
   for (const path of productionPackages())
     cpSync(path, join(home, relative(root, path)), { recursive: true, filter: wanted });
   writeFileSync(join(home, 'tp-run'), LAUNCHER());
@@ -52,6 +55,17 @@ console.log(`${relative(process.cwd(), out)}: ${mib.toFixed(1)} MiB`);
 if (mib > MOST_MIB) {
   console.error(`tp-run bundle: more than ${MOST_MIB} MiB`);
   process.exit(1);
+}
+
+/** The commit that results of this bundle name, and whether tracked files differ from it. */
+function commitHere() {
+  const git = (...words) => execFileSync('git', words, { cwd: root, encoding: 'utf8' }).trim();
+  try {
+    const dirty = git('status', '--porcelain', '--untracked-files=no') !== '';
+    return { commit: git('rev-parse', '--short=12', 'HEAD'), dirty };
+  } catch {
+    return { commit: null, dirty: null };
+  }
 }
 
 /** Folders of all production packages, as npm resolved them. */

@@ -124,6 +124,18 @@ export interface CudaDevice {
   peers: number[];
 }
 
+/** How GPUs are joined, lists by device index; for people, see doctor. */
+export interface GpuTopology {
+  driver: string; // '' = not known: see why
+  cuda: string; // newest CUDA that the driver runs; '' without a driver
+  why: string; // why NVML cannot be asked
+  nvlinks: number[]; // active NVLinks, -1 = not known
+  pci: string[]; // bus ids
+  ipc: string[]; // '' = its memory can be opened by other processes, else why not
+  /** `from` reaches the memory of `to`, also with atomics (NVLink). */
+  pairs: { from: number; to: number; access: boolean; atomics: boolean }[];
+}
+
 /** Hashes of one stage's output in the last step. */
 export interface TraceEntry {
   stage: string;
@@ -182,7 +194,19 @@ export interface NativeEngine {
   stats(): EngineStats;
   /** Streams through this rank's own weights for about `seconds`; GB/s. */
   readBandwidth(seconds: number): Promise<number>;
+  /**
+   * The device collective's all-reduce of `floats` values: a time per sample, each the mean of many launched one by one
+   * (32), or of many recorded in one CUDA graph (256); all ranks call it together. Every sum is checked.
+   */
+  timeAllReduce(floats: number, samples: number, warmup: number, graph: boolean): Promise<AllReduceTimes>;
+  /** Frees kernels that wait for a peer: the call under way rejects with TP_COLLECTIVE, and so do all later ones. */
+  abort(): void;
   close(): void;
+}
+
+export interface AllReduceTimes {
+  timesUs: Float64Array; // [samples] microseconds of one all-reduce
+  wrong: number; // elements that differ from the exact sum
 }
 
 export interface EngineStats {
@@ -197,8 +221,17 @@ interface Addon {
   version(): { addon: string; cuda: string | null; isa: Isa[] };
   /** GPUs and NCCL as this process finds them; `why` and `ncclWhy` say what is missing. */
   cuda(): { devices: CudaDevice[]; why: string; nccl: string | null; ncclWhy: string };
+  /** Asks the driver and NVML; makes a context on every GPU. */
+  topology(): GpuTopology;
   /** Ends this process (exit code 4) when the other end of pipe `fd` closes, from a native thread. */
   watchParent(fd: number): void;
+  /**
+   * Keeps all threads of this process to rank `rank`'s share of the cores: at least `threads`. Returns how many; 0 when
+   * the cores do not suffice for a share each.
+   */
+  keepToCores(rank: number, ranks: number, threads: number): number;
+  /** For `ms` from now a native thread of idle priority keeps a core of this process from halting. */
+  stayAwake(ms: number): void;
   /** Elements [start, start + out.length) of a synthetic tensor as BF16 bits. */
   synthesize(
     out: Uint16Array,

@@ -82,6 +82,8 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
                            InstanceMethod<&EngineWrap::plant_fault>("plantFault"),
                            InstanceMethod<&EngineWrap::stats>("stats"),
                            InstanceMethod<&EngineWrap::read_bandwidth>("readBandwidth"),
+                           InstanceMethod<&EngineWrap::time_all_reduce>("timeAllReduce"),
+                           InstanceMethod<&EngineWrap::abort>("abort"),
                            InstanceMethod<&EngineWrap::close>("close"),
                        });
   }
@@ -89,7 +91,13 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
   explicit EngineWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<EngineWrap>(info) {
     const Napi::Env env = info.Env();
     engine_ = guarded(env, [&] { return std::make_unique<Engine>(to_spec(info[0].As<Napi::Object>())); });
-    settle_ = Settle::New(env, "tp-run engine", 0, 1, this);
+    settle_ = Settle::New(
+        env, "tp-run engine", 0, 1, this,
+        [way = way_](Napi::Env, void*, EngineWrap*) {
+          const std::lock_guard<std::mutex> lock(way->mutex);
+          way->gone = true;
+        },
+        static_cast<void*>(nullptr));
     settle_.Unref(env);  // an idle engine does not keep the process alive; a pending call does, see submit()
     thread_ = std::thread([this] { loop(); });
   }
@@ -137,19 +145,21 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
       } catch (const std::exception& error) {
         task->error = Error("TP_NATIVE", error.what());
       }
-      if (settle_.NonBlockingCall(task.get()) == napi_ok) task.release();
+      const std::lock_guard<std::mutex> lock(way_->mutex);
+      if (!way_->gone && settle_.NonBlockingCall(task.get()) == napi_ok) task.release();
     }
   }
 
   void stop() {
     if (!thread_.joinable()) return;
+    if (pending_ > 0 && engine_) engine_->abort();  // whoever still waits for a peer has nobody to tell
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       stopping_ = true;
     }
     ready_.notify_one();
     thread_.join();
-    settle_.Release();
+    if (!way_->gone) settle_.Release();
   }
 
   void open(Napi::Env env) const {
@@ -350,6 +360,25 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
     return submit(info.Env(), [this, seconds] { return number_answer(engine_->read_bandwidth(seconds)); });
   }
 
+  Napi::Value time_all_reduce(const Napi::CallbackInfo& info) {
+    const int64_t floats = info[0].As<Napi::Number>().Int64Value();
+    const int samples = info[1].As<Napi::Number>().Int32Value();
+    const int warmup = info[2].As<Napi::Number>().Int32Value();
+    const bool graph = info[3].As<Napi::Boolean>();
+    return submit(info.Env(), [this, floats, samples, warmup, graph]() -> Task::Answer {
+      return [times = engine_->time_all_reduce(floats, samples, warmup, graph)](Napi::Env env) {
+        Napi::Object out = Napi::Object::New(env);
+        out.Set("timesUs", typed_array<Napi::Float64Array>(env, times.us));
+        out.Set("wrong", times.wrong);
+        return out;
+      };
+    });
+  }
+
+  void abort(const Napi::CallbackInfo&) {
+    if (engine_) engine_->abort();
+  }
+
   void close(const Napi::CallbackInfo&) {
     stop();
     for (auto& [memory, entry] : views_)
@@ -360,6 +389,12 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
 
   std::unique_ptr<Engine> engine_;
   std::map<float*, std::pair<Napi::Reference<Napi::ArrayBuffer>, int64_t>> views_;
+  /// Node takes the way back to the main thread down on its own when the process ends, perhaps before us.
+  struct Way {
+    std::mutex mutex;
+    bool gone = false;
+  };
+  const std::shared_ptr<Way> way_ = std::make_shared<Way>();
   Settle settle_;
   int pending_ = 0;  // calls not settled yet; main thread
   std::mutex mutex_;

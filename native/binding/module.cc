@@ -9,7 +9,10 @@
 
 #include "base/random.h"
 #include "binding/engine_wrap.h"
+#include "comm/awake.h"
 #include "comm/collective.h"
+#include "comm/topology.h"
+#include "engine/cores.h"
 #include "ops/backend.h"
 
 #ifndef TP_RUN_VERSION
@@ -59,6 +62,36 @@ Napi::Value cuda(const Napi::CallbackInfo& info) {
   return out;
 }
 
+template <class Value>
+Napi::Array array_of(Napi::Env env, const std::vector<Value>& values) {
+  Napi::Array out = Napi::Array::New(env, values.size());
+  for (size_t i = 0; i < values.size(); i++) out.Set(static_cast<uint32_t>(i), values[i]);
+  return out;
+}
+
+Napi::Value topology(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  const GpuTopology found = gpu_topology();
+  Napi::Array pairs = Napi::Array::New(env);
+  for (const GpuPair& pair : found.pairs) {
+    Napi::Object one = Napi::Object::New(env);
+    one.Set("from", pair.from);
+    one.Set("to", pair.to);
+    one.Set("access", pair.access);
+    one.Set("atomics", pair.atomics);
+    pairs.Set(pairs.Length(), one);
+  }
+  Napi::Object out = Napi::Object::New(env);
+  out.Set("driver", found.driver);
+  out.Set("cuda", found.cuda);
+  out.Set("why", found.why);
+  out.Set("nvlinks", array_of(env, found.nvlinks));
+  out.Set("pci", array_of(env, found.pci));
+  out.Set("ipc", array_of(env, found.ipc));
+  out.Set("pairs", pairs);
+  return out;
+}
+
 /// A thread of its own, because the event loop may be inside a long call when the parent dies.
 void watch_parent(const Napi::CallbackInfo& info) {
   const int fd = info[0].As<Napi::Number>().Int32Value();
@@ -77,6 +110,13 @@ void watch_parent(const Napi::CallbackInfo& info) {
   }).detach();
 }
 
+void awake(const Napi::CallbackInfo& info) { stay_awake(info[0].As<Napi::Number>().DoubleValue()); }
+
+Napi::Value cores(const Napi::CallbackInfo& info) {
+  const auto number = [&](size_t i) { return info[i].As<Napi::Number>().Int32Value(); };
+  return Napi::Number::New(info.Env(), keep_to_cores(number(0), number(1), number(2)));
+}
+
 void synthesize(const Napi::CallbackInfo& info) {
   auto out = info[0].As<Napi::Uint16Array>();
   const auto start = static_cast<uint64_t>(info[1].As<Napi::Number>().Int64Value());
@@ -93,6 +133,9 @@ Napi::Object initialise(Napi::Env env, Napi::Object exports) {
   exports.Set("cuda", Napi::Function::New(env, cuda));
   exports.Set("version", Napi::Function::New(env, version));
   exports.Set("watchParent", Napi::Function::New(env, watch_parent));
+  exports.Set("topology", Napi::Function::New(env, topology));
+  exports.Set("stayAwake", Napi::Function::New(env, awake));
+  exports.Set("keepToCores", Napi::Function::New(env, cores));
   exports.Set("synthesize", Napi::Function::New(env, synthesize));
   return exports;
 }

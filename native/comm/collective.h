@@ -34,7 +34,7 @@ class DeviceCollective {
   virtual void all_gather(const float* send, float* gathered, int64_t floats, Stream stream) = 0;
   /// For kernels that do the sums themselves, once joined; null where memory of other ranks is out of reach.
   virtual const Wires* wires() const { return nullptr; }
-  /// Frees whoever waits, from any thread; the collective is of no use afterwards.
+  /// Frees whoever waits, from any thread; the collective is of no use afterwards, and error() says so.
   virtual void abort() = 0;
   /// Empty, or what went wrong since connect().
   virtual std::string error() const = 0;

@@ -143,10 +143,12 @@ class Nccl final : public DeviceCollective {
     if (!comm_) return;
     lib_.CommAbort(comm_);
     comm_ = nullptr;
+    aborted_ = true;
   }
 
   std::string error() const override {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (aborted_) return "nccl: told to stop waiting";
     int state = kSuccess;
     if (!comm_ || lib_.CommGetAsyncError(comm_, &state) != kSuccess || state == kSuccess ||
         state == kInProgress)
@@ -175,6 +177,7 @@ class Nccl final : public DeviceCollective {
   const int64_t max_floats_;
   UniqueId id_{};
   Comm comm_ = nullptr;
+  bool aborted_ = false;
   float* parts_ = nullptr;  // (size, max_floats), more than two ranks
   mutable std::mutex mutex_;
 };

@@ -262,6 +262,7 @@ class Peer final : public DeviceCollective {
   void abort() override { shared_->abort = 1; }
 
   std::string error() const override {
+    if (shared_->abort) return "peer: told to stop waiting";
     const uint32_t late = shared_->late;
     return late ? "peer: rank " + std::to_string(late - 1) + " did not arrive within 20 s" : "";
   }

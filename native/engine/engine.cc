@@ -49,7 +49,7 @@ Engine::Engine(EngineSpec spec) : spec_(std::move(spec)) {
                                     : make_cpu_backend(spec_.isa.c_str(), spec_.threads);
   for (const LayerSpec& l : spec_.layers)
     backend_->require(dims_, {l.heads, l.kv_heads, l.head_dim, l.window, l.rotary_pairs});
-  weights_ = std::make_unique<Weights>(spec_.tensors, *backend_);
+  weights_ = std::make_unique<Weights>(spec_.tensors, *backend_, spec_.threads);
   buffers_ = std::make_unique<Buffers>(spec_, dims_, *backend_);
   inspector_ = std::make_unique<Inspector>(spec_, dims_, input_, batch_, *buffers_, *backend_);
   backend_->enter();  // the collective's memory belongs beside the weights
@@ -73,8 +73,12 @@ DeviceCollective& Engine::collective() {
   return *collective_;
 }
 
+void Engine::abort() {
+  if (collective_) collective_->abort();
+}
+
 void Engine::prepare() {
-  weights_->require_filled();
+  weights_->complete();
   program_ = std::make_unique<Program>(spec_, dims_, input_, *weights_, *buffers_, *backend_);
   fused_ = backend_->fuse(program_->decoder(), dims_, collective_ ? collective_->wires() : nullptr);
 }
@@ -305,6 +309,13 @@ Stats Engine::take_stats() {
   taken.experts_read = read;
   stats_.read_bytes = 0;
   return taken;
+}
+
+CollectiveBench::Times Engine::time_all_reduce(int64_t floats, int samples, int warmup, bool recorded) {
+  DeviceCollective& joined = collective();
+  if (!collective_bench_)
+    collective_bench_ = std::make_unique<CollectiveBench>(*backend_, joined, spec_.rank, spec_.size);
+  return collective_bench_->run(floats, samples, warmup, recorded);
 }
 
 double Engine::read_bandwidth(double seconds) {

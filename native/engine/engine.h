@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "comm/collective.h"
+#include "engine/collective_bench.h"
 #include "engine/inspect.h"
 #include "engine/program.h"
 
@@ -23,6 +24,9 @@ class Engine {
   Weights& weights() { return *weights_; }
   /// The device collective's part of joining the ranks; TP_PLAN when the spec names none.
   DeviceCollective& collective();
+  /// Lets work under way end without its peers, from any thread: nothing useful comes of this engine any
+  /// more.
+  void abort();
   /// Checks that every tensor is loaded and resolves the plan.
   void prepare();
   /// Takes one step's input; TP_BATCH when it breaks a limit.
@@ -67,6 +71,8 @@ class Engine {
   Stats take_stats();
   /// GB/s of streaming through this rank's weights for about `seconds`.
   double read_bandwidth(double seconds);
+  /// The device collective alone; TP_PLAN when the spec names none.
+  CollectiveBench::Times time_all_reduce(int64_t floats, int samples, int warmup, bool recorded);
 
  private:
   void upload();
@@ -93,6 +99,7 @@ class Engine {
   std::unique_ptr<Weights> weights_;
   std::unique_ptr<Buffers> buffers_;
   std::unique_ptr<DeviceCollective> collective_;
+  std::unique_ptr<CollectiveBench> collective_bench_;
   std::unique_ptr<Program> program_;
   std::unique_ptr<Fused> fused_;  // null where the ops run one by one
   std::unique_ptr<Inspector> inspector_;

@@ -19,9 +19,7 @@ constexpr int64_t kBounceBytes = int64_t{4} << 20;   // short runs are picked ou
 constexpr int64_t kDirectBytes = int64_t{64} << 10;  // runs at least this long are read where they belong
 constexpr int64_t kSkipBytes = 4096;                 // gaps shorter than a page cannot be skipped anyway
 
-struct Run {
-  int64_t source, target, count;  // elements
-};
+using Run = Weights::Run;
 
 std::vector<Run> runs_of(const Slice& slice) {
   std::vector<Run> runs;
@@ -61,6 +59,47 @@ void read_fully(int fd, void* into, int64_t bytes, int64_t offset) {
   }
 }
 
+/// Runs [first, last), neighbours in the tensor.
+struct Group {
+  size_t first, last;
+};
+
+/// Elements of the file from a group's first to its last.
+int64_t span_of(const std::vector<Run>& runs, const Group& group) {
+  return runs[group.last - 1].source + runs[group.last - 1].count - runs[group.first].source;
+}
+
+/// Elements of a group.
+int64_t sum_of(const std::vector<Run>& runs, const Group& group) {
+  return runs[group.last - 1].target + runs[group.last - 1].count - runs[group.first].target;
+}
+
+/// As few groups as fit the bounce buffer by `size`; a run by itself always does.
+std::vector<Group> groups_of(const std::vector<Run>& runs,
+                             int64_t (*size)(const std::vector<Run>&, const Group&)) {
+  std::vector<Group> groups;
+  for (size_t first = 0; first < runs.size();) {
+    size_t last = first + 1;
+    while (last < runs.size() &&
+           size(runs, {first, last + 1}) * static_cast<int64_t>(sizeof(Bf16)) <= kBounceBytes)
+      last++;
+    groups.push_back({first, last});
+    first = last;
+  }
+  return groups;
+}
+
+/// Reads a group's whole span into `bounce` and copies its runs to where they belong.
+void pick_out(const std::vector<Run>& runs, const Group& group, Bf16* into, Bf16* bounce, int fd,
+              int64_t offset) {
+  constexpr int64_t kSize = sizeof(Bf16);
+  const int64_t from = runs[group.first].source;
+  read_fully(fd, bounce, span_of(runs, group) * kSize, offset + from * kSize);
+  for (size_t r = group.first; r < group.last; r++)
+    std::memcpy(into + runs[r].target, bounce + (runs[r].source - from),
+                static_cast<size_t>(runs[r].count * kSize));
+}
+
 }  // namespace
 
 void for_each_run(const Slice& slice, const std::function<void(int64_t, int64_t, int64_t)>& run) {
@@ -91,7 +130,8 @@ void for_each_run(const Slice& slice, const std::function<void(int64_t, int64_t,
   }
 }
 
-Weights::Weights(const std::vector<TensorSpec>& specs, Backend& backend) : backend_(backend) {
+Weights::Weights(const std::vector<TensorSpec>& specs, Backend& backend, int threads)
+    : backend_(backend), threads_(threads) {
   std::vector<size_t> offsets;
   for (const TensorSpec& spec : specs) {
     Tensor tensor{spec.shape, nullptr, 1, false};
@@ -189,21 +229,17 @@ void Weights::read(const std::string& name, const Slice& slice, int fd, int64_t 
       runs.empty() || runs[0].count * kSize >= kDirectBytes ||
       (runs.size() > 1 && (runs[1].source - runs[0].source - runs[0].count) * kSize >= kSkipBytes);
   const std::vector<Run> pieces = direct ? pieces_of(slice, kBounceBytes / kSize) : std::vector<Run>();
+  if (backend_.on_host())
+    read_on_host(tensor.data, direct ? pieces : runs, direct, fd, offset);
+  else
+    read_to_device(tensor.data, direct ? pieces : runs, direct, fd, offset);
+  tensor.filled = true;
+}
 
-  // A device's memory is filled through a copy on the host.
-  std::vector<Bf16> copy(backend_.on_host() ? 0 : static_cast<size_t>(tensor.elements));
-  Bf16* const into = backend_.on_host() ? tensor.data : copy.data();
-
+void Weights::read_on_host(Bf16* into, const std::vector<Run>& runs, bool direct, int fd, int64_t offset) {
+  constexpr int64_t kSize = sizeof(Bf16);
   // Short runs: tasks of neighbouring runs whose span fits the bounce buffer.
-  std::vector<std::pair<size_t, size_t>> groups;
-  for (size_t first = 0; !direct && first < runs.size();) {
-    size_t last = first + 1;
-    while (last < runs.size() &&
-           (runs[last].source + runs[last].count - runs[first].source) * kSize <= kBounceBytes)
-      last++;
-    groups.emplace_back(first, last);
-    first = last;
-  }
+  const auto groups = direct ? std::vector<Group>() : groups_of(runs, span_of);
 
   // An exception may not cross the pool: the first one waits here.
   std::exception_ptr error;
@@ -216,29 +252,45 @@ void Weights::read(const std::string& name, const Slice& slice, int fd, int64_t 
     }
   };
   if (direct) {
-    backend_.parallel(static_cast<int>(pieces.size()), [&](int i, int) {
+    backend_.parallel(static_cast<int>(runs.size()), [&](int i, int) {
       guarded([&] {
-        const Run& piece = pieces[static_cast<size_t>(i)];
+        const Run& piece = runs[static_cast<size_t>(i)];
         read_fully(fd, into + piece.target, piece.count * kSize, offset + piece.source * kSize);
       });
     });
   } else {
     backend_.parallel(static_cast<int>(groups.size()), [&](int i, int thread) {
       guarded([&] {
-        const auto [first, last] = groups[static_cast<size_t>(i)];
-        const int64_t from = runs[first].source;
-        const int64_t span = runs[last - 1].source + runs[last - 1].count - from;
-        const auto bounce = static_cast<Bf16*>(backend_.scratch(thread, static_cast<size_t>(span * kSize)));
-        read_fully(fd, bounce, span * kSize, offset + from * kSize);
-        for (size_t r = first; r < last; r++)
-          std::memcpy(into + runs[r].target, bounce + (runs[r].source - from),
-                      static_cast<size_t>(runs[r].count * kSize));
+        const Group& group = groups[static_cast<size_t>(i)];
+        void* const bounce = backend_.scratch(thread, static_cast<size_t>(span_of(runs, group) * kSize));
+        pick_out(runs, group, into, static_cast<Bf16*>(bounce), fd, offset);
       });
     });
   }
   if (error) std::rethrow_exception(error);
-  if (!backend_.on_host()) backend_.write(tensor.data, copy.data(), copy.size() * sizeof(Bf16));
-  tensor.filled = true;
+}
+
+void Weights::read_to_device(Bf16* into, const std::vector<Run>& runs, bool direct, int fd, int64_t offset) {
+  constexpr int64_t kSize = sizeof(Bf16);
+  static_assert(kBounceBytes <= static_cast<int64_t>(Uploads::kPieceBytes));
+  if (!uploads_) uploads_ = std::make_unique<Uploads>(backend_, threads_);
+  // Neighbours in the tensor travel together, however far apart they lie in the file.
+  const auto groups = groups_of(runs, direct ? sum_of : span_of);
+  uploads_->run(static_cast<int>(groups.size()), [&](int i, void* memory) {
+    const Group& group = groups[static_cast<size_t>(i)];
+    const int64_t first = runs[group.first].target, count = sum_of(runs, group);
+    const auto room = static_cast<Bf16*>(memory);
+    if (direct) {
+      for (size_t r = group.first; r < group.last; r++)
+        read_fully(fd, room + (runs[r].target - first), runs[r].count * kSize,
+                   offset + runs[r].source * kSize);
+    } else {
+      thread_local std::vector<Bf16> bounce;
+      bounce.resize(static_cast<size_t>(span_of(runs, group)));
+      pick_out(runs, group, room - first, bounce.data(), fd, offset);
+    }
+    return Uploads::Sent{into + first, static_cast<size_t>(count * kSize)};
+  });
 }
 
 const Bf16* Weights::get(const std::string& name, const std::vector<int64_t>& shape) const {
@@ -255,7 +307,9 @@ const Bf16* Weights::get(const std::string& name, const std::vector<int64_t>& sh
   return found->second.data;
 }
 
-void Weights::require_filled() const {
+void Weights::complete() {
+  if (uploads_) uploads_->finish();
+  uploads_.reset();
   for (const auto& [name, tensor] : tensors_)
     if (!tensor.filled) fail("TP_PLAN", "tensor %s was never loaded", name.c_str());
 }

@@ -4,11 +4,13 @@
 
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "base/random.h"
 #include "engine/spec.h"
+#include "engine/uploads.h"
 #include "ops/backend.h"
 
 namespace tp {
@@ -22,7 +24,8 @@ struct Tensor {
 
 class Weights {
  public:
-  Weights(const std::vector<TensorSpec>& specs, Backend& backend);
+  /// `threads` read from files where the backend has none of its own.
+  Weights(const std::vector<TensorSpec>& specs, Backend& backend, int threads);
 
   /// Fills `name` with a slice of the synthetic tensor.
   void synthesize(const std::string& name, const Slice& slice, const Synthetic& source);
@@ -33,14 +36,24 @@ class Weights {
   /// The tensor, checked against the shape that an op needs; TP_PLAN if it is missing, unfilled or of another
   /// shape.
   const Bf16* get(const std::string& name, const std::vector<int64_t>& shape) const;
-  void require_filled() const;
+  /// Waits for what is still on its way; TP_PLAN when a tensor was never loaded.
+  void complete();
   double bytes() const { return static_cast<double>(bytes_); }
   const void* memory() const { return memory_; }
 
+  /// A contiguous piece of a slice, in elements: where it lies in the file and in the tensor.
+  struct Run {
+    int64_t source, target, count;
+  };
+
  private:
+  void read_on_host(Bf16* into, const std::vector<Run>& runs, bool direct, int fd, int64_t offset);
+  void read_to_device(Bf16* into, const std::vector<Run>& runs, bool direct, int fd, int64_t offset);
   Tensor& expect(const std::string& name, const Slice& slice);
 
   Backend& backend_;
+  const int threads_;
+  std::unique_ptr<Uploads> uploads_;  // while weights are read to a device
   std::map<std::string, Tensor> tensors_;
   void* memory_ = nullptr;
   size_t bytes_ = 0;

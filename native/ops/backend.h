@@ -22,6 +22,21 @@ inline size_t bytes_of(std::initializer_list<size_t> sizes) {
   return bytes;
 }
 
+/// One host thread's way of bringing data to a device while it fetches more.
+class Upload {
+ public:
+  Upload() = default;
+  Upload(const Upload&) = delete;
+  Upload& operator=(const Upload&) = delete;
+  virtual ~Upload() = default;
+
+  /// As many bytes as make_upload() was told, which no copy reads any more.
+  virtual void* room() = 0;
+  /// Starts copying what room() gave; the device has it after finish().
+  virtual void send(void* device, size_t bytes) = 0;
+  virtual void finish() = 0;
+};
+
 class Backend {
  public:
   Backend() = default;
@@ -43,6 +58,8 @@ class Backend {
   virtual bool on_host() const { return true; }
   virtual void write(void* to, const void* host, size_t bytes) { std::memcpy(to, host, bytes); }
   virtual void read(void* host, const void* from, size_t bytes) { std::memcpy(host, from, bytes); }
+  /// Null on the host.
+  virtual std::unique_ptr<Upload> make_upload(size_t /*bytes*/) { return nullptr; }
   /// Memory that the host and the ops both reach, zeroed: what a step leaves for the host to see while it
   /// runs on.
   virtual void* allocate_shared(size_t bytes) { return allocate(bytes); }

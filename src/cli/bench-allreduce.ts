@@ -1,5 +1,6 @@
 // `tp-run bench allreduce`: time of a sum over all ranks at the sizes that decoding uses, in the columns of nccl-tests.
 
+import type { AllReduceReport, RunSpec } from '../engine/job.js';
 import { EXIT } from '../errors.js';
 import { log } from '../log.js';
 import { provenance } from '../report/provenance.js';
@@ -19,7 +20,7 @@ export async function benchAllReduce(options: Options): Promise<number> {
   const model = openModel(options.model, options.seed);
   const chosen = chooseDevice(options);
   const needs = { ranks, sequences: 1, positions: 1, everyRow: false, candidates: 1, trace: false };
-  const spec = runSpec(options, model, chosen, needs);
+  const spec = withRoom(runSpec(options, model, chosen, needs), 2 * model.config.hiddenSize, options.sizes);
   if (chosen.line) log.info(chosen.line);
 
   const result = await withRun(spec, async ({ run, facts }): Promise<AllReduceBench> => {
@@ -28,12 +29,7 @@ export async function benchAllReduce(options: Options): Promise<number> {
     const reports = results.map((said) => (said.kind === 'allreduce' ? said.sizes : []));
     return {
       schema: 'tp-run/bench-allreduce/1',
-      rows: sizes.map((floats, i) =>
-        rowOf(
-          floats,
-          reports.map((sizes) => sizes[i]!),
-        ),
-      ),
+      rows: reports[0]!.map((_, i) => rowOf(reports.map((sizes) => sizes[i]!))),
       run: facts,
       provenance: provenance(),
     };
@@ -44,11 +40,16 @@ export async function benchAllReduce(options: Options): Promise<number> {
   return EXIT.ok;
 }
 
+/** A device collective has room for the longest message of a step, `width` floats a token: the longest one measured must fit. */
+function withRoom(spec: RunSpec, width: number, sizes: readonly number[]): RunSpec {
+  if (spec.device === 'cpu') return spec;
+  const tokens = Math.max(spec.limits.tokens, Math.ceil(Math.max(...sizes) / width));
+  return { ...spec, limits: { ...spec.limits, tokens } };
+}
+
 /** An iteration takes as long as its slowest rank. */
-function rowOf(
-  floats: number,
-  ranks: readonly { timesUs: number[]; wrong: number }[],
-): AllReduceBench['rows'][number] {
+function rowOf(ranks: readonly AllReduceReport[]): AllReduceBench['rows'][number] {
+  const { floats, launch } = ranks[0]!;
   const samples = ranks[0]!.timesUs.map((_, i) => Math.max(...ranks.map(({ timesUs }) => timesUs[i]!)));
   const time = quantiles(samples);
   const bytes = floats * 4;
@@ -58,6 +59,7 @@ function rowOf(
     count: floats,
     type: 'float',
     redop: 'sum',
+    launch,
     time_us: { ...time, samples },
     algbw_gb_per_s: algbw,
     // the share of the data that must cross a link, as nccl-tests counts it
@@ -66,7 +68,26 @@ function rowOf(
   };
 }
 
+const LAUNCHED = {
+  host: '',
+  stream: 'launched one by one, a sample is the mean of 32:\n',
+  graph: 'in a CUDA graph, a sample is the mean of 256:\n',
+} as const;
+
 function benchTable({ rows, run, provenance }: AllReduceBench): string {
+  const { cpu, cores, node, commit, dirty } = provenance;
+  const tables = (['host', 'stream', 'graph'] as const).map((launch) => {
+    const some = rows.filter((row) => row.launch === launch);
+    return some.length ? `${LAUNCHED[launch]}${columns(some)}` : '';
+  });
+  return (
+    `${run.tp} ranks, collective ${run.collective_why}\n` +
+    `${cpu}, ${cores} cores, node ${node}, commit ${commit}${dirty ? '+' : ''}\n${tables.join('')}`
+  );
+}
+
+/** The columns of nccl-tests, and how far the times spread. */
+function columns(rows: AllReduceBench['rows']): string {
   const lines = rows.map((row) => {
     const { median, p10, p90, p99 } = row.time_us;
     const rates = [row.algbw_gb_per_s, row.busbw_gb_per_s].map((rate) => rate!.toFixed(3));
@@ -77,10 +98,5 @@ function benchTable({ rows, run, provenance }: AllReduceBench): string {
   });
   const units = ['(B)', '(elements)', '', '', '(us)', '(GB/s)', '(GB/s)', '', '(us)', '(us)', '(us)'];
   const names = ['size', 'count', 'type', 'redop', 'time', 'algbw', 'busbw', '#wrong', 'p10', 'p90', 'p99'];
-  const { cpu, cores, node, commit, dirty } = provenance;
-  return (
-    `${run.tp} ranks, collective ${run.collective_why}\n` +
-    `${cpu}, ${cores} cores, node ${node}, commit ${commit}${dirty ? '+' : ''}\n` +
-    table(names, [units, ...lines])
-  );
+  return table(names, [units, ...lines]);
 }

@@ -11,11 +11,15 @@ import { findLibrary, gpuNames, memoryGb, roomGb } from '../report/machine.js';
 import { cpuModel, packageVersion } from '../report/provenance.js';
 import type { DoctorResult } from '../report/schema.js';
 import { chooseDevice } from './device.js';
-import { defaultThreads, type Options } from './options.js';
+import { gpuLines, measureGpus } from './gpu-probe.js';
+import { defaultThreads, environment, type Options } from './options.js';
 import { print, printJson } from './output.js';
 
 /** NCCL and the workers' shared memory want at least this much of /dev/shm; containers often give 64 MB. */
 const SHM_GB = 1;
+
+/** More ranks than that share no model of configs/. */
+const MOST_RANKS = 8;
 
 type Finding = DoctorResult['findings'][number];
 
@@ -46,8 +50,8 @@ const PROBES: Record<string, (options: Options) => Omit<Finding, 'what'>> = {
       : ok(`compiled with CUDA ${cuda}; ${where}`);
   },
   nccl() {
-    const where = findLibrary('libnccl.so.2');
-    return where ? ok(`libnccl.so.2 in ${where}`) : note('libnccl.so.2 not found');
+    const { nccl, ncclWhy } = native().cuda();
+    return nccl === null ? note(`cannot be used: ${ncclWhy}`) : ok(nccl);
   },
   zeromq() {
     const { version, capabilities } = zeromqFacts();
@@ -69,22 +73,33 @@ const PROBES: Record<string, (options: Options) => Omit<Finding, 'what'>> = {
   },
   collective(options) {
     const { device, devices } = chooseDevice(options);
-    return ok(chooseCollective('auto', { ranks: options.gpus.count, device, devices }, gpuFacts).why);
+    return ok(
+      chooseCollective('auto', { ranks: options.gpus.count, device, devices }, () => gpuFacts(environment()))
+        .why,
+    );
   },
 };
 
-export async function doctor(options: Options): Promise<number> {
+export async function doctor(given: Options): Promise<number> {
+  const options = { ...given, gpus: allGpus(given) };
   const findings = Object.entries(PROBES).map(
     ([what, probe]): Finding => ({ what, ...tried(() => probe(options)) }),
   );
-  const result: DoctorResult = {
-    schema: 'tp-run/doctor/1',
-    can_run: findings.every(({ status }) => status !== 'fail'),
-    findings,
-  };
+  const can_run = findings.every(({ status }) => status !== 'fail');
+  const { device, devices } = can_run ? chooseDevice(options) : { device: 'cpu', devices: [] };
+  const gpus = device === 'cuda' ? await measureGpus(options, [...new Set(devices)]) : null;
+  if (gpus) findings.push(...gpuLines(gpus));
+  const result: DoctorResult = { schema: 'tp-run/doctor/1', can_run, findings, gpus };
   if (options.json) printJson(result);
   else print(lines(result));
   return result.can_run ? EXIT.ok : EXIT.input;
+}
+
+/** Where no number of ranks is asked for: as many GPUs as one run can use, or one rank. */
+function allGpus({ gpus, device }: Options): Options['gpus'] {
+  if (gpus.devices || gpus.count > 1 || device === 'cpu') return gpus;
+  const found = native().cuda().devices.length;
+  return { count: 2 ** Math.floor(Math.log2(Math.min(Math.max(found, 1), MOST_RANKS))), devices: null };
 }
 
 /** A probe that throws has found why tp-run cannot run here. */

@@ -12,12 +12,13 @@ import { chooseDevice } from './device.js';
 import { requireRoom, writeLogits } from './dump.js';
 import { openModel } from './model.js';
 import type { Options } from './options.js';
-import { printJson } from './output.js';
+import { printJson, sharesTerminal } from './output.js';
 import { readPrompts } from './prompts.js';
 import { Recorder } from './recorder.js';
 import { withRun } from './session.js';
 import { runSpec } from './spec.js';
 import { TokenPrinter } from './token-printer.js';
+import { TokenProgress } from './token-progress.js';
 
 export async function generate(options: Options): Promise<number> {
   const { maxTokens } = options;
@@ -42,6 +43,8 @@ export async function generate(options: Options): Promise<number> {
 
   const recorder = new Recorder(prompts.length);
   const printer = options.json ? null : new TokenPrinter(prompts.length, tokenizer);
+  // tokens that stream over the same terminal show by themselves how far decoding is
+  const progress = printer && sharesTerminal() ? null : new TokenProgress(prompts.length, maxTokens);
   const facts = await withRun(spec, async ({ run, facts }) => {
     const job = {
       kind: 'generate' as const,
@@ -53,8 +56,10 @@ export async function generate(options: Options): Promise<number> {
     };
     await run.execute(job, (step) => {
       recorder.add(step);
+      progress?.add(step);
       for (const { sequence, token, finish } of step.rows) printer?.push(sequence, token, finish !== null);
     });
+    progress?.end();
     return facts;
   });
 
@@ -96,7 +101,10 @@ function samplingOf({ temperature, topK, topP, seed }: Options): Sampling {
 function summarize(recorder: Recorder, facts: RunFacts): void {
   const { tokens, records, prefillMs, tpot, shares } = recorder;
   const prompts = records.length === 1 ? '' : ` for ${records.length} prompts`;
-  const load = `load ${short(facts.load_s ?? Number.NaN)} s, prompt ${short(prefillMs)} ms`;
+  const gb = facts.weight_bytes.reduce((sum, bytes) => sum + bytes, 0) / 1e9;
+  const rate = (1000 * gb) / (facts.stage_ms.weights ?? Number.NaN);
+  const weights = `weights ${short(gb)} GB at ${short(rate)} GB/s`;
+  const load = `load ${short(facts.load_s ?? Number.NaN)} s (${weights}), prompt ${short(prefillMs)} ms`;
   log.info(
     `${counted(tokens, 'token')}${prompts}: ${load}, TPOT median ${short(tpot.median)} ms, p90 ${short(tpot.p90)} ms`,
   );

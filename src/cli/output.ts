@@ -1,6 +1,6 @@
 // stdout: results alone. A reader that leaves early (`tp-run | head`) ends the run without a fuss.
 
-import { writeFileSync } from 'node:fs';
+import { fstatSync, writeFileSync } from 'node:fs';
 import { fail } from '../errors.js';
 import type { Options } from './options.js';
 
@@ -8,6 +8,9 @@ import type { Options } from './options.js';
 export class ReaderGone extends Error {}
 
 let readerGone = false;
+
+/** Device number of /dev/tty, which stands for whatever terminal the process has. */
+const DEV_TTY = (5 << 8) | 0;
 
 process.stdout.on('error', (error: NodeJS.ErrnoException) => {
   if (error.code !== 'EPIPE') throw error;
@@ -18,6 +21,13 @@ process.stdout.on('error', (error: NodeJS.ErrnoException) => {
 export function print(text: string): void {
   if (readerGone) throw new ReaderGone();
   process.stdout.write(text);
+}
+
+/** What goes to stdout and what goes to stderr meet on one terminal. */
+export function sharesTerminal(): boolean {
+  if (!process.stdout.isTTY || !process.stderr.isTTY) return false;
+  const [out, err] = [process.stdout.fd, process.stderr.fd].map((fd) => fstatSync(fd).rdev);
+  return out === err || out === DEV_TTY || err === DEV_TTY;
 }
 
 /** One JSON object; numbers that JSON lacks (NaN, infinities) become null. */

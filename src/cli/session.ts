@@ -37,7 +37,16 @@ function factsOf(spec: RunSpec, run: Run, loadS: number): RunFacts {
     isa: spec.isa,
     sequences: spec.limits.sequences,
     load_s: loadS,
+    stage_ms: slowest(run.ranks.map(({ stageMs }) => stageMs)),
     weight_bytes: run.ranks.map(({ weightBytes }) => weightBytes),
     cache_bytes: run.ranks.map(({ cacheBytes }) => cacheBytes),
   };
+}
+
+/** The longest time of each stage. */
+function slowest(ranks: readonly Readonly<Record<string, number>>[]): Record<string, number> {
+  const stages = [...new Set(ranks.flatMap((stageMs) => Object.keys(stageMs)))];
+  return Object.fromEntries(
+    stages.map((stage) => [stage, Math.max(...ranks.map((stageMs) => stageMs[stage] ?? 0))]),
+  );
 }

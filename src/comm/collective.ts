@@ -33,6 +33,8 @@ export interface Topology {
 export interface GpuFacts {
   /** By device index: the devices whose memory each can reach. */
   peers: readonly (readonly number[])[];
+  /** Why that is not to be used, or null. */
+  peersOff: string | null;
   /** Why libnccl.so.2 cannot be used, or null. */
   ncclWhy: string | null;
 }
@@ -43,7 +45,8 @@ type Supports = (topology: Topology, gpus: () => GpuFacts) => true | string;
 /** One host's GPUs that reach each other's memory; ranks may share a GPU. */
 const peerSupports: Supports = ({ device, devices }, gpus) => {
   if (device === 'cpu') return 'no GPU';
-  const { peers } = gpus();
+  const { peers, peersOff } = gpus();
+  if (peersOff !== null) return peersOff;
   for (const a of devices)
     for (const b of devices)
       if (a !== b && !peers[a]?.includes(b)) return `GPU ${a} and ${b} have no P2P access`;
@@ -77,7 +80,7 @@ export interface Choice {
 export function chooseCollective(
   wanted: 'auto' | CollectiveName,
   topology: Topology,
-  gpus: () => GpuFacts = () => ({ peers: [], ncclWhy: 'no GPU' }),
+  gpus: () => GpuFacts = () => ({ peers: [], peersOff: null, ncclWhy: 'no GPU' }),
 ): Choice {
   const answers = COLLECTIVES.map(({ name, supports }) => ({ name, answer: supports(topology, gpus) }));
   if (wanted !== 'auto') {

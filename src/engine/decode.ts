@@ -26,7 +26,7 @@ export async function runJob(decoder: Decoder, job: Job, report: Report): Promis
     case 'read-bandwidth':
       return { kind: job.kind, gbPerS: await decoder.engine.readBandwidth(job.seconds) };
     case 'allreduce':
-      return benchAllReduce(decoder.collective, decoder, job);
+      return benchAllReduce(decoder, job);
   }
 }
 
@@ -42,6 +42,8 @@ export interface Decoder {
   trace: boolean;
   /** The collective stays on the device, so decode steps can follow each other without the host. */
   bursts: boolean;
+  /** The run's collective is `peer` or `nccl`: `collective` only carries what the host has to say. */
+  onDevice: boolean;
 }
 
 type Report = (report: StepReport) => Promise<void> | void;

@@ -76,7 +76,10 @@ export interface ScoreJob {
   fault: PlantedFault | null;
 }
 
-/** All-reduce of `floats[i]` fp32 values, `warmup` + `iterations` times each; also checks the sums exactly. */
+/**
+ * All-reduce of `floats[i]` fp32 values, `warmup` + `iterations` times each; also checks the sums exactly. A device
+ * collective is timed in every way that it can be launched.
+ */
 export interface AllReduceJob {
   kind: 'allreduce';
   floats: number[];
@@ -123,7 +126,9 @@ export interface StepReport {
 
 export interface AllReduceReport {
   floats: number;
-  /** Microseconds of each timed iteration on this rank. */
+  /** Called by the host one after the other; queued one by one on the device; recorded in one CUDA graph. */
+  launch: 'host' | 'stream' | 'graph';
+  /** Microseconds of each timed iteration on this rank; on a device of an average one among those launched together. */
   timesUs: number[];
   /** Elements that differ from the exact sum. */
   wrong: number;

@@ -54,7 +54,7 @@ export interface Run {
  * code 2), TP_STAGE_TIMEOUT, TP_WORKER_DIED, TP_INTERRUPTED; no process is left then.
  */
 export async function launch(spec: RunSpec, hooks: LaunchHooks = {}): Promise<Run> {
-  const collective = chooseCollective(spec.collective, spec, gpuFacts);
+  const collective = chooseCollective(spec.collective, spec, () => gpuFacts(hooks.env));
   log.info(`collective: ${collective.why}`);
   const launcher = new Launcher(spec, collective, hooks);
   await launcher.start();

@@ -28,6 +28,7 @@ export class Life {
   #stage: Stage = 'spawn';
   #since = 0; // performance.now() counts from the start of the process
   #toldAt = 0;
+  #hushed = false;
   /** Last completed step, -1 before the first. */
   #step = -1;
 
@@ -77,9 +78,15 @@ export class Life {
     await this.control.send({ type: 'at', doing, waitsFor: pending?.partner ?? null });
   }
 
+  /** From now on the end of this rank speaks for itself. */
+  hush(): void {
+    this.#hushed = true;
+  }
+
   /** Tells what ended this rank, and gives the exit code that goes with it. */
   async lastWords(error: unknown): Promise<number> {
     const words = describeError(error);
+    if (this.#hushed) return words.exitCode;
     // what is wrong with the input is said once, by the launcher
     if (words.exitCode !== EXIT.input) log.error(`${words.code}: ${words.text}`);
     await this.control.send({ type: 'error', ...words, stage: this.#stage, step: this.#step });

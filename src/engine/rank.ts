@@ -30,7 +30,7 @@ export async function runRank(place: Place): Promise<number> {
 
 async function live(life: Life): Promise<void> {
   life.enter('addon');
-  const { Engine, version } = native();
+  const { Engine, keepToCores, version } = native();
 
   life.enter('connect');
   const { place } = life;
@@ -39,6 +39,7 @@ async function live(life: Life): Promise<void> {
   const { spec, collective: name, peers } = await meet(life, version().addon, zmq.endpoints);
 
   life.enter('device');
+  if (spec.device === 'cpu' && ranks > 1 && keepToCores(rank, ranks, spec.threads) > 0) zmq.keepAwake();
   const model = openModel(spec.model);
   const plan = makePlan(model.config, rank, ranks);
   const engine = new Engine(engineSpec(spec, plan, name));
@@ -47,7 +48,9 @@ async function live(life: Life): Promise<void> {
   zmq.connect(peers);
   const collective: Collective = name === 'local' ? localCollective : zmq;
   await collective.allReduce(new Float32Array(1)); // returns when everybody is there
-  if (name === 'peer' || name === 'nccl') await joinOnDevice(engine, collective, ranks, spec.initTimeoutMs);
+  const onDevice = name === 'peer' || name === 'nccl';
+  if (onDevice) endGently(life, engine);
+  if (onDevice) await joinOnDevice(engine, collective, ranks, spec.initTimeoutMs);
 
   life.enter('weights');
   const total = weightBytes(plan);
@@ -66,6 +69,7 @@ async function live(life: Life): Promise<void> {
     limits,
     trace,
     bursts: name !== 'zmq',
+    onDevice,
   };
   const run: RunJob = (job, report) => runJob(decoder, job, report);
   await run(WARM_UP, async () => {});
@@ -76,6 +80,18 @@ async function live(life: Life): Promise<void> {
   await serve(life, collective, run);
   collective.close();
   engine.close();
+}
+
+/** Kernels that are told to stop waiting leave within microseconds; the driver needs its moment. */
+const FREED_MS = 30;
+
+/** Told to end, a rank first frees its kernels from waiting for peers: a GPU that still spins holds up its process's end. */
+function endGently(life: Life, engine: NativeEngine): void {
+  process.once('SIGTERM', () => {
+    life.hush(); // what the freed call says is no failure of its own
+    engine.abort();
+    setTimeout(() => process.kill(process.pid, 'SIGTERM'), FREED_MS);
+  });
 }
 
 /** One token through every layer: pages are touched and caches warm before anything is timed. */

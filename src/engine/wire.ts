@@ -80,7 +80,14 @@ const result: z.ZodType<JobResult> = z.discriminatedUnion('kind', [
   z.strictObject({ kind: z.enum(['generate', 'score']), steps: count }),
   z.strictObject({
     kind: z.literal('allreduce'),
-    sizes: z.array(z.strictObject({ floats: count, timesUs: z.array(real), wrong: count })),
+    sizes: z.array(
+      z.strictObject({
+        floats: count,
+        launch: z.enum(['host', 'stream', 'graph']),
+        timesUs: z.array(real),
+        wrong: count,
+      }),
+    ),
   }),
   z.strictObject({ kind: z.literal('read-bandwidth'), gbPerS: real }),
 ]);

@@ -14,6 +14,16 @@ export function gpuNames(): string[] {
   });
 }
 
+/** Version of the NVIDIA driver as the kernel's module tells it; null when it does not. */
+export function driverOfProc(): string | null {
+  try {
+    const text = readFileSync('/proc/driver/nvidia/version', 'utf8');
+    return /\b(\d{3,}\.\d+(?:\.\d+)?)\b/.exec(text)?.[1] ?? null;
+  } catch {
+    return null;
+  }
+}
+
 /** Folder that holds a shared library, among the usual ones; null when it is in none. */
 export function findLibrary(name: string): string | null {
   const folders = [

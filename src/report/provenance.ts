@@ -1,7 +1,7 @@
 // Where a number comes from: machine, software and commit, in every result that someone may quote.
 
 import { execFileSync } from 'node:child_process';
-import { readFileSync } from 'node:fs';
+import { existsSync, readFileSync } from 'node:fs';
 import { availableParallelism, cpus, hostname, release } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -11,14 +11,12 @@ import type { Provenance } from './schema.js';
 
 const ROOT = join(dirname(fileURLToPath(import.meta.url)), '..', '..');
 
-/** Asks the machine and git; loads the addon. `commit` is null outside a checkout of tp-run, `dirty`: files differ from it. */
+/** Asks the machine and git; loads the addon. `commit` is null outside a checkout of tp-run and its bundles, `dirty`: files differ from it. */
 export function provenance(): Provenance {
   const addon = native().version();
-  const commit = git('rev-parse', '--short=12', 'HEAD');
   return {
     version: packageVersion(),
-    commit,
-    dirty: commit === null ? null : git('status', '--porcelain', '--untracked-files=no') !== '',
+    ...(bundledCommit() ?? checkoutCommit()),
     node: process.version,
     addon: addon.addon,
     cuda: addon.cuda,
@@ -29,6 +27,20 @@ export function provenance(): Provenance {
     memory_gb: memoryGb().total,
     time: new Date().toISOString(),
   };
+}
+
+type Commit = Pick<Provenance, 'commit' | 'dirty'>;
+
+/** What a bundle was packed from: scripts/bundle.mjs leaves it beside package.json. Null in a checkout. */
+function bundledCommit(): Commit | null {
+  const file = join(ROOT, 'commit.json');
+  return existsSync(file) ? (JSON.parse(readFileSync(file, 'utf8')) as Commit) : null;
+}
+
+function checkoutCommit(): Commit {
+  const commit = git('rev-parse', '--short=12', 'HEAD');
+  const dirty = commit === null ? null : git('status', '--porcelain', '--untracked-files=no') !== '';
+  return { commit, dirty };
 }
 
 /** The version in package.json. */

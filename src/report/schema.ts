@@ -19,6 +19,8 @@ export const RunFacts = z.strictObject({
   isa: z.string(),
   sequences: count,
   load_s: real,
+  /** Milliseconds of each stage up to readiness, on the rank that took longest. */
+  stage_ms: z.record(z.string(), real),
   weight_bytes: z.array(count),
   cache_bytes: z.array(count),
 });
@@ -150,6 +152,8 @@ export const AllReduceBench = z.strictObject({
       count: count,
       type: z.literal('float'),
       redop: z.literal('sum'),
+      /** By the host; one by one on the device's stream; many in one CUDA graph. */
+      launch: z.enum(['host', 'stream', 'graph']),
       /** The slowest rank's time of each iteration. */
       time_us: z.strictObject({ median: real, p10: real, p90: real, p99: real, min: real, samples }),
       algbw_gb_per_s: real,
@@ -162,6 +166,42 @@ export const AllReduceBench = z.strictObject({
 });
 export type AllReduceBench = z.infer<typeof AllReduceBench>;
 
+export const GpuReport = z.strictObject({
+  driver: z.string().nullable(),
+  /** Newest CUDA that the driver runs. */
+  cuda: z.string().nullable(),
+  /** "2.28.9 (/usr/lib/...)" */
+  nccl: z.string().nullable(),
+  devices: z.array(
+    z.strictObject({
+      index: count,
+      name: z.string(),
+      compute_capability: z.string(),
+      free_bytes: count,
+      total_bytes: count,
+      pci: z.string(),
+      /** Active ones; null = not known. */
+      nvlinks: count.nullable(),
+      /** Other processes can open its memory. */
+      ipc: z.boolean(),
+      /** All measured GPUs read at the same time. */
+      read_gb_per_s: real,
+    }),
+  ),
+  links: z.array(z.strictObject({ from: count, to: count, access: z.boolean(), atomics: z.boolean() })),
+  all_reduce: z.array(
+    z.strictObject({
+      collective: z.string(),
+      launch: z.enum(['host', 'stream', 'graph']),
+      bytes: count,
+      median_us: real,
+      wrong: count,
+    }),
+  ),
+  not_measured: z.array(z.strictObject({ what: z.string(), why: z.string() })),
+});
+export type GpuReport = z.infer<typeof GpuReport>;
+
 export const DoctorResult = z.strictObject({
   schema: z.literal('tp-run/doctor/1'),
   can_run: z.boolean(),
@@ -173,5 +213,7 @@ export const DoctorResult = z.strictObject({
       text: z.string(),
     }),
   ),
+  /** null where no GPU can be used. */
+  gpus: GpuReport.nullable(),
 });
 export type DoctorResult = z.infer<typeof DoctorResult>;

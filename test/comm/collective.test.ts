@@ -168,6 +168,22 @@ describe('the choice of a collective', () => {
     );
   });
 
+  it('leaves peer out where GPUs may not reach each other, and says why', () => {
+    const two = { ranks: 2, device: 'cuda', devices: [0, 1] } as const;
+    const facts = { peers: [[1], [0]], peersOff: null, ncclWhy: null };
+    expect(chooseCollective('auto', two, () => facts)).toEqual({ name: 'peer', why: 'peer' });
+    const off = { ...facts, peersOff: 'switched off' };
+    expect(chooseCollective('auto', two, () => off)).toEqual({
+      name: 'nccl',
+      why: 'nccl (peer off: switched off)',
+    });
+    expect(() => chooseCollective('peer', two, () => off)).toThrow('switched off');
+    const none = { peers: [[], []], peersOff: null, ncclWhy: 'no library' };
+    expect(chooseCollective('auto', two, () => none).why).toBe(
+      'zmq (peer off: GPU 0 and 1 have no P2P access; nccl off: no library)',
+    );
+  });
+
   it('refuses a number of ranks that is no power of two', () => {
     expect(() => chooseCollective('auto', { ranks: 3, device: 'cpu', devices: [] })).toThrow(
       '3 is no power of two',

@@ -73,10 +73,10 @@ describe('bench allreduce', () => {
       expect(code).toBe(0);
       expect(stdout).toMatch(/^ *size +count +type +redop +time +algbw +busbw +#wrong +p10 +p90 +p99$/m);
       const { rows } = AllReduceBench.parse(await tpRunJson(args));
-      expect(rows.map(({ bytes, count, wrong }) => ({ bytes, count, wrong }))).toEqual([
-        { bytes: 4, count: 1, wrong: 0 },
-        { bytes: 11264, count: 2816, wrong: 0 },
-        { bytes: 22528, count: 5632, wrong: 0 },
+      expect(rows.map(({ bytes, count, launch, wrong }) => ({ bytes, count, launch, wrong }))).toEqual([
+        { bytes: 4, count: 1, launch: 'host', wrong: 0 },
+        { bytes: 11264, count: 2816, launch: 'host', wrong: 0 },
+        { bytes: 22528, count: 5632, launch: 'host', wrong: 0 },
       ]);
       const [, row] = rows;
       expect(row!.time_us.samples).toHaveLength(20);

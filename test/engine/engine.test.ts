@@ -47,6 +47,14 @@ describe('a call', () => {
       });
   });
 
+  it('to time a device collective that the engine does not have is refused', async () => {
+    const engine = await readyModel();
+    expect(await refusal(() => engine.timeAllReduce(16, 2, 0, true))).toMatchObject({
+      code: 'TP_PLAN',
+      message: 'collective local has nothing to join',
+    });
+  });
+
   it('for a buffer that does not exist, or with values that do not fit it, is refused', async () => {
     const engine = await readyModel();
     engine.begin(smallBatch());
@@ -167,6 +175,27 @@ describe('an engine', () => {
       expect({ status, stdout, stderr }).toEqual({ status: 0, stdout: 'done\n', stderr: '' });
     },
   );
+
+  it('that is never closed does not stand in the way of another when their process ends', () => {
+    const script = `
+      import { createRequire } from 'node:module';
+      const { Engine } = createRequire(import.meta.url)(${JSON.stringify(`${root}/build/tp_run.node`)});
+      const make = () => new Engine({
+        device: 'cpu', dtype: 'float32', collective: 'host', isa: 'auto', deviceIndex: 0, threads: 1,
+        rank: 0, size: 1,
+        model: { hidden: 8, vocab: 8, intermediate: 8, moeIntermediate: 8, experts: 1, topK: 1, eps: 1e-6,
+                 softcap: 0, leaves: 1, embedScale: 1 },
+        layers: [], tensors: [{ name: 'w', shape: [8] }], steps: [],
+        limits: { tokens: 1, rows: 1, sequences: 1, positions: 1, candidates: 1 }, trace: false,
+      });
+      globalThis.engines = [make(), make(), make()];
+    `;
+    const { status, signal, stderr } = spawnSync(process.execPath, ['--input-type=module', '-e', script], {
+      timeout: 20_000,
+      encoding: 'utf8',
+    });
+    expect({ status, signal, stderr }).toEqual({ status: 0, signal: null, stderr: '' });
+  });
 
   it('counts what it holds and what its steps read', async () => {
     const engine = await readyModel();

@@ -78,6 +78,7 @@ export async function openRanks(config: ModelConfig, source: WeightSource, optio
             limits,
             trace: options.trace ?? false,
             bursts: options.size === 1,
+            onDevice: false,
           };
           await decode(decoder, job, (report) => {
             reports.push(report);

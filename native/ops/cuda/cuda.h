@@ -30,6 +30,7 @@ class CudaBackend final : public Backend {
   bool on_host() const override { return false; }
   void write(void* device, const void* host, size_t bytes) override;
   void read(void* host, const void* device, size_t bytes) override;
+  std::unique_ptr<Upload> make_upload(size_t bytes) override;
   void require(const Dims& dims, const Heads& heads) const override;
   void replay(uint64_t key, const std::function<void()>& work) override;
   std::unique_ptr<Fused> fuse(const Decoder& decoder, const Dims& dims, const Wires* wires) override;
