@@ -2,6 +2,7 @@
 // chosen experts in the order of their ids and adds each one's leaf, weighted, for the tokens that chose it;
 // the tree comes last.
 #include "ops/cuda/experts.cuh"
+#include "ops/cuda/grouped/grouped.h"
 
 namespace tp::cuda {
 
@@ -155,6 +156,7 @@ class Down {
 }  // namespace
 
 void down(const DownArgs& a, const Dims& d, const Input& in, Backend& backend) {
+  if (grouped::takes(a, d, in.tokens)) return grouped::down(a, d, in, of(backend));
   CudaBackend& cuda = of(backend);
   const Split dense = split_leaves(d.inter, d.leaves), expert = split_leaves(d.moe_inter, d.leaves);
   launch_gemv<Down>(cuda, d, in.tokens,

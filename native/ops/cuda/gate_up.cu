@@ -2,6 +2,7 @@
 // of the dense MLP or of one chosen expert. Every tile multiplies all tokens of the launch; those that chose
 // the expert are kept.
 #include "ops/cuda/experts.cuh"
+#include "ops/cuda/grouped/grouped.h"
 
 namespace tp::cuda {
 
@@ -117,6 +118,7 @@ class GateUp {
 }  // namespace
 
 void gate_up(const GateUpArgs& a, const Dims& d, const Input& in, Backend& backend) {
+  if (grouped::takes(a, d, in.tokens)) return grouped::gate_up(a, d, in, of(backend));
   const Split split = split_whole(d.hidden);
   launch_gemv<GateUp>(of(backend), d, in.tokens,
                       {a,

@@ -1,0 +1,459 @@
+// Weight rows times many columns of activations, every weight read once for all of them.
+//
+// A block takes tiles of weight rows by columns (tokens, or the assignments of one expert) by turns. One warp
+// brings weights by the copy engine, a few more bring the columns' activations by 16-byte copies, both into
+// the same ring of stages, as far ahead as there is room; the other warps multiply: tensor-core products of
+// bfloat16 with fp32 sums. A sum goes along its leaf (or the whole row) in steps of 16 elements, the last of
+// a piece of 88 has 8, so its bits depend on nothing but its own weights and activations: not on the tile,
+// the other columns, the number of tokens or the TP degree. Leaves meet in tree order, or are written apart.
+#pragma once
+
+#include "ops/cuda/gemv.cuh"
+
+namespace tp::cuda::grouped {
+
+/// How a block's warps share a tile: every warp takes RowTiles x 16 rows by ColumnTiles x 8 columns.
+template <int RowWarps, int RowTiles, int ColumnWarps, int ColumnTiles>
+struct Shape {
+  static constexpr int kRowWarps = RowWarps, kRowTiles = RowTiles, kColumnTiles = ColumnTiles;
+  static constexpr int kWarps = RowWarps * ColumnWarps;
+  static constexpr int kRows = RowWarps * RowTiles * 16, kColumns = ColumnWarps * ColumnTiles * 8;
+  static constexpr int kGivers = 96;  // threads that bring activations
+  static constexpr int kThreads = kWarps * 32 + 32 + kGivers;
+};
+
+/// Tiles for a few columns, where reading the weights is all: fine enough that all processors have the same
+/// work.
+using Few32 = Shape<2, 1, 1, 4>;
+using Few64 = Shape<4, 1, 1, 4>;
+using Few128 = Shape<8, 1, 1, 4>;
+/// For many columns, where multiplying is all.
+using Many64 = Shape<4, 2, 2, 4>;
+using Many128 = Shape<4, 2, 2, 8>;
+
+/// What becomes of a sum.
+enum class Finish {
+  sums,     // as it is
+  rounded,  // to bfloat16
+  capped,   // softcap
+  gated,    // GELU(gate) * up
+};
+
+/// A weight matrix, or one for every expert, times rows of activations.
+struct Part {
+  CUtensorMap low, high;      // high: of gated tiles the up rows, whose gate rows come by `low`
+  const Bf16* tokens;         // (activation rows, width)
+  float* out;                 // (rows of output, rows of the weight matrix)
+  int64_t out_stride;         // from one row of output to the next
+  int64_t leaf_stride;        // from one leaf to the next where leaves stay apart, else 0
+  int rows;                   // output columns: weight rows of a matrix (gated: gate rows)
+  int first_row, all_rows;    // weight rows before those (a slice), and of a matrix, for finding an expert's
+  int high_row;               // rows from a gate row to its up row, when both come by one matrix
+  int box;                    // rows that one copy brings
+  int tiles, tile_rows;       // tiles of rows, and rows of a tile (gated: gate rows)
+  int width, leaves, chunks;  // elements of a row, cut into leaves, each into chunks
+  int columns;                // tokens; 0: the assignments of the experts
+};
+
+constexpr int kMostParts = 3, kMostStages = 24;
+
+struct Parameters {
+  Part part[kMostParts];  // the experts' is the last
+  int parts, dense_units, stages;
+  int experts;              // 0: none
+  const int* expert_start;  // (E + 1)
+  const int* assignment;    // (T * K) output rows of the experts' columns
+  Divider token_of;         // activation row of an assignment
+  float softcap;
+};
+
+/// One tile.
+struct Unit {
+  int part, weight_row, row, column, count, start;
+};
+
+inline __host__ __device__ int up(int x, int to) { return (x + to - 1) / to * to; }
+
+/// Shared memory of a block: the stages, then the stack of leaves, the experts' first units, the activation
+/// rows of two units, and the barriers.
+template <class S, int Chunk>
+struct Room {
+  static constexpr int kPitch = Chunk * 2, kWeights = S::kRows * kPitch;
+  static constexpr int kStage = kWeights + S::kColumns * kPitch;
+  static constexpr int kLevel = S::kRows * S::kColumns * 4;
+  int stack, first_units, table, barriers, bytes;
+  __host__ __device__ Room(int stages, int levels, int experts) {
+    stack = stages * kStage;
+    first_units = stack + levels * kLevel;
+    table = first_units + up((experts + 1) * 4, 16);
+    barriers = table + 2 * S::kColumns * 4;
+    bytes = barriers + stages * 16;
+  }
+};
+
+__device__ inline void four_matrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+/// acc += 16 rows x 8 elements times 8 elements x 8 columns.
+__device__ inline void multiply_half(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a0), "r"(a1), "r"(b0));
+}
+__device__ inline void arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+/// Walks through the stages of the ring; every role has its own.
+struct Walk {
+  int at = 0;
+  uint32_t phase = 0;
+  __device__ void advance(int stages) {
+    if (++at == stages) at = 0, phase ^= 1;
+  }
+};
+
+/// All units of the kernel in their order: dense parts, then expert after expert; of a row tile all columns
+/// follow each other, so that its weights come from memory once.
+template <class S>
+class Units {
+ public:
+  __device__ Units(const Parameters& p, int* first_units) : p_(p), first_(first_units) {}
+
+  /// By one warp; then the block meets.
+  __device__ void count() const {
+    const int lane = threadIdx.x % 32;
+    int done = p_.dense_units;
+#pragma unroll 1
+    for (int e0 = 0; e0 < p_.experts; e0 += 32) {
+      const int e = e0 + lane;
+      const int n = e < p_.experts ? __ldcg(p_.expert_start + e + 1) - __ldcg(p_.expert_start + e) : 0;
+      const int units = (n + S::kColumns - 1) / S::kColumns * p_.part[p_.parts - 1].tiles;
+      int sum = units;
+      for (int span = 1; span < 32; span *= 2) {
+        const int other = __shfl_up_sync(~0u, sum, span);
+        if (lane >= span) sum += other;
+      }
+      if (e < p_.experts) first_[e] = done + sum - units;
+      done += __shfl_sync(~0u, sum, 31);
+    }
+    if (lane == 0) first_[p_.experts] = done;
+  }
+  __device__ int total() const { return first_[p_.experts]; }
+  __device__ Unit unit(int u) const {
+    Unit x{};
+    if (u < p_.dense_units) {
+      int columns;
+      for (;; x.part++) {
+        columns = (p_.part[x.part].columns + S::kColumns - 1) / S::kColumns;
+        if (u < columns * p_.part[x.part].tiles) break;
+        u -= columns * p_.part[x.part].tiles;
+      }
+      const Part& part = p_.part[x.part];
+      return place(x, part, u, columns, part.columns, 0);
+    }
+    int e = 0;
+    for (int step = 512; step > 0; step /= 2)
+      if (e + step < p_.experts && first_[e + step] <= u) e += step;
+    // Experts without a token have no units: this is the last that begins here, the one that has.
+    x.part = p_.parts - 1;
+    x.start = __ldcg(p_.expert_start + e);
+    const int n = __ldcg(p_.expert_start + e + 1) - x.start;
+    return place(x, p_.part[x.part], u - first_[e], (n + S::kColumns - 1) / S::kColumns, n, e);
+  }
+
+ private:
+  static __device__ Unit place(Unit x, const Part& part, int u, int columns, int all, int expert) {
+    const int tile = columns == 1 ? u : u / columns;
+    x.row = tile * part.tile_rows;
+    x.weight_row = expert * part.all_rows + part.first_row + x.row;
+    x.column = (u - tile * columns) * S::kColumns;
+    x.count = min(S::kColumns, all - x.column);
+    return x;
+  }
+  const Parameters& p_;
+  int* first_;
+};
+
+/// Brings weights. By one warp.
+template <class S, int Chunk, Finish F>
+__device__ void bring_weights(const Parameters& p, const Units<S>& units, char* stages, uint32_t barriers) {
+  using R = Room<S, Chunk>;
+  constexpr int kHalf = F == Finish::gated ? S::kRows / 2 : S::kRows;
+  const int lane = threadIdx.x % 32, total = units.total();
+  Walk walk;
+#pragma unroll 1
+  for (int u = blockIdx.x; u < total; u += gridDim.x) {
+    const Unit x = units.unit(u);
+    const Part& part = p.part[x.part];
+    const int boxes = (min(kHalf, part.rows - x.row) + part.box - 1) / part.box;
+    const int copies = F == Finish::gated ? 2 * boxes : boxes, box_bytes = part.box * R::kPitch;
+    const bool is_high = lane >= boxes;
+    const int box = is_high ? lane - boxes : lane;
+    const CUtensorMap* const map = is_high ? &part.high : &part.low;
+    const int row = x.weight_row + box * part.box + (is_high ? part.high_row : 0);
+    const int offset = (is_high ? kHalf * R::kPitch : 0) + box * box_bytes;
+#pragma unroll 1
+    for (int c = 0; c < part.leaves * part.chunks; c++) {
+      const uint32_t full = barriers + walk.at * 16;
+      wait_for(full + 8, walk.phase ^ 1);
+      if (lane == 0)
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(full), "r"(copies * box_bytes)
+                     : "memory");
+      __syncwarp();
+      if (lane < copies)
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
+            "%3}], [%4];" ::"r"(shared_address(stages) + walk.at * R::kStage + offset),
+            "l"(map), "r"(c * Chunk), "r"(row), "r"(full)
+            : "memory");
+      walk.advance(p.stages);
+    }
+  }
+}
+
+/// Brings the activations of the columns. By S::kGivers threads.
+template <class S, int Chunk>
+__device__ void bring_tokens(const Parameters& p, const Units<S>& units, char* stages, int* tables,
+                             uint32_t barriers, int thread) {
+  using R = Room<S, Chunk>;
+  constexpr int kPieces = Chunk / 8;
+  const int total = units.total();
+  Walk walk;
+  int turn = 0;
+#pragma unroll 1
+  for (int u = blockIdx.x; u < total; u += gridDim.x, turn ^= 1) {
+    const Unit x = units.unit(u);
+    const Part& part = p.part[x.part];
+    int* const table = tables + turn * S::kColumns;
+    const int columns = min(up(x.count, 16), S::kColumns);  // what the products touch
+#pragma unroll 1
+    for (int i = thread; i < columns; i += S::kGivers) {
+      const int column = min(i, x.count - 1);  // past the end any row will do
+      table[i] = part.columns > 0 ? x.column + column
+                                  : p.token_of.of(__ldcg(p.assignment + x.start + x.column + column));
+    }
+    asm volatile("bar.sync 1, %0;" ::"n"(S::kGivers) : "memory");
+#pragma unroll 1
+    for (int c = 0; c < part.leaves * part.chunks; c++) {
+      const uint32_t full = barriers + walk.at * 16;
+      wait_for(full + 8, walk.phase ^ 1);
+      const uint32_t to = shared_address(stages) + walk.at * R::kStage + R::kWeights;
+#pragma unroll 4
+      for (int i = thread; i < columns * kPieces; i += S::kGivers) {
+        const int row = i / kPieces, piece = i % kPieces;
+        const Bf16* const from =
+            part.tokens + static_cast<int64_t>(table[row]) * part.width + c * Chunk + piece * 8;
+        const int at = Chunk == 64 ? piece ^ row % 8 : piece;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + row * R::kPitch + at * 16),
+                     "l"(from)
+                     : "memory");
+      }
+      asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full) : "memory");
+      walk.advance(p.stages);
+    }
+  }
+}
+
+/// Adds a level of the stack to the sums, or moves the sums there. A thread has places of its own.
+template <class S, int M, int N>
+__device__ inline void join_level(float (&acc)[M][N][4], float* stack, int level, bool keep) {
+  float* const place = stack + level * S::kRows * S::kColumns + threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < M * N * 4; i++) {
+    float& sum = acc[i / (N * 4)][i / 4 % N][i % 4];
+    float& kept = place[i * S::kWarps * 32];
+    if (keep)
+      kept = sum, sum = 0;
+    else
+      sum = kept + sum;
+  }
+}
+
+/// Multiplies: a warp's part of every tile.
+template <class S, int Chunk, Finish F>
+__device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char* stages, float* stack,
+                               uint32_t barriers) {
+  using R = Room<S, Chunk>;
+  constexpr int kM = S::kRowTiles, kN = S::kColumnTiles, kSteps = (Chunk + 15) / 16;
+  constexpr bool kGated = F == Finish::gated;
+  static_assert(kN % 2 == 0);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, total = units.total();
+  const int row_warp = warp % S::kRowWarps, first_column = warp / S::kRowWarps * kN * 8;
+  // What the lane asks ldmatrix for: its row and piece of the four 8 x 8 matrices.
+  uint32_t a_row[kM];
+#pragma unroll
+  for (int m = 0; m < kM; m++) {
+    const int tile = row_warp * kM + m, high = lane / 8 % 2;
+    const int row = kGated ? high * (S::kRows / 2) + tile * 8 + lane % 8 : tile * 16 + high * 8 + lane % 8;
+    a_row[m] = shared_address(stages) + row * R::kPitch;
+  }
+  const uint32_t b_row =
+      shared_address(stages) + R::kWeights + (first_column + lane / 16 * 8 + lane % 8) * R::kPitch;
+  const int a_piece = lane / 16, b_piece = lane / 8 % 2;
+  const auto at = [&](int piece) { return (Chunk == 64 ? piece ^ lane % 8 : piece) * 16; };
+  Walk walk;
+#pragma unroll 1
+  for (int u = blockIdx.x; u < total; u += gridDim.x) {
+    const Unit x = units.unit(u);
+    const Part& part = p.part[x.part];
+    const int pairs = (x.count - first_column + 15) / 16;  // of column tiles that hold columns
+    // Rows of output of the lane's columns, -1 where there is none.
+    int out_row[kN][2];
+#pragma unroll
+    for (int n = 0; n < kN; n++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int column = first_column + n * 8 + lane % 4 * 2 + i;
+        out_row[n][i] = column >= x.count  ? -1
+                        : part.columns > 0 ? x.column + column
+                                           : __ldcg(p.assignment + x.start + x.column + column);
+      }
+    float acc[kM][kN][4] = {};
+    const auto write = [&](int leaf) {
+    // A lane's sums: (row lane / 4, column 2 (lane % 4)), the next column, and the same of row + 8.
+#pragma unroll
+      for (int m = 0; m < kM; m++)
+#pragma unroll
+        for (int n = 0; n < kN; n++)
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            if (out_row[n][i] < 0) continue;
+            float* const to = part.out + out_row[n][i] * part.out_stride + leaf * part.leaf_stride;
+            const int tile = row_warp * kM + m;
+            const float low = acc[m][n][i], high = acc[m][n][2 + i];
+            if (kGated) {
+              const int row = x.row + tile * 8 + lane / 4;
+              if (row < part.rows)
+                to[row] =
+                    round_to(true, round_to(true, gelu_tanh(round_to(true, low))) * round_to(true, high));
+              continue;
+            }
+            const auto finished = [&](float sum) {
+              if (F == Finish::rounded) return round_to(true, sum);
+              if (F == Finish::capped) return p.softcap > 0 ? p.softcap * tanh_f32(sum / p.softcap) : sum;
+              return sum;
+            };
+            const int row = x.row + tile * 16 + lane / 4;
+            if (row < part.rows) to[row] = finished(low);
+            if (row + 8 < part.rows) to[row + 8] = finished(high);
+          }
+    };
+    const auto multiply_stage = [&]<bool Full>(uint32_t stage) {
+#pragma unroll
+      for (int step = 0; step < kSteps; step++) {
+        const bool half = step * 16 + 8 == Chunk;
+        uint32_t a[kM][4];
+#pragma unroll
+        for (int m = 0; m < kM; m++)
+          four_matrices(a[m], a_row[m] + stage + at(2 * step + (half ? 0 : a_piece)));
+#pragma unroll
+        for (int pair = 0; pair < kN / 2; pair++) {
+          if (!Full && pair >= pairs) continue;
+          uint32_t b[4];
+          four_matrices(b, b_row + stage + pair * 16 * R::kPitch + at(2 * step + (half ? 0 : b_piece)));
+#pragma unroll
+          for (int m = 0; m < kM; m++)
+            if (half) {
+              multiply_half(acc[m][2 * pair], a[m][0], a[m][1], b[0]);
+              multiply_half(acc[m][2 * pair + 1], a[m][0], a[m][1], b[2]);
+            } else {
+              multiply(acc[m][2 * pair], a[m][0], a[m][1], a[m][2], a[m][3], b[0], b[1]);
+              multiply(acc[m][2 * pair + 1], a[m][0], a[m][1], a[m][2], a[m][3], b[2], b[3]);
+            }
+        }
+      }
+    };
+#pragma unroll 1
+    for (int leaf = 0; leaf < part.leaves; leaf++) {
+#pragma unroll 1
+      for (int c = 0; c < part.chunks; c++) {
+        const uint32_t full = barriers + walk.at * 16, stage = walk.at * R::kStage;
+        wait_for(full, walk.phase);
+        if (pairs >= kN / 2)
+          multiply_stage.template operator()<true>(stage);
+        else if (pairs > 0)
+          multiply_stage.template operator()<false>(stage);
+        __syncwarp();
+        if (lane == 0) arrive(full + 8);
+        walk.advance(p.stages);
+      }
+      if (part.leaf_stride == 0 && leaf + 1 < part.leaves) {
+        // The left half of a pair of subtrees waits in the stack, a right half takes it from there.
+        int level = 0;
+#pragma unroll 1
+        for (; leaf >> level & 1; level++) join_level<S>(acc, stack, level, false);
+        join_level<S>(acc, stack, level, true);
+      } else if (part.leaf_stride == 0) {
+#pragma unroll 1
+        for (int level = 0; leaf >> level & 1; level++) join_level<S>(acc, stack, level, false);
+      } else {
+        write(leaf);
+#pragma unroll
+        for (int m = 0; m < kM; m++)
+#pragma unroll
+          for (int n = 0; n < kN; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) acc[m][n][i] = 0;
+      }
+    }
+    if (part.leaf_stride == 0) write(0);
+  }
+}
+
+template <class S, int Chunk, Finish F>
+__global__ void __launch_bounds__(S::kThreads, 1)
+    multiply_grouped(const __grid_constant__ Parameters p, int levels) {
+  extern __shared__ __align__(1024) char shared[];
+  const Room<S, Chunk> room(p.stages, levels, p.experts);
+  const uint32_t barriers = shared_address(shared + room.barriers);
+  const Units<S> units(p, reinterpret_cast<int*>(shared + room.first_units));
+  const int warp = threadIdx.x / 32;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < p.stages; i++) {
+      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barriers + i * 16), "n"(S::kGivers + 1));
+      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barriers + i * 16 + 8), "n"(S::kWarps));
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  // The kernel before this one rounds activations and began when the router was done, so the experts' lists
+  // may be read at once, and weights may come.
+  if (warp == S::kWarps) units.count();
+  __syncthreads();
+  if (warp == S::kWarps) return bring_weights<S, Chunk, F>(p, units, shared, barriers);
+  wait_for_inputs();
+  let_next_start();
+  if (warp > S::kWarps)
+    return bring_tokens<S, Chunk>(p, units, shared, reinterpret_cast<int*>(shared + room.table), barriers,
+                                  static_cast<int>(threadIdx.x) - (S::kWarps + 1) * 32);
+  multiply_tiles<S, Chunk, F>(p, units, shared, reinterpret_cast<float*>(shared + room.stack), barriers);
+}
+
+/// Fills in what follows from the shape, and starts the kernel.
+template <class S, int Chunk, Finish F>
+void launch_grouped(CudaBackend& backend, Parameters p) {
+  constexpr bool kGated = F == Finish::gated;
+  using R = Room<S, Chunk>;
+  int levels = 0;
+  p.dense_units = 0;
+  for (int i = 0; i < p.parts; i++) {
+    Part& part = p.part[i];
+    const int half = kGated ? S::kRows / 2 : S::kRows;
+    part.tile_rows = half;
+    part.tiles = (part.rows + half - 1) / half;
+    if (part.columns > 0) p.dense_units += part.tiles * ((part.columns + S::kColumns - 1) / S::kColumns);
+    if (part.leaf_stride == 0)
+      while (1 << levels < part.leaves) levels++;
+  }
+  const int fixed = R(0, levels, p.experts).bytes;
+  p.stages = least(kMostStages, (backend.shared_memory() - 2048 - fixed) / (R::kStage + 16));
+  backend.launch(multiply_grouped<S, Chunk, F>, dim3(static_cast<unsigned>(backend.processors())),
+                 S::kThreads, static_cast<size_t>(R(p.stages, levels, p.experts).bytes), p, levels);
+}
+
+}  // namespace tp::cuda::grouped
