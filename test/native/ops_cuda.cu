@@ -991,8 +991,7 @@ void time_many(int layer_count) {
             for (const Layer* l : some) op(*l);
           },
           static_cast<int>(some.size()), 5);
-      std::printf("%-12s TP=%d  %9.1f us  %7.1f TFLOP/s\n", name, size, us,
-                  gflop / us * 1e3);
+      std::printf("%-12s TP=%d  %9.1f us  %7.1f TFLOP/s\n", name, size, us, gflop / us * 1e3);
       std::fflush(stdout);
     };
     const double matrix = 2.0 * kPrompt * 2816 * 1e-9;  // GFLOP for one weight row of H
@@ -1029,6 +1028,26 @@ void time_many(int layer_count) {
   }
 }
 
+/// A layer of 32 and one of 2,048 tokens, for a profiler.
+void profile_many() {
+  for (const int T : {32, 2048}) {
+    gpu.reset();
+    gpu = std::make_unique<cuda::CudaBackend>(0);
+    Model m(2, 1, T, 2112, T > 64 ? 1 : T);
+    Step in(T, 1);
+    for (int t = 0; t < T; t++) {
+      in.token.host[t] = static_cast<int>(random_bits() % 262144);
+      in.position.host[t] = T > 64 ? t : 100, in.slot.host[t] = T > 64 ? 0 : t;
+    }
+    in.row.host[0] = 0;
+    in.upload();
+    const Input input = in.device(T, 1);
+    gpu->ops().embed(m.embed, m.d, input, *gpu);
+    m.layer(m.layers[0], input);
+    gpu->finish();
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -1042,6 +1061,7 @@ int main(int argc, char** argv) {
     };
     const bool many = argc > 1 && asked("many");
     if (asked("check") || asked("small")) check_all(asked("small") && argc > 1, many);
+    if (argc > 1 && asked("profile")) profile_many();
     if (asked("time")) {
       if (many)
         time_many(30);

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kJoinThreads)
   const int i = (blockIdx.x * kJoinThreads + threadIdx.x) * 4;
   if (i >= width) return;
   float leaf[4][Leaves] = {};
-#pragma unroll 2
+#pragma unroll(Leaves > 4 ? 2 : 4)
   for (int n = 0; n < top_k; n++) {
     const float* const from = sums + (static_cast<int64_t>(t) * top_k + order[n]) * Leaves * width + i;
 #pragma unroll

@@ -72,21 +72,31 @@ struct Unit {
   int part, weight_row, row, column, count, start;
 };
 
+/// What the multiplying warps know of a tile; it is there with the tile's first stage.
+template <class S>
+struct Slot {
+  int part, row, count;
+  int out_row[S::kColumns];
+};
+
 inline __host__ __device__ int up(int x, int to) { return (x + to - 1) / to * to; }
 
-/// Shared memory of a block: the stages, then the stack of leaves, the experts' first units, the activation
-/// rows of two units, and the barriers.
+/// Shared memory of a block: the stages, then the stack of leaves, where the experts' units and assignments
+/// begin, the activation rows of two units, the slots (one more than stages: when a unit's first stage is
+/// free, all warps have left the unit that had its slot before) and the barriers.
 template <class S, int Chunk>
 struct Room {
   static constexpr int kPitch = Chunk * 2, kWeights = S::kRows * kPitch;
   static constexpr int kStage = kWeights + S::kColumns * kPitch;
   static constexpr int kLevel = S::kRows * S::kColumns * 4;
-  int stack, first_units, table, barriers, bytes;
+  static constexpr int kSlot = sizeof(Slot<S>);
+  int stack, first_units, table, slots, barriers, bytes;
   __host__ __device__ Room(int stages, int levels, int experts) {
     stack = stages * kStage;
     first_units = stack + levels * kLevel;
-    table = first_units + up((experts + 1) * 4, 16);
-    barriers = table + 2 * S::kColumns * 4;
+    table = first_units + up(2 * (experts + 1) * 4, 16);
+    slots = table + 2 * S::kColumns * 4;
+    barriers = slots + up((stages + 1) * kSlot, 16);
     bytes = barriers + stages * 16;
   }
 };
@@ -123,16 +133,21 @@ struct Walk {
 template <class S>
 class Units {
  public:
-  __device__ Units(const Parameters& p, int* first_units) : p_(p), first_(first_units) {}
+  __device__ Units(const Parameters& p, int* room)
+      : p_(p), first_(room), start_(room + p.experts + 1), step_(1) {
+    while (2 * step_ < p.experts) step_ *= 2;
+  }
 
   /// By one warp; then the block meets.
   __device__ void count() const {
     const int lane = threadIdx.x % 32;
     int done = p_.dense_units;
 #pragma unroll 1
-    for (int e0 = 0; e0 < p_.experts; e0 += 32) {
+    for (int e0 = 0; p_.experts > 0 && e0 <= p_.experts; e0 += 32) {
       const int e = e0 + lane;
-      const int n = e < p_.experts ? __ldcg(p_.expert_start + e + 1) - __ldcg(p_.expert_start + e) : 0;
+      const int start = e <= p_.experts ? __ldcg(p_.expert_start + e) : 0;
+      const int n = e < p_.experts ? __ldcg(p_.expert_start + e + 1) - start : 0;
+      if (e <= p_.experts) start_[e] = start;
       const int units = (n + S::kColumns - 1) / S::kColumns * p_.part[p_.parts - 1].tiles;
       int sum = units;
       for (int span = 1; span < 32; span *= 2) {
@@ -158,12 +173,12 @@ class Units {
       return place(x, part, u, columns, part.columns, 0);
     }
     int e = 0;
-    for (int step = 512; step > 0; step /= 2)
+    for (int step = step_; step > 0; step /= 2)
       if (e + step < p_.experts && first_[e + step] <= u) e += step;
     // Experts without a token have no units: this is the last that begins here, the one that has.
     x.part = p_.parts - 1;
-    x.start = __ldcg(p_.expert_start + e);
-    const int n = __ldcg(p_.expert_start + e + 1) - x.start;
+    x.start = start_[e];
+    const int n = start_[e + 1] - x.start;
     return place(x, p_.part[x.part], u - first_[e], (n + S::kColumns - 1) / S::kColumns, n, e);
   }
 
@@ -177,19 +192,37 @@ class Units {
     return x;
   }
   const Parameters& p_;
-  int* first_;
+  int *first_, *start_;  // units and assignments before each expert's
+  int step_;             // the search's first
 };
 
-/// Brings weights. By one warp.
+/// Brings weights, and says what the units are. By one warp.
 template <class S, int Chunk, Finish F>
-__device__ void bring_weights(const Parameters& p, const Units<S>& units, char* stages, uint32_t barriers) {
+__device__ void bring_weights(const Parameters& p, const Units<S>& units, char* stages, Slot<S>* slots,
+                              uint32_t barriers) {
   using R = Room<S, Chunk>;
-  constexpr int kHalf = F == Finish::gated ? S::kRows / 2 : S::kRows;
+  constexpr int kHalf = F == Finish::gated ? S::kRows / 2 : S::kRows, kPer = (S::kColumns + 31) / 32;
   const int lane = threadIdx.x % 32, total = units.total();
+  // The rows of output of the next unit are asked for while this one's weights come.
+  Unit next;
+  int out_row[kPer];
+  const auto look = [&](int u) {
+    if (u >= total) return;
+    next = units.unit(u);
+#pragma unroll
+    for (int i = 0; i < kPer; i++) {
+      const int column = lane + 32 * i;
+      out_row[i] = column >= next.count            ? -1
+                   : p.part[next.part].columns > 0 ? next.column + column
+                                                   : __ldcg(p.assignment + next.start + next.column + column);
+    }
+  };
+  look(blockIdx.x);
   Walk walk;
+  int slot = 0;
 #pragma unroll 1
   for (int u = blockIdx.x; u < total; u += gridDim.x) {
-    const Unit x = units.unit(u);
+    const Unit x = next;
     const Part& part = p.part[x.part];
     const int boxes = (min(kHalf, part.rows - x.row) + part.box - 1) / part.box;
     const int copies = F == Finish::gated ? 2 * boxes : boxes, box_bytes = part.box * R::kPitch;
@@ -198,10 +231,20 @@ __device__ void bring_weights(const Parameters& p, const Units<S>& units, char* 
     const CUtensorMap* const map = is_high ? &part.high : &part.low;
     const int row = x.weight_row + box * part.box + (is_high ? part.high_row : 0);
     const int offset = (is_high ? kHalf * R::kPitch : 0) + box * box_bytes;
+    const int chunks = part.leaves * part.chunks;
 #pragma unroll 1
-    for (int c = 0; c < part.leaves * part.chunks; c++) {
+    for (int c = 0; c < chunks; c++) {
       const uint32_t full = barriers + walk.at * 16;
       wait_for(full + 8, walk.phase ^ 1);
+      if (c == 0) {
+        Slot<S>& known = slots[slot];
+        if (lane == 0) known.part = x.part, known.row = x.row, known.count = x.count;
+#pragma unroll
+        for (int i = 0; i < kPer; i++)
+          if (lane + 32 * i < S::kColumns) known.out_row[lane + 32 * i] = out_row[i];
+        if (++slot > p.stages) slot = 0;
+        __syncwarp();
+      }
       if (lane == 0)
         asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(full), "r"(copies * box_bytes)
                      : "memory");
@@ -212,6 +255,7 @@ __device__ void bring_weights(const Parameters& p, const Units<S>& units, char* 
             "%3}], [%4];" ::"r"(shared_address(stages) + walk.at * R::kStage + offset),
             "l"(map), "r"(c * Chunk), "r"(row), "r"(full)
             : "memory");
+      if (c == 0) look(u + gridDim.x);
       walk.advance(p.stages);
     }
   }
@@ -223,22 +267,37 @@ __device__ void bring_tokens(const Parameters& p, const Units<S>& units, char* s
                              uint32_t barriers, int thread) {
   using R = Room<S, Chunk>;
   constexpr int kPieces = Chunk / 8;
+  constexpr int kPer = (S::kColumns + S::kGivers - 1) / S::kGivers;
   const int total = units.total();
+  Unit next;
+  int rows[kPer];
+  const auto look = [&](int u) {
+    if (u >= total) return;
+    next = units.unit(u);
+#pragma unroll
+    for (int i = 0; i < kPer; i++) {
+      const int column = thread + i * S::kGivers;
+      if (column >= next.count) continue;
+      rows[i] = p.part[next.part].columns > 0 ? next.column + column
+                                              : __ldcg(p.assignment + next.start + next.column + column);
+    }
+  };
+  look(blockIdx.x);
   Walk walk;
   int turn = 0;
 #pragma unroll 1
   for (int u = blockIdx.x; u < total; u += gridDim.x, turn ^= 1) {
-    const Unit x = units.unit(u);
+    const Unit x = next;
     const Part& part = p.part[x.part];
     int* const table = tables + turn * S::kColumns;
-    const int columns = min(up(x.count, 16), S::kColumns);  // what the products touch
-#pragma unroll 1
-    for (int i = thread; i < columns; i += S::kGivers) {
-      const int column = min(i, x.count - 1);  // past the end any row will do
-      table[i] = part.columns > 0 ? x.column + column
-                                  : p.token_of.of(__ldcg(p.assignment + x.start + x.column + column));
+    const int columns = x.count;  // what lies in the others' places does not touch these columns' sums
+#pragma unroll
+    for (int i = 0; i < kPer; i++) {
+      const int column = thread + i * S::kGivers;
+      if (column < columns) table[column] = part.columns > 0 ? rows[i] : p.token_of.of(rows[i]);
     }
     asm volatile("bar.sync 1, %0;" ::"n"(S::kGivers) : "memory");
+    look(u + gridDim.x);
 #pragma unroll 1
     for (int c = 0; c < part.leaves * part.chunks; c++) {
       const uint32_t full = barriers + walk.at * 16;
@@ -278,7 +337,7 @@ __device__ inline void join_level(float (&acc)[M][N][4], float* stack, int level
 /// Multiplies: a warp's part of every tile.
 template <class S, int Chunk, Finish F>
 __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char* stages, float* stack,
-                               uint32_t barriers) {
+                               const Slot<S>* slots, uint32_t barriers) {
   using R = Room<S, Chunk>;
   constexpr int kM = S::kRowTiles, kN = S::kColumnTiles, kSteps = (Chunk + 15) / 16;
   constexpr bool kGated = F == Finish::gated;
@@ -297,34 +356,44 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
       shared_address(stages) + R::kWeights + (first_column + lane / 16 * 8 + lane % 8) * R::kPitch;
   const int a_piece = lane / 16, b_piece = lane / 8 % 2;
   const auto at = [&](int piece) { return (Chunk == 64 ? piece ^ lane % 8 : piece) * 16; };
+  // A step's elements of weights and activations; the next step's come while this one's are multiplied.
+  struct Step {
+    uint32_t a[kM][4], b[kN / 2][4];
+  };
+  const auto load = [&]<bool Full>(Step& to, uint32_t stage, int step, int pairs) {
+    const bool half = step * 16 + 8 == Chunk;
+#pragma unroll
+    for (int m = 0; m < kM; m++)
+      four_matrices(to.a[m], a_row[m] + stage + at(2 * step + (half ? 0 : a_piece)));
+#pragma unroll
+    for (int pair = 0; pair < kN / 2; pair++)
+      if (Full || pair < pairs)
+        four_matrices(to.b[pair],
+                      b_row + stage + pair * 16 * R::kPitch + at(2 * step + (half ? 0 : b_piece)));
+  };
   Walk walk;
+  int slot = 0;
 #pragma unroll 1
   for (int u = blockIdx.x; u < total; u += gridDim.x) {
-    const Unit x = units.unit(u);
+    uint32_t full = barriers + walk.at * 16;
+    wait_for(full, walk.phase);
+    const Slot<S>& x = slots[slot];
+    if (++slot > p.stages) slot = 0;
     const Part& part = p.part[x.part];
     const int pairs = (x.count - first_column + 15) / 16;  // of column tiles that hold columns
-    // Rows of output of the lane's columns, -1 where there is none.
-    int out_row[kN][2];
-#pragma unroll
-    for (int n = 0; n < kN; n++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int column = first_column + n * 8 + lane % 4 * 2 + i;
-        out_row[n][i] = column >= x.count  ? -1
-                        : part.columns > 0 ? x.column + column
-                                           : __ldcg(p.assignment + x.start + x.column + column);
-      }
+    const int chunks = part.chunks, all_chunks = part.leaves * chunks;
     float acc[kM][kN][4] = {};
     const auto write = [&](int leaf) {
     // A lane's sums: (row lane / 4, column 2 (lane % 4)), the next column, and the same of row + 8.
 #pragma unroll
-      for (int m = 0; m < kM; m++)
+      for (int n = 0; n < kN; n++)
 #pragma unroll
-        for (int n = 0; n < kN; n++)
+        for (int i = 0; i < 2; i++) {
+          const int out_row = x.out_row[first_column + n * 8 + lane % 4 * 2 + i];
+          if (out_row < 0) continue;
+          float* const to = part.out + out_row * part.out_stride + leaf * part.leaf_stride;
 #pragma unroll
-          for (int i = 0; i < 2; i++) {
-            if (out_row[n][i] < 0) continue;
-            float* const to = part.out + out_row[n][i] * part.out_stride + leaf * part.leaf_stride;
+          for (int m = 0; m < kM; m++) {
             const int tile = row_warp * kM + m;
             const float low = acc[m][n][i], high = acc[m][n][2 + i];
             if (kGated) {
@@ -343,56 +412,10 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
             if (row < part.rows) to[row] = finished(low);
             if (row + 8 < part.rows) to[row + 8] = finished(high);
           }
-    };
-    const auto multiply_stage = [&]<bool Full>(uint32_t stage) {
-#pragma unroll
-      for (int step = 0; step < kSteps; step++) {
-        const bool half = step * 16 + 8 == Chunk;
-        uint32_t a[kM][4];
-#pragma unroll
-        for (int m = 0; m < kM; m++)
-          four_matrices(a[m], a_row[m] + stage + at(2 * step + (half ? 0 : a_piece)));
-#pragma unroll
-        for (int pair = 0; pair < kN / 2; pair++) {
-          if (!Full && pair >= pairs) continue;
-          uint32_t b[4];
-          four_matrices(b, b_row + stage + pair * 16 * R::kPitch + at(2 * step + (half ? 0 : b_piece)));
-#pragma unroll
-          for (int m = 0; m < kM; m++)
-            if (half) {
-              multiply_half(acc[m][2 * pair], a[m][0], a[m][1], b[0]);
-              multiply_half(acc[m][2 * pair + 1], a[m][0], a[m][1], b[2]);
-            } else {
-              multiply(acc[m][2 * pair], a[m][0], a[m][1], a[m][2], a[m][3], b[0], b[1]);
-              multiply(acc[m][2 * pair + 1], a[m][0], a[m][1], a[m][2], a[m][3], b[2], b[3]);
-            }
         }
-      }
     };
-#pragma unroll 1
-    for (int leaf = 0; leaf < part.leaves; leaf++) {
-#pragma unroll 1
-      for (int c = 0; c < part.chunks; c++) {
-        const uint32_t full = barriers + walk.at * 16, stage = walk.at * R::kStage;
-        wait_for(full, walk.phase);
-        if (pairs >= kN / 2)
-          multiply_stage.template operator()<true>(stage);
-        else if (pairs > 0)
-          multiply_stage.template operator()<false>(stage);
-        __syncwarp();
-        if (lane == 0) arrive(full + 8);
-        walk.advance(p.stages);
-      }
-      if (part.leaf_stride == 0 && leaf + 1 < part.leaves) {
-        // The left half of a pair of subtrees waits in the stack, a right half takes it from there.
-        int level = 0;
-#pragma unroll 1
-        for (; leaf >> level & 1; level++) join_level<S>(acc, stack, level, false);
-        join_level<S>(acc, stack, level, true);
-      } else if (part.leaf_stride == 0) {
-#pragma unroll 1
-        for (int level = 0; leaf >> level & 1; level++) join_level<S>(acc, stack, level, false);
-      } else {
+    const auto end_leaf = [&](int leaf) {
+      if (part.leaf_stride != 0) {
         write(leaf);
 #pragma unroll
         for (int m = 0; m < kM; m++)
@@ -400,9 +423,70 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
           for (int n = 0; n < kN; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) acc[m][n][i] = 0;
+        return;
+      }
+      // The left half of a pair of subtrees waits in the stack, a right half takes it from there.
+      int level = 0;
+#pragma unroll 1
+      for (; leaf >> level & 1; level++) join_level<S>(acc, stack, level, false);
+      if (leaf + 1 < part.leaves) join_level<S>(acc, stack, level, true);
+    };
+    const auto multiply_unit = [&]<bool Full>() {
+      Step steps[2];
+      load.template operator()<Full>(steps[0], walk.at * R::kStage, 0, pairs);
+      int leaf = 0, left = chunks;
+#pragma unroll 1
+      for (int c = 1;; c++) {
+        const uint32_t stage = walk.at * R::kStage, done = full + 8;
+        walk.advance(p.stages);
+        full = barriers + walk.at * 16;
+#pragma unroll
+        for (int step = 0; step < kSteps; step++) {
+          const bool half = step * 16 + 8 == Chunk;
+          if (step + 1 < kSteps) {
+            load.template operator()<Full>(steps[(step + 1) % 2], stage, step + 1, pairs);
+          } else if (c < all_chunks) {
+            wait_for(full, walk.phase);
+            load.template operator()<Full>(steps[0], walk.at * R::kStage, 0, pairs);
+          }
+          const Step& now = steps[step % 2];
+#pragma unroll
+          for (int pair = 0; pair < kN / 2; pair++) {
+            if (!Full && pair >= pairs) continue;
+            const auto& b = now.b[pair];
+#pragma unroll
+            for (int m = 0; m < kM; m++) {
+              const auto& a = now.a[m];
+              if (half) {
+                multiply_half(acc[m][2 * pair], a[0], a[1], b[0]);
+                multiply_half(acc[m][2 * pair + 1], a[0], a[1], b[2]);
+              } else {
+                multiply(acc[m][2 * pair], a[0], a[1], a[2], a[3], b[0], b[1]);
+                multiply(acc[m][2 * pair + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+              }
+            }
+          }
+        }
+        __syncwarp();
+        if (lane == 0) arrive(done);
+        if (--left == 0) end_leaf(leaf++), left = chunks;
+        if (c == all_chunks) break;
+      }
+    };
+    static_assert(kSteps % 2 == 0);
+    if (pairs >= kN / 2) {
+      multiply_unit.template operator()<true>();
+    } else if (pairs > 0) {
+      multiply_unit.template operator()<false>();
+    } else {
+#pragma unroll 1
+      for (int c = 0; c < all_chunks; c++) {
+        wait_for(barriers + walk.at * 16, walk.phase);
+        if (lane == 0) arrive(barriers + walk.at * 16 + 8);
+        walk.advance(p.stages);
       }
     }
-    if (part.leaf_stride == 0) write(0);
+    if (part.leaf_stride == 0 && pairs > 0) write(0);
   }
 }
 
@@ -425,13 +509,15 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   // may be read at once, and weights may come.
   if (warp == S::kWarps) units.count();
   __syncthreads();
-  if (warp == S::kWarps) return bring_weights<S, Chunk, F>(p, units, shared, barriers);
+  auto* const slots = reinterpret_cast<Slot<S>*>(shared + room.slots);
+  if (warp == S::kWarps) return bring_weights<S, Chunk, F>(p, units, shared, slots, barriers);
   wait_for_inputs();
   let_next_start();
   if (warp > S::kWarps)
     return bring_tokens<S, Chunk>(p, units, shared, reinterpret_cast<int*>(shared + room.table), barriers,
                                   static_cast<int>(threadIdx.x) - (S::kWarps + 1) * 32);
-  multiply_tiles<S, Chunk, F>(p, units, shared, reinterpret_cast<float*>(shared + room.stack), barriers);
+  multiply_tiles<S, Chunk, F>(p, units, shared, reinterpret_cast<float*>(shared + room.stack), slots,
+                              barriers);
 }
 
 /// Fills in what follows from the shape, and starts the kernel.
@@ -451,7 +537,7 @@ void launch_grouped(CudaBackend& backend, Parameters p) {
       while (1 << levels < part.leaves) levels++;
   }
   const int fixed = R(0, levels, p.experts).bytes;
-  p.stages = least(kMostStages, (backend.shared_memory() - 2048 - fixed) / (R::kStage + 16));
+  p.stages = least(kMostStages, (backend.shared_memory() - 2048 - fixed) / (R::kStage + R::kSlot + 16));
   backend.launch(multiply_grouped<S, Chunk, F>, dim3(static_cast<unsigned>(backend.processors())),
                  S::kThreads, static_cast<size_t>(R(p.stages, levels, p.experts).bytes), p, levels);
 }
