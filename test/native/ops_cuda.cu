@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/tree.h"
+#include "ops/bench_moe.h"
 #include "ops/cuda/cuda.h"
 #include "ops/cuda/grouped/grouped.h"
 
@@ -1028,6 +1029,27 @@ void time_many(int layer_count) {
   }
 }
 
+/// The experts alone, by all variants.
+void time_moe() {
+  gpu.reset();
+  for (const int width : {352, 704}) {
+    std::vector<MoeCase> cases;
+    for (const int T : {1, 2, 4, 8, 16, 32, 64})
+      for (const char* variant : {"published", "grouped", "auto"}) cases.push_back({variant, T});
+    MoeBench bench = bench_moe(0, {2816, width, 128, 8, width / 88}, cases, 30, 7);
+    std::printf("-- experts of %d columns, read kernel %.0f GB/s\n", width, bench.read_gb_per_s);
+    for (size_t i = 0; i < cases.size(); i++) {
+      MoeTimes& x = bench.cases[i];
+      std::sort(x.us.begin(), x.us.end());
+      const double us = x.us[x.us.size() / 2];
+      std::printf("moe N=%d T=%-2d %-9s %8.1f us  %5.0f GB/s  %5.2f x floor  distance %.1e\n", width,
+                  cases[i].tokens, cases[i].variant.c_str(), us, x.bytes / us / 1e3,
+                  us / (x.bytes / kReachable / 1e3), x.distance);
+    }
+  }
+  gpu = std::make_unique<cuda::CudaBackend>(0);
+}
+
 /// A layer of 32 and one of 2,048 tokens, for a profiler.
 void profile_many() {
   for (const int T : {32, 2048}) {
@@ -1062,6 +1084,7 @@ int main(int argc, char** argv) {
     const bool many = argc > 1 && asked("many");
     if (asked("check") || asked("small")) check_all(asked("small") && argc > 1, many);
     if (argc > 1 && asked("profile")) profile_many();
+    if (argc > 1 && asked("moe")) time_moe();
     if (asked("time")) {
       if (many)
         time_many(30);

@@ -114,17 +114,18 @@ void down(const DownArgs& a, const Dims& d, const Input& in, CudaBackend& backen
       static_cast<float*>(backend.workspace("assignments' leaves", static_cast<size_t>(sums_of(width))));
   if (in.tokens <= kFew) {
     Parameters p = with_experts(a, d);
-    p.part[0] = dense_part<Few128>(a, d, in.tokens, dense_act);
-    p.part[1] = expert_part<Few128>(a, d, expert_act, sums, 0, width);
-    p.parts = 2;
-    launch_grouped<Few128, 88, Finish::sums>(backend, p);
+    if (d.inter > 0) p.part[p.parts++] = dense_part<Experts128>(a, d, in.tokens, dense_act);
+    p.part[p.parts++] = expert_part<Experts128>(a, d, expert_act, sums, 0, width);
+    launch_grouped<Experts128, 88, Finish::sums>(backend, p);
     join(a, d, in.tokens, sums, place, 0, width, backend);
     return;
   }
   Parameters p{};
-  p.part[0] = dense_part<Many64>(a, d, in.tokens, dense_act);
-  p.parts = 1;
-  launch_grouped<Many64, 88, Finish::sums>(backend, p);
+  if (d.inter > 0) {
+    p.part[0] = dense_part<Many64>(a, d, in.tokens, dense_act);
+    p.parts = 1;
+    launch_grouped<Many64, 88, Finish::sums>(backend, p);
+  }
   for (int slice = 0; slice < slices; slice++) {
     p = with_experts(a, d);
     p.part[0] = expert_part<Many128>(a, d, expert_act, sums, slice * width, width);

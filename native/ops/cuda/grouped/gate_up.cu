@@ -22,10 +22,10 @@ template <class S>
 void multiply_as(const GateUpArgs& a, const Dims& d, int tokens, const Bf16* dense_in, const Bf16* expert_in,
                  CudaBackend& backend) {
   Parameters p{};
-  p.part[0] = gated<S>(a.gate, a.up, d.inter, d.inter, 0, d.hidden, tokens, dense_in, a.dense_act);
-  p.part[1] = gated<S>(a.expert_gate_up, a.expert_gate_up, d.moe_inter, d.experts * 2 * d.moe_inter,
-                       d.moe_inter, d.hidden, 0, expert_in, a.expert_act);
-  p.parts = 2;
+  if (d.inter > 0)
+    p.part[p.parts++] = gated<S>(a.gate, a.up, d.inter, d.inter, 0, d.hidden, tokens, dense_in, a.dense_act);
+  p.part[p.parts++] = gated<S>(a.expert_gate_up, a.expert_gate_up, d.moe_inter, d.experts * 2 * d.moe_inter,
+                               d.moe_inter, d.hidden, 0, expert_in, a.expert_act);
   p.experts = d.experts;
   p.expert_start = a.expert_start;
   p.assignment = a.assignment;
@@ -41,7 +41,7 @@ void gate_up(const GateUpArgs& a, const Dims& d, const Input& in, CudaBackend& b
   Bf16* const expert_in = dense_in + count;
   round_rows(backend, {a.dense_in, dense_in, count}, {a.expert_in, expert_in, count}, {});
   if (in.tokens <= kFew)
-    multiply_as<Few64>(a, d, in.tokens, dense_in, expert_in, backend);
+    multiply_as<Experts64>(a, d, in.tokens, dense_in, expert_in, backend);
   else
     multiply_as<Many128>(a, d, in.tokens, dense_in, expert_in, backend);
 }

@@ -12,10 +12,11 @@
 
 namespace tp::cuda::grouped {
 
-/// How a block's warps share a tile: every warp takes RowTiles x 16 rows by ColumnTiles x 8 columns.
-template <int RowWarps, int RowTiles, int ColumnWarps, int ColumnTiles>
+/// How a block's warps share a tile: every warp takes RowTiles x 16 rows by ColumnTiles x 8 columns. A stage
+/// holds up to Wide chunks of its rows: longer pieces of a row come faster, and barriers cost less.
+template <int RowWarps, int RowTiles, int ColumnWarps, int ColumnTiles, int Wide>
 struct Shape {
-  static constexpr int kRowWarps = RowWarps, kRowTiles = RowTiles, kColumnTiles = ColumnTiles;
+  static constexpr int kRowWarps = RowWarps, kRowTiles = RowTiles, kColumnTiles = ColumnTiles, kWide = Wide;
   static constexpr int kWarps = RowWarps * ColumnWarps;
   static constexpr int kRows = RowWarps * RowTiles * 16, kColumns = ColumnWarps * ColumnTiles * 8;
   static constexpr int kGivers = 96;  // threads that bring activations
@@ -23,13 +24,15 @@ struct Shape {
 };
 
 /// Tiles for a few columns, where reading the weights is all: fine enough that all processors have the same
-/// work.
-using Few32 = Shape<2, 1, 1, 4>;
-using Few64 = Shape<4, 1, 1, 4>;
-using Few128 = Shape<8, 1, 1, 4>;
+/// work. An expert has few tokens, so its tiles are narrow.
+using Few16 = Shape<1, 1, 1, 4, 4>;
+using Few32 = Shape<2, 1, 1, 4, 4>;
+using Few64 = Shape<4, 1, 1, 4, 2>;
+using Experts64 = Shape<4, 1, 1, 2, 2>;
+using Experts128 = Shape<8, 1, 1, 2, 2>;
 /// For many columns, where multiplying is all.
-using Many64 = Shape<4, 2, 2, 4>;
-using Many128 = Shape<4, 2, 2, 8>;
+using Many64 = Shape<4, 2, 2, 4, 1>;
+using Many128 = Shape<4, 2, 2, 8, 1>;
 
 /// What becomes of a sum.
 enum class Finish {
@@ -87,7 +90,7 @@ inline __host__ __device__ int up(int x, int to) { return (x + to - 1) / to * to
 template <class S, int Chunk>
 struct Room {
   static constexpr int kPitch = Chunk * 2, kWeights = S::kRows * kPitch;
-  static constexpr int kStage = kWeights + S::kColumns * kPitch;
+  static constexpr int kPiece = kWeights + S::kColumns * kPitch, kStage = S::kWide * kPiece;
   static constexpr int kLevel = S::kRows * S::kColumns * 4;
   static constexpr int kSlot = sizeof(Slot<S>);
   int stack, first_units, table, slots, barriers, bytes;
@@ -233,8 +236,9 @@ __device__ void bring_weights(const Parameters& p, const Units<S>& units, char* 
     const int offset = (is_high ? kHalf * R::kPitch : 0) + box * box_bytes;
     const int chunks = part.leaves * part.chunks;
 #pragma unroll 1
-    for (int c = 0; c < chunks; c++) {
+    for (int c = 0; c < chunks; c += S::kWide) {
       const uint32_t full = barriers + walk.at * 16;
+      const int pieces = min(S::kWide, chunks - c);
       wait_for(full + 8, walk.phase ^ 1);
       if (c == 0) {
         Slot<S>& known = slots[slot];
@@ -246,15 +250,19 @@ __device__ void bring_weights(const Parameters& p, const Units<S>& units, char* 
         __syncwarp();
       }
       if (lane == 0)
-        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(full), "r"(copies * box_bytes)
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(full),
+                     "r"(pieces * copies * box_bytes)
                      : "memory");
       __syncwarp();
-      if (lane < copies)
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
-            "%3}], [%4];" ::"r"(shared_address(stages) + walk.at * R::kStage + offset),
-            "l"(map), "r"(c * Chunk), "r"(row), "r"(full)
-            : "memory");
+      const uint32_t to = shared_address(stages) + walk.at * R::kStage + offset;
+#pragma unroll
+      for (int w = 0; w < S::kWide; w++)
+        if (lane < copies && w < pieces)
+          asm volatile(
+              "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
+              "%3}], [%4];" ::"r"(to + w * R::kPiece),
+              "l"(map), "r"((c + w) * Chunk), "r"(row), "r"(full)
+              : "memory");
       if (c == 0) look(u + gridDim.x);
       walk.advance(p.stages);
     }
@@ -298,18 +306,22 @@ __device__ void bring_tokens(const Parameters& p, const Units<S>& units, char* s
     }
     asm volatile("bar.sync 1, %0;" ::"n"(S::kGivers) : "memory");
     look(u + gridDim.x);
+    const int chunks = part.leaves * part.chunks;
 #pragma unroll 1
-    for (int c = 0; c < part.leaves * part.chunks; c++) {
+    for (int c = 0; c < chunks; c += S::kWide) {
       const uint32_t full = barriers + walk.at * 16;
       wait_for(full + 8, walk.phase ^ 1);
       const uint32_t to = shared_address(stages) + walk.at * R::kStage + R::kWeights;
+      constexpr int kAll = S::kWide * kPieces;
 #pragma unroll 4
-      for (int i = thread; i < columns * kPieces; i += S::kGivers) {
-        const int row = i / kPieces, piece = i % kPieces;
+      for (int i = thread; i < columns * kAll; i += S::kGivers) {
+        const int row = i / kAll, all = i % kAll, w = all / kPieces, piece = all % kPieces;
+        if (S::kWide > 1 && c + w >= chunks) continue;
         const Bf16* const from =
-            part.tokens + static_cast<int64_t>(table[row]) * part.width + c * Chunk + piece * 8;
-        const int at = Chunk == 64 ? piece ^ row % 8 : piece;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + row * R::kPitch + at * 16),
+            part.tokens + static_cast<int64_t>(table[row]) * part.width + c * Chunk + all * 8;
+        const int place = Chunk == 64 ? piece ^ row % 8 : piece;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + w * R::kPiece + row * R::kPitch +
+                                                                       place * 16),
                      "l"(from)
                      : "memory");
       }
@@ -341,7 +353,7 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
   using R = Room<S, Chunk>;
   constexpr int kM = S::kRowTiles, kN = S::kColumnTiles, kSteps = (Chunk + 15) / 16;
   constexpr bool kGated = F == Finish::gated;
-  static_assert(kN % 2 == 0);
+  static_assert(kN % 2 == 0 && kSteps % 2 == 0);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, total = units.total();
   const int row_warp = warp % S::kRowWarps, first_column = warp / S::kRowWarps * kN * 8;
   // What the lane asks ldmatrix for: its row and piece of the four 8 x 8 matrices.
@@ -436,51 +448,56 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
       load.template operator()<Full>(steps[0], walk.at * R::kStage, 0, pairs);
       int leaf = 0, left = chunks;
 #pragma unroll 1
-      for (int c = 1;; c++) {
+      for (int c = 0; c < all_chunks; c += S::kWide) {
         const uint32_t stage = walk.at * R::kStage, done = full + 8;
         walk.advance(p.stages);
         full = barriers + walk.at * 16;
 #pragma unroll
-        for (int step = 0; step < kSteps; step++) {
-          const bool half = step * 16 + 8 == Chunk;
-          if (step + 1 < kSteps) {
-            load.template operator()<Full>(steps[(step + 1) % 2], stage, step + 1, pairs);
-          } else if (c < all_chunks) {
-            wait_for(full, walk.phase);
-            load.template operator()<Full>(steps[0], walk.at * R::kStage, 0, pairs);
-          }
-          const Step& now = steps[step % 2];
+        for (int w = 0; w < S::kWide; w++) {
+          if (c + w >= all_chunks) break;
 #pragma unroll
-          for (int pair = 0; pair < kN / 2; pair++) {
-            if (!Full && pair >= pairs) continue;
-            const auto& b = now.b[pair];
+          for (int step = 0; step < kSteps; step++) {
+            const bool half = step * 16 + 8 == Chunk;
+            if (step + 1 < kSteps) {
+              load.template operator()<Full>(steps[(step + 1) % 2], stage + w * R::kPiece, step + 1, pairs);
+            } else if (c + w + 1 < all_chunks) {
+              if (w + 1 == S::kWide) wait_for(full, walk.phase);
+              load.template operator()<Full>(
+                  steps[0], w + 1 == S::kWide ? walk.at * R::kStage : stage + (w + 1) * R::kPiece, 0, pairs);
+            }
+            const Step& now = steps[step % 2];
 #pragma unroll
-            for (int m = 0; m < kM; m++) {
-              const auto& a = now.a[m];
-              if (half) {
-                multiply_half(acc[m][2 * pair], a[0], a[1], b[0]);
-                multiply_half(acc[m][2 * pair + 1], a[0], a[1], b[2]);
-              } else {
-                multiply(acc[m][2 * pair], a[0], a[1], a[2], a[3], b[0], b[1]);
-                multiply(acc[m][2 * pair + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+            for (int pair = 0; pair < kN / 2; pair++) {
+              if (!Full && pair >= pairs) continue;
+              const auto& b = now.b[pair];
+#pragma unroll
+              for (int m = 0; m < kM; m++) {
+                const auto& a = now.a[m];
+                if (half) {
+                  multiply_half(acc[m][2 * pair], a[0], a[1], b[0]);
+                  multiply_half(acc[m][2 * pair + 1], a[0], a[1], b[2]);
+                } else {
+                  multiply(acc[m][2 * pair], a[0], a[1], a[2], a[3], b[0], b[1]);
+                  multiply(acc[m][2 * pair + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+                }
               }
             }
           }
+          if (w + 1 == S::kWide || c + w + 1 == all_chunks) {
+            __syncwarp();
+            if (lane == 0) arrive(done);
+          }
+          if (--left == 0) end_leaf(leaf++), left = chunks;
         }
-        __syncwarp();
-        if (lane == 0) arrive(done);
-        if (--left == 0) end_leaf(leaf++), left = chunks;
-        if (c == all_chunks) break;
       }
     };
-    static_assert(kSteps % 2 == 0);
     if (pairs >= kN / 2) {
       multiply_unit.template operator()<true>();
     } else if (pairs > 0) {
       multiply_unit.template operator()<false>();
     } else {
 #pragma unroll 1
-      for (int c = 0; c < all_chunks; c++) {
+      for (int c = 0; c < all_chunks; c += S::kWide) {
         wait_for(barriers + walk.at * 16, walk.phase);
         if (lane == 0) arrive(barriers + walk.at * 16 + 8);
         walk.advance(p.stages);

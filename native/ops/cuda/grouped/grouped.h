@@ -27,20 +27,21 @@ inline bool takes(const AttnOutArgs& a, const Dims& d, int tokens) {
   return chosen(d, tokens) && cut_64(a.columns / d.leaves) && d.hidden % 8 == 0;
 }
 inline bool takes(const RouteArgs&, const Dims& d, int tokens) {
-  return chosen(d, tokens) && tokens > kFew && cut_64(d.hidden) && d.experts % 8 == 0;
+  return chosen(d, tokens) && cut_64(d.hidden) && d.experts % 8 == 0;
 }
-inline bool takes(const GateUpArgs&, const Dims& d, int tokens) {
-  return chosen(d, tokens) && cut_64(d.hidden) && d.inter % 8 == 0 && d.moe_inter % 8 == 0;
+inline bool fits(const GateUpArgs&, const Dims& d) {
+  return cut_64(d.hidden) && d.inter % 8 == 0 && d.moe_inter % 8 == 0;
 }
-inline bool takes(const DownArgs&, const Dims& d, int tokens) {
-  return chosen(d, tokens) && cut_88(d.inter / d.leaves) && cut_88(d.moe_inter / d.leaves) &&
-         d.hidden % 8 == 0;
+inline bool takes(const GateUpArgs& a, const Dims& d, int tokens) { return chosen(d, tokens) && fits(a, d); }
+inline bool fits(const DownArgs&, const Dims& d) {
+  return cut_88(d.inter / d.leaves) && cut_88(d.moe_inter / d.leaves) && d.hidden % 8 == 0;
 }
+inline bool takes(const DownArgs& a, const Dims& d, int tokens) { return chosen(d, tokens) && fits(a, d); }
 inline bool takes(const LogitsArgs&, const Dims& d, int rows) {
   return chosen(d, rows) && cut_64(d.hidden) && d.local_vocab % 8 == 0;
 }
 
-/// The norm and the three projections, before the heads' own norms.
+/// What follows takes any number of tokens. The norm and the three projections, before the heads' own norms.
 void project(const QkvArgs&, const Dims&, const Input&, CudaBackend&);
 void attention(const AttentionArgs&, const Dims&, const Input&, CudaBackend&);
 void attn_out(const AttnOutArgs&, const Dims&, const Input&, CudaBackend&);

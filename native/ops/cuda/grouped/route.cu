@@ -8,12 +8,20 @@ namespace tp::cuda::grouped {
 namespace {
 
 template <int Per, bool Aligned>
-__global__ void __launch_bounds__(kThreads) norm_tokens(const __grid_constant__ RouteParameters p) {
+__global__ void __launch_bounds__(kThreads)
+    norm_tokens(const __grid_constant__ RouteParameters p, Bf16* rounded) {
   __shared__ float room[kWarps];
   const RouteNorms<Per, Aligned> norms(p.args, p.split.total);
   wait_for_inputs();
   let_next_start();
   token_norms(p, norms, static_cast<int>(blockIdx.x), room);
+  // A thread rounds what it has just written.
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * p.split.total;
+  Row<Per, Aligned> z;
+  z.load(p.args.normed + at, p.split.total);
+#pragma unroll
+  for (int i = 0; i < Per; i++)
+    if (z.element(i) < p.split.total) *reinterpret_cast<uint4*>(rounded + at + z.element(i)) = pack(z.x[i]);
 }
 
 __global__ void __launch_bounds__(kThreads) choose_experts(const __grid_constant__ RouteParameters p) {
@@ -83,16 +91,14 @@ void route(const RouteArgs& a, const Dims& d, const Input& in, CudaBackend& back
   r.split = split_whole(d.hidden);
   r.tokens = T, r.experts = d.experts, r.top_k = d.top_k, r.eps = d.eps, r.bfloat16 = true;
   r.root = 1.0f / __builtin_sqrtf(static_cast<float>(d.hidden));
+  Bf16* const normed = room_for(backend, int64_t{T} * d.hidden);
   with_row(d.hidden, [&]<int Per, bool Aligned>() {
-    backend.launch(norm_tokens<Per, Aligned>, dim3(static_cast<unsigned>(T)), kThreads, 0, r);
+    backend.launch(norm_tokens<Per, Aligned>, dim3(static_cast<unsigned>(T)), kThreads, 0, r, normed);
   });
-  const int64_t count = int64_t{T} * d.hidden;
-  Bf16* const normed = room_for(backend, count);
-  round_rows(backend, {a.normed, normed, count}, {}, {});
   Parameters p{};
-  p.part[0] = part_of<Few32, 64>(a.router, d.experts, d.hidden, 1, T, normed, a.router_logits, d.experts);
+  p.part[0] = part_of<Few16, 64>(a.router, d.experts, d.hidden, 1, T, normed, a.router_logits, d.experts);
   p.parts = 1;
-  launch_grouped<Few32, 64, Finish::sums>(backend, p);
+  launch_grouped<Few16, 64, Finish::sums>(backend, p);
   constexpr int kChoosers = 4;  // warps of a block
   backend.launch(choose_experts, dim3(static_cast<unsigned>((T + kChoosers - 1) / kChoosers)), kChoosers * 32,
                  d.experts > kFewExperts ? sizeof(float) * static_cast<size_t>(kChoosers * d.experts) : 0, r);
