@@ -18,7 +18,7 @@ void multiply_as(const AttnOutArgs& a, const Dims& d, int tokens, const Bf16* at
 void attn_out(const AttnOutArgs& a, const Dims& d, const Input& in, CudaBackend& backend) {
   const int64_t count = int64_t{in.tokens} * a.columns;
   Bf16* const attention = room_for(backend, count);
-  round_rows(backend, {a.attention, attention, count}, {}, {});
+  round_rows(backend, Next::at_once, {a.attention, attention, count}, {}, {});
   if (in.tokens <= kFew)
     multiply_as<Few32>(a, d, in.tokens, attention, backend);
   else

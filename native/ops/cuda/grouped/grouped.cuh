@@ -28,7 +28,7 @@ struct Shape {
 using Few16 = Shape<1, 1, 1, 4, 4>;
 using Few32 = Shape<2, 1, 1, 4, 4>;
 using Few64 = Shape<4, 1, 1, 4, 2>;
-using Experts64 = Shape<4, 1, 1, 2, 2>;
+using Experts64 = Shape<4, 1, 1, 2, 4>;
 using Experts128 = Shape<8, 1, 1, 2, 2>;
 /// For many columns, where multiplying is all.
 using Many64 = Shape<4, 2, 2, 4, 1>;
@@ -41,6 +41,11 @@ enum class Finish {
   capped,   // softcap
   gated,    // GELU(gate) * up
 };
+
+/// Whether a warp's 32 rows are dealt out to its four quarter tiles by turns, so that a lane gets four
+/// neighbours and a warp writes whole cache lines. Such rows come by maps of every fourth row.
+template <class S, Finish F>
+constexpr bool kIsDealt = S::kRowTiles == 2 && F != Finish::gated;
 
 /// A weight matrix, or one for every expert, times rows of activations.
 struct Part {
@@ -59,6 +64,7 @@ struct Part {
 };
 
 constexpr int kMostParts = 3, kMostStages = 24;
+constexpr uint64_t kEvictFirst = 0x12f0000000000000;  // a cache policy, as createpolicy makes it
 
 struct Parameters {
   Part part[kMostParts];  // the experts' is the last
@@ -68,6 +74,7 @@ struct Parameters {
   const int* assignment;    // (T * K) output rows of the experts' columns
   Divider token_of;         // activation row of an assignment
   float softcap;
+  bool once;  // every weight is read by one block
 };
 
 /// One tile.
@@ -227,9 +234,11 @@ __device__ void bring_weights(const Parameters& p, const Units<S>& units, char* 
   for (int u = blockIdx.x; u < total; u += gridDim.x) {
     const Unit x = next;
     const Part& part = p.part[x.part];
+    constexpr bool kDealt = kIsDealt<S, F>;
     const int boxes = (min(kHalf, part.rows - x.row) + part.box - 1) / part.box;
-    const int copies = F == Finish::gated ? 2 * boxes : boxes, box_bytes = part.box * R::kPitch;
-    const bool is_high = lane >= boxes;
+    const int copies = kDealt ? 4 : F == Finish::gated ? 2 * boxes : boxes;
+    const int box_bytes = (kDealt ? S::kRows / 4 : part.box) * R::kPitch;
+    const bool is_high = !kDealt && lane >= boxes;
     const int box = is_high ? lane - boxes : lane;
     const CUtensorMap* const map = is_high ? &part.high : &part.low;
     const int row = x.weight_row + box * part.box + (is_high ? part.high_row : 0);
@@ -257,12 +266,26 @@ __device__ void bring_weights(const Parameters& p, const Units<S>& units, char* 
       const uint32_t to = shared_address(stages) + walk.at * R::kStage + offset;
 #pragma unroll
       for (int w = 0; w < S::kWide; w++)
-        if (lane < copies && w < pieces)
-          asm volatile(
-              "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
-              "%3}], [%4];" ::"r"(to + w * R::kPiece),
-              "l"(map), "r"((c + w) * Chunk), "r"(row), "r"(full)
-              : "memory");
+        if (lane < copies && w < pieces) {
+          if constexpr (kDealt)
+            asm volatile(
+                "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
+                "%3, %4}], [%5];" ::"r"(to + w * R::kPiece),
+                "l"(map), "r"((c + w) * Chunk), "r"(lane), "r"(x.weight_row / 4), "r"(full)
+                : "memory");
+          else if (p.once)  // nobody else will want them: they need not stay in the second-level cache
+            asm volatile(
+                "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to + w * R::kPiece),
+                "l"(map), "r"((c + w) * Chunk), "r"(row), "r"(full), "l"(kEvictFirst)
+                : "memory");
+          else
+            asm volatile(
+                "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
+                "%3}], [%4];" ::"r"(to + w * R::kPiece),
+                "l"(map), "r"((c + w) * Chunk), "r"(row), "r"(full)
+                : "memory");
+        }
       if (c == 0) look(u + gridDim.x);
       walk.advance(p.stages);
     }
@@ -352,7 +375,7 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
                                const Slot<S>* slots, uint32_t barriers) {
   using R = Room<S, Chunk>;
   constexpr int kM = S::kRowTiles, kN = S::kColumnTiles, kSteps = (Chunk + 15) / 16;
-  constexpr bool kGated = F == Finish::gated;
+  constexpr bool kGated = F == Finish::gated, kDealt = kIsDealt<S, F>;
   static_assert(kN % 2 == 0 && kSteps % 2 == 0);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, total = units.total();
   const int row_warp = warp % S::kRowWarps, first_column = warp / S::kRowWarps * kN * 8;
@@ -361,7 +384,9 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
 #pragma unroll
   for (int m = 0; m < kM; m++) {
     const int tile = row_warp * kM + m, high = lane / 8 % 2;
-    const int row = kGated ? high * (S::kRows / 2) + tile * 8 + lane % 8 : tile * 16 + high * 8 + lane % 8;
+    const int row = kDealt   ? (2 * m + high) * (S::kRows / 4) + row_warp * 8 + lane % 8
+                    : kGated ? high * (S::kRows / 2) + tile * 8 + lane % 8
+                             : tile * 16 + high * 8 + lane % 8;
     a_row[m] = shared_address(stages) + row * R::kPitch;
   }
   const uint32_t b_row =
@@ -404,6 +429,19 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
           const int out_row = x.out_row[first_column + n * 8 + lane % 4 * 2 + i];
           if (out_row < 0) continue;
           float* const to = part.out + out_row * part.out_stride + leaf * part.leaf_stride;
+          const auto finished = [&](float sum) {
+            if (F == Finish::rounded) return round_to(true, sum);
+            if (F == Finish::capped) return p.softcap > 0 ? p.softcap * tanh_f32(sum / p.softcap) : sum;
+            return sum;
+          };
+          if constexpr (kDealt) {
+            const int row = x.row + row_warp * 32 + lane / 4 * 4;
+            if (row < part.rows)
+              *reinterpret_cast<float4*>(to + row) =
+                  make_float4(finished(acc[0][n][i]), finished(acc[0][n][2 + i]), finished(acc[1][n][i]),
+                              finished(acc[1][n][2 + i]));
+            continue;
+          }
 #pragma unroll
           for (int m = 0; m < kM; m++) {
             const int tile = row_warp * kM + m;
@@ -415,11 +453,6 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
                     round_to(true, round_to(true, gelu_tanh(round_to(true, low))) * round_to(true, high));
               continue;
             }
-            const auto finished = [&](float sum) {
-              if (F == Finish::rounded) return round_to(true, sum);
-              if (F == Finish::capped) return p.softcap > 0 ? p.softcap * tanh_f32(sum / p.softcap) : sum;
-              return sum;
-            };
             const int row = x.row + tile * 16 + lane / 4;
             if (row < part.rows) to[row] = finished(low);
             if (row + 8 < part.rows) to[row + 8] = finished(high);
@@ -522,8 +555,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
-  // The kernel before this one rounds activations and began when the router was done, so the experts' lists
-  // may be read at once, and weights may come.
+  // The kernel before this one rounds activations, and the experts' lists were made before that one, so they
+  // may be read at once (rows.h says when that one may let this one start), and weights may come.
   if (warp == S::kWarps) units.count();
   __syncthreads();
   auto* const slots = reinterpret_cast<Slot<S>*>(shared + room.slots);

@@ -9,7 +9,8 @@ constexpr int kRoundThreads = 256;
 
 __global__ void __launch_bounds__(kRoundThreads)
     round_all(const __grid_constant__ Rows first, const __grid_constant__ Rows second,
-              const __grid_constant__ Places places) {
+              const __grid_constant__ Places places, Next next) {
+  if (next == Next::at_once) let_next_start();
   wait_for_inputs();
   let_next_start();
   const int64_t thread = blockIdx.x * int64_t{kRoundThreads} + threadIdx.x,
@@ -32,10 +33,10 @@ template <int Per, bool Aligned>
 __global__ void __launch_bounds__(kThreads)
     norm_all(const float* from, const int* index, const Bf16* weight, Bf16* to, int width, float eps) {
   __shared__ float room[kWarps];
+  let_next_start();
   Row<Per, Aligned> row, w;
   w.load(weight, width);
   wait_for_inputs();
-  let_next_start();
   const int r = blockIdx.x;
   row.load(from + static_cast<int64_t>(index ? index[r] : r) * width, width);
   float squares[1] = {row.squares()};
@@ -55,11 +56,11 @@ Bf16* room_for(CudaBackend& backend, int64_t count) {
       backend.workspace("rounded activations", static_cast<size_t>(count) * sizeof(Bf16)));
 }
 
-void round_rows(CudaBackend& backend, Rows first, Rows second, Places places) {
+void round_rows(CudaBackend& backend, Next next, Rows first, Rows second, Places places) {
   const int64_t blocks = ((first.count + second.count) / 8 + kRoundThreads - 1) / kRoundThreads;
   const int64_t most = int64_t{8} * backend.processors();
   backend.launch(round_all, dim3(static_cast<unsigned>(blocks < most ? blocks : most)), kRoundThreads, 0,
-                 first, second, places);
+                 first, second, places, next);
 }
 
 void norm_rows(CudaBackend& backend, const float* from, const int* index, const Bf16* weight, Bf16* to,

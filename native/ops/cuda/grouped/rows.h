@@ -18,10 +18,17 @@ struct Places {
   int count;
 };
 
+/// When the kernel that takes the rows may start, to bring weights until the rows are there. What that one
+/// reads before it waits for them must have been done when the kernel before this one started.
+enum class Next {
+  at_once,
+  with_inputs,  // when everything before this kernel is done
+};
+
 /// Room for `count` rounded elements of one op; the next op's reuse it.
 Bf16* room_for(CudaBackend&, int64_t count);
-void round_rows(CudaBackend&, Rows first, Rows second, Places);
-/// to[r] = norm(from[index[r]]) rounded; index null: row r.
+void round_rows(CudaBackend&, Next, Rows first, Rows second, Places);
+/// to[r] = norm(from[index[r]]) rounded; index null: row r. The next kernel starts at once.
 void norm_rows(CudaBackend&, const float* from, const int* index, const Bf16* weight, Bf16* to, int rows,
                int width, float eps);
 
