@@ -116,22 +116,22 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
               *reinterpret_cast<float4*>(to + row) =
                   make_float4(finished(acc[0][n][i]), finished(acc[0][n][2 + i]), finished(acc[1][n][i]),
                               finished(acc[1][n][2 + i]));
-            continue;
-          }
+          } else {
 #pragma unroll
-          for (int m = 0; m < kM; m++) {
-            const int tile = row_warp * kM + m;
-            const float low = acc[m][n][i], high = acc[m][n][2 + i];
-            if (kGated) {
-              const int row = x.row + tile * 8 + lane / 4;
-              if (row < part.rows)
-                to[row] =
-                    round_to(true, round_to(true, gelu_tanh(round_to(true, low))) * round_to(true, high));
-              continue;
+            for (int m = 0; m < kM; m++) {
+              const int tile = row_warp * kM + m;
+              const float low = acc[m][n][i], high = acc[m][n][2 + i];
+              if (kGated) {
+                const int row = x.row + tile * 8 + lane / 4;
+                if (row < part.rows)
+                  to[row] =
+                      round_to(true, round_to(true, gelu_tanh(round_to(true, low))) * round_to(true, high));
+                continue;
+              }
+              const int row = x.row + tile * 16 + lane / 4;
+              if (row < part.rows) to[row] = finished(low);
+              if (row + 8 < part.rows) to[row + 8] = finished(high);
             }
-            const int row = x.row + tile * 16 + lane / 4;
-            if (row < part.rows) to[row] = finished(low);
-            if (row + 8 < part.rows) to[row + 8] = finished(high);
           }
         }
     };
