@@ -216,6 +216,34 @@ export interface EngineStats {
   expertsRead: number; // distinct (layer, expert) pairs among them
 }
 
+/** Ways to compute the experts: ours as decoding uses them, ours for many tokens, and a published design to compare with. */
+export const MOE_VARIANTS = ['published', 'grouped', 'auto'] as const;
+export type MoeVariant = (typeof MOE_VARIANTS)[number];
+
+/** One rank's part of a layer's experts, and what to time. */
+export interface MoeBenchSpec {
+  deviceIndex: number;
+  hidden: number;
+  width: number;
+  experts: number;
+  topK: number;
+  leaves: number;
+  cases: readonly { variant: MoeVariant; tokens: number }[];
+  replays: number;
+  seed: number;
+}
+
+export interface MoeBenchResult {
+  gpu: string;
+  readGbPerS: number; // of a kernel that only reads
+  cases: {
+    us: Float64Array; // one a replay
+    experts: number; // distinct experts a block reads
+    bytes: number; // of their weights
+    distance: number; // of the output from auto's, relative
+  }[];
+}
+
 interface Addon {
   Engine: new (spec: EngineSpec) => NativeEngine;
   version(): { addon: string; cuda: string | null; isa: Isa[] };
@@ -223,6 +251,8 @@ interface Addon {
   cuda(): { devices: CudaDevice[]; why: string; nccl: string | null; ncclWhy: string };
   /** Asks the driver and NVML; makes a context on every GPU. */
   topology(): GpuTopology;
+  /** Times the experts alone on one GPU. */
+  benchMoe(spec: MoeBenchSpec): Promise<MoeBenchResult>;
   /** Ends this process (exit code 4) when the other end of pipe `fd` closes, from a native thread. */
   watchParent(fd: number): void;
   /**

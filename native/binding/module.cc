@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "base/random.h"
+#include "binding/bench_moe.h"
 #include "binding/engine_wrap.h"
 #include "comm/awake.h"
 #include "comm/collective.h"
@@ -130,6 +131,7 @@ void synthesize(const Napi::CallbackInfo& info) {
 
 Napi::Object initialise(Napi::Env env, Napi::Object exports) {
   exports.Set("Engine", define_engine(env));
+  exports.Set("benchMoe", Napi::Function::New(env, start_bench_moe));
   exports.Set("cuda", Napi::Function::New(env, cuda));
   exports.Set("version", Napi::Function::New(env, version));
   exports.Set("watchParent", Napi::Function::New(env, watch_parent));

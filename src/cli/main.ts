@@ -12,6 +12,7 @@ const RUN: Record<Command, (options: Options, word: string) => Promise<number>> 
   check: async (options) => (await import('./check.js')).check(options),
   'bench decode': async (options) => (await import('./bench-decode.js')).benchDecode(options),
   'bench allreduce': async (options) => (await import('./bench-allreduce.js')).benchAllReduce(options),
+  'bench moe': async (options) => (await import('./bench-moe.js')).benchMoe(options),
   doctor: async (options) => (await import('./doctor.js')).doctor(options),
   export: async (options, dir) => (await import('./export.js')).exportModel(options, dir),
 };

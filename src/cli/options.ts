@@ -65,7 +65,14 @@ const FLAGS = {
   context: whole(1, 2 ** 31 - 1, MEASURE, 'tokens in the cache before the first measured one', 32),
   steps: whole(1, 1_000_000, MEASURE, 'measured decode steps', 32),
   sizes: wholes(1, 2 ** 28, MEASURE, 'floats of a message', [2816, 5632, 11264, 22528, 45056]),
-  iterations: whole(1, 1_000_000, MEASURE, 'timed all-reduces per size', 200),
+  variant: choice(
+    ['all', 'published', 'grouped', 'auto'],
+    MEASURE,
+    'which kernels; auto is what decoding uses',
+    'all',
+  ),
+  tokens: wholes(1, 8192, MEASURE, 'tokens of a step', [1, 2, 4, 8, 16, 32, 64]),
+  iterations: whole(1, 1_000_000, MEASURE, 'timed all-reduces per size, or replays per row', 200),
   warmup: whole(0, 1_000_000, MEASURE, 'untimed all-reduces or steps before', 10),
 
   dumpLogits: text(OUTPUT, 'safetensors file for the logits rows', null, 'none'),
@@ -121,6 +128,10 @@ export const COMMANDS = {
   'bench allreduce': {
     describe: 'time of the all-reduce at the sizes that decoding uses',
     flags: [...ENGINE, 'sizes', 'iterations', 'warmup', 'out'],
+  },
+  'bench moe': {
+    describe: 'time of the experts of one layer alone, on one GPU',
+    flags: ['gpus', 'model', 'seed', 'variant', 'tokens', 'iterations', 'out', 'json'],
   },
   doctor: { describe: 'say what this machine offers', flags: ['gpus', 'device', 'json'] },
   export: {

@@ -202,6 +202,35 @@ export const GpuReport = z.strictObject({
 });
 export type GpuReport = z.infer<typeof GpuReport>;
 
+export const MoeBench = z.strictObject({
+  schema: z.literal('tp-run/bench-moe/1'),
+  gpu: z.string(),
+  /** Of a kernel that only reads, on the same weights. */
+  read_gb_per_s: real,
+  /** The shape is one rank's of so many. */
+  tp: count,
+  hidden: count,
+  width: count,
+  experts: count,
+  top_k: count,
+  rows: z.array(
+    z.strictObject({
+      tokens: count,
+      variant: z.enum(['published', 'grouped', 'auto']),
+      time_us: z.strictObject({ median: real, p10: real, p90: real, p99: real, min: real, samples }),
+      /** Distinct experts that a block reads, their bytes, and what reading them must take. */
+      experts_read: real,
+      read_mb: real,
+      gb_per_s: real,
+      floor_us: real,
+      /** Of the output from auto's, relative. */
+      distance: real,
+    }),
+  ),
+  provenance: Provenance,
+});
+export type MoeBench = z.infer<typeof MoeBench>;
+
 export const DoctorResult = z.strictObject({
   schema: z.literal('tp-run/doctor/1'),
   can_run: z.boolean(),

@@ -103,7 +103,7 @@ describe('the command line', () => {
     [['check', '--plant-fault', 'layer=x'], 'TP_FLAG_VALUE', 'layer=L,stage=NAME'],
     [['bench'], 'TP_COMMAND', 'bench decode'],
     [['bench', 'decode', 'more'], 'TP_FLAG_UNKNOWN', '"more"'],
-    [['bench', 'moe'], 'TP_COMMAND', '"bench moe"'],
+    [['bench', 'attention'], 'TP_COMMAND', '"bench attention"'],
     [['export'], 'TP_FLAG_VALUE', 'DIR'],
     [['bench', 'decode', '--batch-size', '1,,2'], 'TP_FLAG_VALUE', '"1,,2"'],
   ] as const)('refuses %j', (argv, code, text) => {

@@ -278,10 +278,11 @@ describe('places', () => {
     expect(await refusal([...tiny, '--gpus', '2'], { TMPDIR: long })).toMatch(/^TP_BIND: .*longer than/);
   });
 
-  it.each(['check', 'bench decode', 'bench allreduce'])(
+  it.each(['check', 'bench decode', 'bench allreduce', 'bench moe'])(
     'refuses a result file of %s that cannot be written',
     async (command) => {
-      const args = [...command.split(' '), ...cpu, '--out', '/proc/result.json'];
+      const device = command === 'bench moe' ? [] : cpu;
+      const args = [...command.split(' '), ...device, '--out', '/proc/result.json'];
       expect(await refusal(args)).toMatch(/^TP_FILE_UNWRITABLE: \/proc\/result.json /);
     },
   );

@@ -1,7 +1,9 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
-import { AllReduceBench, DecodeBench, DoctorResult } from '../../src/report/schema.js';
+import { MOE_VARIANTS } from '../../src/native.js';
+import { gpuNames } from '../../src/report/machine.js';
+import { AllReduceBench, DecodeBench, DoctorResult, MoeBench } from '../../src/report/schema.js';
 import { tempDir } from '../helpers/tempdir.js';
 import { tpRun, tpRunJson } from '../helpers/tp-run.js';
 
@@ -50,6 +52,43 @@ describe('bench decode', () => {
   it('refuses a context and steps beyond what the model can hold', async () => {
     const { code, stderr } = await tpRun([...args, '--context', '4096']);
     expect(stderr).toMatch(/^TP_PROMPT_LENGTH: --context has 4096 tokens and 11 more are wanted/m);
+    expect(code).toBe(2);
+  });
+});
+
+describe('bench moe', () => {
+  it.runIf(gpuNames().length === 0)('needs a GPU and says so', async () => {
+    const { code, stderr } = await tpRun(['bench', 'moe', '--tokens', '1,16', '--variant', 'auto']);
+    expect(stderr).toMatch(/^TP_DEVICE: /m);
+    expect(code).toBe(2);
+  });
+
+  it.runIf(gpuNames().length > 0)('times the experts of a layer by every variant', async () => {
+    const args = [
+      'bench',
+      'moe',
+      '--model',
+      'configs/gemma-4-26b-a4b.json',
+      '--gpus',
+      '2',
+      '--tokens',
+      '2,16',
+    ];
+    const { rows, tp, width } = MoeBench.parse(await tpRunJson([...args, '--iterations', '5']));
+    expect([tp, width]).toEqual([2, 352]);
+    expect(rows.map(({ tokens, variant }) => `${tokens} ${variant}`)).toEqual(
+      [2, 16].flatMap((tokens) => MOE_VARIANTS.map((variant) => `${tokens} ${variant}`)),
+    );
+    for (const row of rows) {
+      expect(row.time_us.samples).toHaveLength(5);
+      expect(row.gb_per_s).toBeCloseTo((row.read_mb! * 1000) / row.time_us.median!, 6);
+      expect(row.distance).toBeLessThan(row.variant === 'published' ? 1e-2 : 2e-3); // its activations are not rounded
+    }
+  });
+
+  it('refuses a number of ranks that the experts cannot be split over', async () => {
+    const { code, stderr } = await tpRun(['bench', 'moe', '--gpus', '3']);
+    expect(stderr).toMatch(/^TP_SHARD_UNEVEN: /m);
     expect(code).toBe(2);
   });
 });

@@ -1,6 +1,7 @@
 // Compares every CUDA op with its CPU twin and with itself (other batch, other TP degree, again), then times
 // the ops and the whole step at the real shape. A program of its own, because it needs a GPU and no Node.
-// ops_cuda [check | small] [time]: exit code 1 when a comparison fails.
+// ops_cuda [check | small] [time] [many]: exit code 1 when a comparison fails. many: steps of more than 8
+// tokens.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -10,7 +11,9 @@
 #include <vector>
 
 #include "base/tree.h"
+#include "ops/bench_moe.h"
 #include "ops/cuda/cuda.h"
+#include "ops/cuda/grouped/grouped.h"
 
 using namespace tp;
 
@@ -173,10 +176,30 @@ void again(const char* what, Floats& out, const std::function<void()>& run) {
   equal_bits(what, out.download(), before);
 }
 
+/// Calls run(first, count) for parts of T tokens that go the same way as all together: each token alone, or,
+/// where many go together, the first, some in the middle and the last.
+void in_parts(int T, bool together, int least, const std::function<void(int, int)>& run) {
+  if (!together) {
+    for (int t = 0; t < T; t++) run(t, 1);
+    return;
+  }
+  for (const int first : {0, (T - least) / 2, T - least}) run(first, least);
+}
+/// Expects rows of `width` floats that a part gave to be those of the whole.
+void same_rows(const char* what, const Floats& part, const std::vector<float>& whole, int first, int count,
+               size_t width) {
+  const auto all = part.download();
+  const auto rows = [&](const std::vector<float>& x) {
+    return std::vector<float>(x.begin() + first * width, x.begin() + (first + count) * width);
+  };
+  equal_bits(what, rows(all), rows(whole));
+}
+
 void test_attention_half(const Shape& s, bool bf, int T) {
   const Dims d = dims_of(s, bf);
-  const int q_rows = s.heads * s.head_dim, kv_rows = s.kv_heads * s.head_dim, slots = std::max(T / 2, 1),
-            H = s.hidden;
+  const bool prompts = T > 64;  // a few sequences with many tokens each, else many with two
+  const int q_rows = s.heads * s.head_dim, kv_rows = s.kv_heads * s.head_dim,
+            slots = prompts ? 3 : std::max(T / 2, 1), H = s.hidden;
   const int capacity = s.window > 0 ? std::min(s.window + T - 1, s.positions) : s.positions;
   const size_t cache_floats = size_t(slots) * s.kv_heads * capacity * s.head_dim;
   Floats hidden(T * H), cosine(T * s.rotary_pairs), sine(T * s.rotary_pairs), normed(T * H), q(T * q_rows),
@@ -201,6 +224,10 @@ void test_attention_half(const Shape& s, bool bf, int T) {
                                              : (t % slots) % 3 == 1 ? last / 2
                                                                     : t % slots;
     in.position.host[t] = base + t / slots;
+    if (!prompts) continue;
+    const int slot = t * slots / T, begin = (slot * T + slots - 1) / slots;
+    in.slot.host[t] = slot;
+    in.position.host[t] = (slot == 0 ? 0 : (s.positions - T) / slot) + t - begin;
   }
   in.upload();
   for (int t = 0; t < T; t++)
@@ -267,11 +294,14 @@ void test_attention_half(const Shape& s, bool bf, int T) {
   again("q again", q, run_qkv);
   if (T > 1) {
     const auto whole = q.download();
-    q.poison();
-    for (int t = 0; t < T; t++) gpu->ops().qkv(qkv_args(true, t), d, in.device(1, 1, t), *gpu);
-    equal_bits("q: a token alone", q.download(), whole);
+    in_parts(T, cuda::grouped::takes(qkv_args(true, 0), d, T), 9, [&](int t, int n) {
+      q.poison();
+      gpu->ops().qkv(qkv_args(true, t), d, in.device(n, 1, t), *gpu);
+      same_rows("q: tokens apart", q, whole, t, n, q_rows);
+    });
   }
-  // From here on both sides go on from the CPU's values.
+  // From here on both sides go on from the same values.
+  cpu->ops().qkv(qkv_args(false, 0), d, in.host(T, 1), *cpu);
   q.upload(), k16.upload(), v16.upload(), k32.upload(), v32.upload();
   cpu->ops().attention({q.host.data(), out.host.data(), heads, host_cache}, d, in.host(T, 1), *cpu);
   const auto run_attention = [&] {
@@ -282,11 +312,13 @@ void test_attention_half(const Shape& s, bool bf, int T) {
   again("attention again", out, run_attention);
   if (T > 1) {
     const auto whole = out.download();
-    out.poison();  // the host's values too: upload them again below
-    for (int t = 0; t < T; t++)
+    const AttentionArgs args{q.device, out.device, heads, device_cache};
+    in_parts(T, cuda::grouped::takes(args, d, T), 65, [&](int t, int n) {
+      out.poison();  // the host's values too: upload them again below
       gpu->ops().attention({q.device + t * q_rows, out.device + t * q_rows, heads, device_cache}, d,
-                           in.device(1, 1, t), *gpu);
-    equal_bits("attention: a token alone", out.download(), whole);
+                           in.device(n, 1, t), *gpu);
+      same_rows("attention: tokens apart", out, whole, t, n, q_rows);
+    });
     out.host = whole;
     out.upload();
   } else {
@@ -301,10 +333,13 @@ void test_attention_half(const Shape& s, bool bf, int T) {
   again("attn_out again", sum, run_out);
   const auto whole = sum.download();
   if (T > 1) {
-    for (int t = 0; t < T; t++)
+    const AttnOutArgs args{out.device, wo.device, sum.device, q_rows};
+    in_parts(T, cuda::grouped::takes(args, d, T), 9, [&](int t, int n) {
+      sum.poison();
       gpu->ops().attn_out({out.device + t * q_rows, wo.device, sum.device + t * H, q_rows}, d,
-                          in.device(1, 1, t), *gpu);
-    equal_bits("attn_out: a token alone", sum.download(), whole);
+                          in.device(n, 1, t), *gpu);
+      same_rows("attn_out: tokens apart", sum, whole, t, n, H);
+    });
   }
   for (int size = 2; size <= s.leaves; size *= 2) {
     const int part = q_rows / size;
@@ -412,30 +447,30 @@ void test_ffn_half(const Shape& s, bool bf, int T) {
   run_gate_up();
   compare("dense act", dense_act, bf), compare("expert act", expert_act, bf);
   again("dense act again", dense_act, run_gate_up), again("expert act again", expert_act, run_gate_up);
-  // A token alone: its own sorted list.
-  const auto alone = [&](int t, Ints& own_start, Ints& own_assignment) {
+  // Some tokens apart: their own sorted list.
+  const auto list_of = [&](int t, int n, Ints& own_start, Ints& own_assignment) {
     std::vector<std::pair<int, int>> chosen;
-    for (int k = 0; k < K; k++) chosen.push_back({route_index.host[t * K + k], k});
+    for (int i = 0; i < n * K; i++) chosen.push_back({route_index.host[t * K + i], i});
     std::sort(chosen.begin(), chosen.end());
     for (int e = 0; e <= E; e++)
       own_start.host[e] =
           static_cast<int>(std::count_if(chosen.begin(), chosen.end(), [&](auto c) { return c.first < e; }));
-    for (int k = 0; k < K; k++) own_assignment.host[k] = chosen[k].second;
+    for (int i = 0; i < n * K; i++) own_assignment.host[i] = chosen[i].second;
     own_start.upload(), own_assignment.upload();
   };
-  Ints own_start(E + 1), own_assignment(K);
+  Ints own_start(E + 1), own_assignment(T * K);
   if (T > 1) {
     const auto dense_whole = dense_act.download(), expert_whole = expert_act.download();
-    dense_act.poison(), expert_act.poison();
-    for (int t = 0; t < T; t++) {
-      alone(t, own_start, own_assignment);
+    in_parts(T, cuda::grouped::takes(GateUpArgs{}, d, T), 9, [&](int t, int n) {
+      dense_act.poison(), expert_act.poison();
+      list_of(t, n, own_start, own_assignment);
       gpu->ops().gate_up({dense_in.device + t * H, expert_in.device + t * H, gate.device, up.device,
                           expert_gate_up.device, own_start.device, own_assignment.device,
                           dense_act.device + t * s.inter, expert_act.device + size_t(t) * K * s.moe_inter},
-                         d, in.device(1, 1, t), *gpu);
-    }
-    equal_bits("dense act: a token alone", dense_act.download(), dense_whole);
-    equal_bits("expert act: a token alone", expert_act.download(), expert_whole);
+                         d, in.device(n, 1, t), *gpu);
+      same_rows("dense act: tokens apart", dense_act, dense_whole, t, n, s.inter);
+      same_rows("expert act: tokens apart", expert_act, expert_whole, t, n, size_t(K) * s.moe_inter);
+    });
     dense_act.host = dense_whole, expert_act.host = expert_whole;
   }
   dense_act.upload(), expert_act.upload();
@@ -452,15 +487,15 @@ void test_ffn_half(const Shape& s, bool bf, int T) {
   again("down again", out, run_down);
   const auto whole = out.download();
   if (T > 1) {
-    out.poison();
-    for (int t = 0; t < T; t++) {
-      alone(t, own_start, own_assignment);
+    in_parts(T, cuda::grouped::takes(DownArgs{}, d, T), 9, [&](int t, int n) {
+      out.poison();
+      list_of(t, n, own_start, own_assignment);
       gpu->ops().down({dense_act.device + t * s.inter, expert_act.device + size_t(t) * K * s.moe_inter,
                        route_weight.device + t * K, down.device, expert_down.device, own_start.device,
                        own_assignment.device, out.device + size_t(t) * 2 * H},
-                      d, in.device(1, 1, t), *gpu);
-    }
-    equal_bits("down: a token alone", out.download(), whole);
+                      d, in.device(n, 1, t), *gpu);
+      same_rows("down: tokens apart", out, whole, t, n, size_t(2) * H);
+    });
   }
   for (int size = 2; size <= s.leaves; size *= 2) {
     const int pd = s.inter / size, pe = s.moe_inter / size;
@@ -557,14 +592,13 @@ void test_head(const Shape& s, bool bf, int T, int candidates) {
     }
   }
   if (T > 1)
-    for (int r = 0; r < R; r++) {
-      gpu->ops().logits({hidden.device, norm.device, table.device, normed.device, logits.device, out.device},
-                        d, in.device(T, 1, 0, r), *gpu);
-      auto one = logits.download();
-      one.resize(V);
-      equal_bits("logits: a row alone", one,
-                 {all_logits.begin() + size_t(r) * V, all_logits.begin() + size_t(r + 1) * V});
-    }
+    in_parts(R, cuda::grouped::takes(LogitsArgs{}, d, R), 9, [&](int r, int n) {
+      logits.poison();
+      gpu->ops().logits({hidden.device, norm.device, table.device, normed.device,
+                         logits.device + size_t(r) * V, out.device},
+                        d, in.device(T, n, 0, r), *gpu);
+      same_rows("logits: rows apart", logits, all_logits, r, n, V);
+    });
   // The CPU summarises the GPU's logits? No: the GPU samples from the CPU's candidates, so both see the same.
   out.upload();
   cpu->ops().sample({out.host.data(), token.host.data(), logprob.host.data(), target.host.data()}, d,
@@ -596,7 +630,8 @@ void test_synthetic() {
   }
 }
 
-void check_all(bool small) {
+/// Only what many tokens need, where `many` is asked for.
+void check_all(bool small, bool many) {
   //           hidden heads kv dim window pairs inter moe experts top_k vocab leaves positions k=v
   const Shape shapes[] = {
       {"tiny", 64, 4, 2, 16, 8, 8, 16, 16, 8, 2, 256, 8, 40, false},
@@ -607,21 +642,25 @@ void check_all(bool small) {
       {"one leaf", 128, 3, 1, 32, 0, 16, 88, 24, 6, 2, 200, 1, 64, false},
       {"real sliding / 8 experts", 2816, 16, 8, 256, 1024, 128, 2112, 704, 16, 8, 4096, 8, 1500, false},
       {"real full / 8 experts", 2816, 16, 2, 512, 0, 64, 2112, 704, 12, 8, 4096, 8, 2000, true},
+      {"grouped", 704, 8, 4, 64, 32, 32, 704, 704, 32, 4, 2048, 8, 400, false},
       {"many experts", 128, 4, 2, 32, 16, 16, 64, 32, 640, 6, 512, 8, 64, false},
   };
-  test_synthetic();
+  if (!many) test_synthetic();
   for (const Shape& s : shapes)
     for (const bool bf : {true, false})
-      for (const int T : {1, 2, 8, 13}) {
+      for (const int T : {1, 2, 8, 13, 40, 300}) {
         const bool large = s.hidden > 1000;
         if (large && (T == 2 || small)) continue;
+        if (T > 13 && (!bf || s.hidden < 700)) continue;
+        if (many && (T < 13 || !bf || s.hidden < 700)) continue;
         where = std::string(s.name) + (bf ? " bfloat16" : " float32") + " T=" + std::to_string(T);
         const int before = failures;
         try {
           test_attention_half(s, bf, T);
           test_ffn_half(s, bf, T);
           for (const int candidates : {1, 5, 1 << 20})
-            test_head(s, bf, T, candidates > s.vocab / s.leaves ? s.vocab / s.leaves : candidates);
+            if (T <= 13 || candidates == 1)
+              test_head(s, bf, T, candidates > s.vocab / s.leaves ? s.vocab / s.leaves : candidates);
         } catch (const Error& error) {
           expect(false, error.what(), 0);
           std::printf("giving up: the device may be unusable\n");
@@ -700,7 +739,7 @@ struct Model {
   SampleArgs sample;
   int max_tokens, size;
 
-  Model(int ranks, int layer_count, int tokens, int positions) : max_tokens(tokens), size(ranks) {
+  Model(int ranks, int layer_count, int tokens, int positions, int slots) : max_tokens(tokens), size(ranks) {
     const int H = 2816, T = tokens;
     d.hidden = H, d.vocab = 262144, d.local_vocab = d.vocab / size, d.inter = 2112 / size,
     d.moe_inter = 704 / size, d.experts = 128;
@@ -725,7 +764,7 @@ struct Model {
               full ? 64 : 128};
       const int q_rows = h.heads * h.head_dim, kv_rows = h.kv_heads * h.head_dim;
       const int capacity = full ? positions : std::min(1024 + T - 1, positions);
-      const size_t cache = size_t(T) * h.kv_heads * capacity * h.head_dim;
+      const size_t cache = size_t(slots) * h.kv_heads * capacity * h.head_dim;
       const double qk = std::sqrt(3 / std::sqrt(double(h.head_dim)));
       Layer a{};
       const Cache c{synthetic(cache, 1), synthetic(cache, 1), capacity};
@@ -787,8 +826,8 @@ struct Model {
     }
     Bf16* const table = synthetic(size_t(d.vocab) * H, 0.1 * rh);
     embed = {table, hidden, 53.0f};
-    auto* const candidates = device<float>(size_t(T) * 8 * 6 * 2);
-    logits = {hidden,    synthetic(H, 1, 16), table, normed, device<float>(size_t(T) * d.local_vocab),
+    auto* const candidates = device<float>(size_t(slots) * 8 * 6 * 2);
+    logits = {hidden,    synthetic(H, 1, 16), table, normed, device<float>(size_t(slots) * d.local_vocab),
               candidates};
     sample = {candidates, device<int>(T), device<float>(T), device<float>(T)};
   }
@@ -818,12 +857,13 @@ void report(const char* name, int size, int T, double us, double bytes) {
   std::fflush(stdout);
 }
 
-void time_all(int layer_count) {
-  for (const int size : {1, 2}) {
+void time_all(int layer_count, const std::vector<int>& batches, const std::vector<int>& sizes) {
+  const int most = batches.back();
+  for (const int size : sizes) {
     gpu.reset();
     gpu = std::make_unique<cuda::CudaBackend>(0);
     const int positions = 1100;
-    Model m(size, layer_count, 8, positions);
+    Model m(size, layer_count, most, positions, most);
     if (size == 1) {
       const void* memory = m.layers[0].gate_up.expert_gate_up;
       const uint64_t bytes = size_t(128) * 1408 * 2816 * 2;
@@ -838,9 +878,9 @@ void time_all(int layer_count) {
       cudaEventElapsedTime(&ms, a, b);
       std::printf("read kernel with its result fetched: %.0f GB/s\n", static_cast<double>(bytes) / ms / 1e6);
     }
-    for (const int T : {1, 2, 4, 8}) {
-      Step in(8, 8);
-      for (int t = 0; t < 8; t++) {
+    for (const int T : batches) {
+      Step in(most, most);
+      for (int t = 0; t < most; t++) {
         in.token.host[t] = static_cast<int>(random_bits() % 262144), in.position.host[t] = 100,
         in.slot.host[t] = t, in.row.host[t] = t;
         in.target.host[t] = -1, in.temperature.host[t] = 0, in.top_k.host[t] = 0, in.top_p.host[t] = 1,
@@ -923,7 +963,8 @@ void time_all(int layer_count) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The fused step against the ops one by one, against itself stage by stage, and a token alone against all together.
+// The fused step against the ops one by one, against itself stage by stage, and a token alone against all
+// together.
 
 Decoder decoder_of(const Model& m) {
   Decoder out;
@@ -968,15 +1009,16 @@ void test_fused(int layer_count) {
   if (!fused) return expect(false, "the fused step does not take the real shape", 0);
   Step in(8, 8);
   const Ops& ops = gpu->ops();
-  for (const std::vector<int>& at : std::vector<std::vector<int>>{{0}, {5, 63, 64, 100}, {1023, 1050, 700, 3}})
+  for (const std::vector<int>& at :
+       std::vector<std::vector<int>>{{0}, {5, 63, 64, 100}, {1023, 1050, 700, 3}})
     for (const int T : {1, 2, 5, 8}) {
       where = "fused step at position " + std::to_string(at[0]) + " T=" + std::to_string(T);
       set_step(in, at);
       const Input input = in.device(T, T);
       const int before = failures;
       // One layer by stages: where the first difference is.
-      const auto compare = [&](const char* what, const float* from, int width, const std::function<void()>& by_ops,
-                               const std::function<void()>& by_fused) {
+      const auto compare = [&](const char* what, const float* from, int width,
+                               const std::function<void()>& by_ops, const std::function<void()>& by_fused) {
         std::vector<float> a(static_cast<size_t>(T) * width), b = a;
         by_ops();
         gpu->read(a.data(), from, a.size() * sizeof(float));
@@ -989,42 +1031,49 @@ void test_fused(int layer_count) {
         const Layer& layer = m.layers[static_cast<size_t>(l)];
         ops.embed(m.embed, m.d, input, *gpu);
         const int n = l * 7, q = layer.attn_out.columns;
-        compare("attention", layer.attention.attention, q,
-                [&] {
-                  ops.qkv(layer.qkv, m.d, input, *gpu);
-                  ops.attention(layer.attention, m.d, input, *gpu);
-                },
-                [&] { fused->run(n, n + 2, input); });
-        compare("attn_out", layer.attn_out.sum, 2816, [&] { ops.attn_out(layer.attn_out, m.d, input, *gpu); },
-                [&] { fused->run(n + 2, n + 3, input); });
-        compare("route", layer.route.hidden, 2816,
-                [&] { ops.route(layer.route, m.d, input, *gpu); },
-                [&] {
-                  ops.embed(m.embed, m.d, input, *gpu);
-                  fused->run(n + 3, n + 4, input);
-                });
-        compare("route weights", layer.route.route_weight, 8, [&] {
-          ops.embed(m.embed, m.d, input, *gpu);
-          ops.route(layer.route, m.d, input, *gpu);
-        }, [&] {
-                  ops.embed(m.embed, m.d, input, *gpu);
-                  fused->run(n + 3, n + 4, input);
-                });
-        compare("dense act", layer.gate_up.dense_act, m.d.inter,
-                [&] { ops.gate_up(layer.gate_up, m.d, input, *gpu); },
-                [&] { fused->run(n + 4, n + 5, input); });
-        compare("expert act", layer.gate_up.expert_act, 8 * m.d.moe_inter,
-                [&] { ops.gate_up(layer.gate_up, m.d, input, *gpu); },
-                [&] { fused->run(n + 4, n + 5, input); });
-        compare("down", layer.down.sum, 2 * 2816, [&] { ops.down(layer.down, m.d, input, *gpu); },
-                [&] { fused->run(n + 5, n + 6, input); });
+        compare(
+            "attention", layer.attention.attention, q,
+            [&] {
+              ops.qkv(layer.qkv, m.d, input, *gpu);
+              ops.attention(layer.attention, m.d, input, *gpu);
+            },
+            [&] { fused->run(n, n + 2, input); });
+        compare(
+            "attn_out", layer.attn_out.sum, 2816, [&] { ops.attn_out(layer.attn_out, m.d, input, *gpu); },
+            [&] { fused->run(n + 2, n + 3, input); });
+        compare(
+            "route", layer.route.hidden, 2816, [&] { ops.route(layer.route, m.d, input, *gpu); },
+            [&] {
+              ops.embed(m.embed, m.d, input, *gpu);
+              fused->run(n + 3, n + 4, input);
+            });
+        compare(
+            "route weights", layer.route.route_weight, 8,
+            [&] {
+              ops.embed(m.embed, m.d, input, *gpu);
+              ops.route(layer.route, m.d, input, *gpu);
+            },
+            [&] {
+              ops.embed(m.embed, m.d, input, *gpu);
+              fused->run(n + 3, n + 4, input);
+            });
+        compare(
+            "dense act", layer.gate_up.dense_act, m.d.inter,
+            [&] { ops.gate_up(layer.gate_up, m.d, input, *gpu); }, [&] { fused->run(n + 4, n + 5, input); });
+        compare(
+            "expert act", layer.gate_up.expert_act, 8 * m.d.moe_inter,
+            [&] { ops.gate_up(layer.gate_up, m.d, input, *gpu); }, [&] { fused->run(n + 4, n + 5, input); });
+        compare(
+            "down", layer.down.sum, 2 * 2816, [&] { ops.down(layer.down, m.d, input, *gpu); },
+            [&] { fused->run(n + 5, n + 6, input); });
         std::vector<float> kept(static_cast<size_t>(T) * 2816);
         gpu->read(kept.data(), layer.ffn_out.hidden, kept.size() * sizeof(float));
-        compare("ffn_out", layer.ffn_out.hidden, 2816, [&] { ops.ffn_out(layer.ffn_out, m.d, input, *gpu); },
-                [&] {
-                  gpu->write(layer.ffn_out.hidden, kept.data(), kept.size() * sizeof(float));
-                  fused->run(n + 6, n + 7, input);
-                });
+        compare(
+            "ffn_out", layer.ffn_out.hidden, 2816, [&] { ops.ffn_out(layer.ffn_out, m.d, input, *gpu); },
+            [&] {
+              gpu->write(layer.ffn_out.hidden, kept.data(), kept.size() * sizeof(float));
+              fused->run(n + 6, n + 7, input);
+            });
       }
       if (failures > before + 8) return;
       ops.embed(m.embed, m.d, input, *gpu);
@@ -1035,7 +1084,8 @@ void test_fused(int layer_count) {
       fused->run(0, stages, input);
       const std::vector<float> whole = logits_of(m, T);
       std::printf("%s: logits %.3g from the ops'\n", where.c_str(), distance(whole, by_ops));
-      // A token whose last two experts are nearly equal may choose another one: the stages above are compared closely.
+      // A token whose last two experts are nearly equal may choose another one: the stages above are compared
+      // closely.
       expect(distance(whole, by_ops) < 0.6, "the fused step against the ops", distance(whole, by_ops));
       for (int again = 0; again < 3; again++) {
         ops.embed(m.embed, m.d, input, *gpu);
@@ -1057,7 +1107,8 @@ void test_fused(int layer_count) {
         ops.embed(m.embed, m.d, alone, *gpu);
         fused->run(0, stages, alone);
         const std::vector<float> single = logits_of(m, 1);
-        expect(std::equal(single.begin(), single.end(), whole.begin() + static_cast<int64_t>(t) * m.d.local_vocab),
+        expect(std::equal(single.begin(), single.end(),
+                          whole.begin() + static_cast<int64_t>(t) * m.d.local_vocab),
                "a token alone", t);
       }
       if (failures == before) std::printf("ok %s\n", where.c_str());
@@ -1077,9 +1128,11 @@ void test_stretches() {
     const Input input = in.device(T, T);
     const auto left = [&](int step) {  // what stage `step` leaves behind
       const Layer& l = m.layers[static_cast<size_t>(step / 7)];
-      const float* const from[] = {l.qkv.q, l.attention.attention, l.attn_out.sum, l.route.hidden,
-                                   l.gate_up.expert_act, l.down.sum, l.ffn_out.hidden};
-      const int width[] = {l.attn_out.columns, l.attn_out.columns, 2816, 2816, 8 * m.d.moe_inter, 2 * 2816, 2816};
+      const float* const from[] = {l.qkv.q,         l.attention.attention, l.attn_out.sum,
+                                   l.route.hidden,  l.gate_up.expert_act,  l.down.sum,
+                                   l.ffn_out.hidden};
+      const int width[] = {l.attn_out.columns, l.attn_out.columns, 2816, 2816,
+                           8 * m.d.moe_inter,  2 * 2816,           2816};
       std::vector<float> out(static_cast<size_t>(T) * width[step % 7]);
       gpu->read(out.data(), from[step % 7], out.size() * sizeof(float));
       return out;
@@ -1103,7 +1156,9 @@ void test_stretches() {
             }
           wrong += differ > 0, most = std::max(most, differ);
         }
-        if (wrong) std::printf("T=%d stages %d..%d: %d of 4 runs differ, %d elements, first %zu\n", T, from, to - 1, wrong, most, first);
+        if (wrong)
+          std::printf("T=%d stages %d..%d: %d of 4 runs differ, %d elements, first %zu\n", T, from, to - 1,
+                      wrong, most, first);
         expect(wrong == 0, "a stretch of stages against each alone", wrong);
         if (wrong) break;
       }
@@ -1126,7 +1181,6 @@ void time_fused(int layer_count) {
   const int stages = layer_count * 7 + 1;
   static const char* const kNames[] = {"qkv", "attention", "attn_out", "route", "gate_up", "down", "ffn_out"};
   for (const int size : {1, 2}) {
-    if (size == 1 && getenv("ONLY")) continue;
     gpu.reset();
     gpu = std::make_unique<cuda::CudaBackend>(0);
     Model m(size, layer_count, 8, 1100);
@@ -1135,7 +1189,6 @@ void time_fused(int layer_count) {
     const auto fused = gpu->fuse(decoder_of(m), m.d, nullptr);
     Step in(8, 8);
     for (const int T : {1, 2, 4, 8}) {
-      if (getenv("ONLY") && T != 1 && T != 8) continue;
       set_step(in, {100});
       const Input input = in.device(T, T);
       gpu->ops().embed(m.embed, m.d, input, *gpu);
@@ -1155,17 +1208,22 @@ void time_fused(int layer_count) {
       fused->measure(nullptr);
       std::vector<uint64_t> seen(blocks * stages * 4);
       gpu->read(seen.data(), marks, seen.size() * sizeof(uint64_t));
-      // Of every stage: from the first block's begin to the last block's, the inputs' and the end, and how long blocks
-      // take from their inputs to their end: least, median, most. Medians over the layers, the tenth layer on.
+      // Of every stage: from the first block's begin to the last block's, the inputs' and the end, and how
+      // long blocks take from their inputs to their end: least, median, most. Medians over the layers, the
+      // tenth layer on.
       for (const bool full : {false, true}) {
-        std::printf("%s layers: us until inputs (first, last block), later inputs, end (first, last); longest block\n",
-                    full ? "full" : "sliding");
+        std::printf(
+            "%s layers: us until inputs (first, last block), later inputs, end (first, last); longest "
+            "block\n",
+            full ? "full" : "sliding");
         double layer_us = 0;
         for (int s = 0; s < 7; s++) {
           std::vector<double> out[7];
           for (int l = 1; l < layer_count; l++) {
             if ((l % 6 == 5) != full) continue;
-            const auto at = [&](size_t block, int mark) { return seen[(block * stages + l * 7 + s) * 4 + mark]; };
+            const auto at = [&](size_t block, int mark) {
+              return seen[(block * stages + l * 7 + s) * 4 + mark];
+            };
             uint64_t begin = ~0ull;
             double first[4] = {1e9, 1e9, 1e9, 1e9}, last[4] = {};
             for (size_t b = 0; b < blocks; b++) begin = std::min(begin, at(b, 0));
@@ -1192,9 +1250,118 @@ void time_fused(int layer_count) {
           head.push_back(static_cast<double>(at[3] - at[0]) / 1e3);
         }
         std::sort(head.begin(), head.end());
-        std::printf("  sum %.2f us; logits %.1f .. %.1f .. %.1f us\n", layer_us, head[0], head[blocks / 2], head.back());
+        std::printf("  sum %.2f us; logits %.1f .. %.1f .. %.1f us\n", layer_us, head[0], head[blocks / 2],
+                    head.back());
       }
     }
+  }
+}
+
+/// Batches above 8, and a prompt of 2,048 tokens in one step.
+void time_many(int layer_count) {
+  time_all(layer_count, {16, 32, 64}, {2});
+  constexpr int kPrompt = 2048;
+  for (const int size : {2, 1}) {
+    gpu.reset();
+    gpu = std::make_unique<cuda::CudaBackend>(0);
+    Model m(size, layer_count, kPrompt, kPrompt + 64, 1);
+    Step in(kPrompt, 1);
+    for (int t = 0; t < kPrompt; t++)
+      in.token.host[t] = static_cast<int>(random_bits() % 262144), in.position.host[t] = t,
+      in.slot.host[t] = 0;
+    in.row.host[0] = kPrompt - 1, in.target.host[0] = -1, in.temperature.host[0] = 0, in.top_k.host[0] = 0;
+    in.top_p.host[0] = 1, in.seed.host[0] = 1, in.sequence.host[0] = 0;
+    in.upload();
+    const Input input = in.device(kPrompt, 1);
+    const Ops& ops = gpu->ops();
+    ops.embed(m.embed, m.d, input, *gpu);
+    for (const Layer& l : m.layers) m.layer(l, input);
+    std::printf("-- TP=%d, a prompt of %d tokens\n", size, kPrompt);
+    const auto each = [&](const char* name, double gflop, const std::function<void(const Layer&)>& op,
+                          bool full = false) {
+      std::vector<const Layer*> some;
+      for (int l = 0; l < static_cast<int>(m.layers.size()); l++)
+        if ((l % 6 == 5) == full && some.size() < 3) some.push_back(&m.layers[static_cast<size_t>(l)]);
+      const double us = microseconds(
+          [&] {
+            for (const Layer* l : some) op(*l);
+          },
+          static_cast<int>(some.size()), 5);
+      std::printf("%-12s TP=%d  %9.1f us  %7.1f TFLOP/s\n", name, size, us, gflop / us * 1e3);
+      std::fflush(stdout);
+    };
+    const double matrix = 2.0 * kPrompt * 2816 * 1e-9;  // GFLOP for one weight row of H
+    const auto run = [&](bool full) {
+      const Layer& l = m.layers[full ? 5 : 0];
+      const double columns = l.attn_out.columns;
+      each(
+          full ? "qkv full" : "qkv", l.qkv_bytes / 2 / 2816 * matrix,
+          [&](const Layer& x) { ops.qkv(x.qkv, m.d, input, *gpu); }, full);
+      // Of all scores half are seen, or a window of 1,024.
+      const double pairs = full ? 0.5 * kPrompt * kPrompt : 1024.0 * (kPrompt - 512);
+      each(
+          full ? "attn full" : "attention", 4 * pairs * columns * 1e-9,
+          [&](const Layer& x) { ops.attention(x.attention, m.d, input, *gpu); }, full);
+      each(
+          full ? "out full" : "attn_out", columns * matrix,
+          [&](const Layer& x) { ops.attn_out(x.attn_out, m.d, input, *gpu); }, full);
+    };
+    run(false), run(true);
+    each("route", 128 * matrix, [&](const Layer& x) { ops.route(x.route, m.d, input, *gpu); });
+    const double wide = m.d.inter + 8.0 * m.d.moe_inter;
+    each("gate_up", 2 * wide * matrix, [&](const Layer& x) { ops.gate_up(x.gate_up, m.d, input, *gpu); });
+    each("down", wide * matrix, [&](const Layer& x) { ops.down(x.down, m.d, input, *gpu); });
+    each("ffn_out", 0, [&](const Layer& x) { ops.ffn_out(x.ffn_out, m.d, input, *gpu); });
+    const double us = microseconds(
+        [&] {
+          ops.embed(m.embed, m.d, input, *gpu);
+          for (const Layer& l : m.layers) m.layer(l, input);
+          ops.logits(m.logits, m.d, input, *gpu);
+        },
+        1, 5);
+    std::printf("PROMPT       TP=%d  %9.1f us without all-reduces\n", size, us);
+    std::fflush(stdout);
+  }
+}
+
+/// The experts alone, by all variants.
+void time_moe() {
+  gpu.reset();
+  for (const int width : {352, 704}) {
+    std::vector<MoeCase> cases;
+    for (const int T : {1, 2, 4, 8, 16, 32, 64})
+      for (const char* variant : {"published", "grouped", "auto"}) cases.push_back({variant, T});
+    MoeBench bench = bench_moe(0, {2816, width, 128, 8, width / 88}, cases, 30, 7);
+    std::printf("-- experts of %d columns, read kernel %.0f GB/s\n", width, bench.read_gb_per_s);
+    for (size_t i = 0; i < cases.size(); i++) {
+      MoeTimes& x = bench.cases[i];
+      std::sort(x.us.begin(), x.us.end());
+      const double us = x.us[x.us.size() / 2];
+      std::printf("moe N=%d T=%-2d %-9s %8.1f us  %5.0f GB/s  %5.2f x floor  distance %.1e\n", width,
+                  cases[i].tokens, cases[i].variant.c_str(), us, x.bytes / us / 1e3,
+                  us / (x.bytes / kReachable / 1e3), x.distance);
+    }
+  }
+  gpu = std::make_unique<cuda::CudaBackend>(0);
+}
+
+/// A layer of 32 and one of 2,048 tokens, for a profiler.
+void profile_many() {
+  for (const int T : {32, 2048}) {
+    gpu.reset();
+    gpu = std::make_unique<cuda::CudaBackend>(0);
+    Model m(2, 1, T, 2112, T > 64 ? 1 : T);
+    Step in(T, 1);
+    for (int t = 0; t < T; t++) {
+      in.token.host[t] = static_cast<int>(random_bits() % 262144);
+      in.position.host[t] = T > 64 ? t : 100, in.slot.host[t] = T > 64 ? 0 : t;
+    }
+    in.row.host[0] = 0;
+    in.upload();
+    const Input input = in.device(T, 1);
+    gpu->ops().embed(m.embed, m.d, input, *gpu);
+    m.layer(m.layers[0], input);
+    gpu->finish();
   }
 }
 
@@ -1209,12 +1376,19 @@ int main(int argc, char** argv) {
         if (std::string(argv[i]) == what) return true;
       return argc == 1;
     };
-    if (asked("check") || asked("small")) check_all(asked("small") && argc > 1);
-    if (asked("fused")) test_fused(6);
-    if (asked("time")) time_all(30);
+    const bool many = argc > 1 && asked("many");
+    if (asked("check") || asked("small")) check_all(asked("small") && argc > 1, many);
+    if (argc > 1 && asked("profile")) profile_many();
+    if (argc > 1 && asked("moe")) time_moe();
+    if (asked("time")) {
+      if (many)
+        time_many(30);
+      else
+        time_all(30, {1, 2, 4, 8}, {1, 2});
+    }
+    if (asked("fused")) test_fused(6), test_stretches();
     if (asked("time") || asked("time-fused")) time_fused(30);
-    if (asked("stretches")) test_stretches();
-    if (asked("profile")) profile_fused();
+    if (argc > 1 && asked("profile-fused")) profile_fused();
   } catch (const Error& error) {
     std::printf("FAIL %s: %s\n", error.code().c_str(), error.what());
     return 1;

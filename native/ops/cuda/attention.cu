@@ -5,11 +5,20 @@
 
 #include "ops/cuda/attention_plain.cuh"
 #include "ops/cuda/attention_tensor.cuh"
+#include "ops/cuda/grouped/grouped.h"
 
 namespace tp::cuda {
 
+namespace {
+
+/// Tokens of one launch, and memory for their parts.
+constexpr size_t kMostTokens = 64, kMostPartial = size_t{256} << 20;
+
+}  // namespace
+
 void attention(const AttentionArgs& a, const Dims& d, const Input& in, Backend& backend) {
   CudaBackend& cuda = of(backend);
+  if (grouped::takes(a, d, in.tokens)) return grouped::attention(a, d, in, cuda);
   const Heads& h = a.heads;
   const int group = h.heads / h.kv_heads;
   AttentionParameters p{};
@@ -22,14 +31,16 @@ void attention(const AttentionArgs& a, const Dims& d, const Input& in, Backend& 
   p.blocks_of_kv = divider((group + p.block_heads - 1) / p.block_heads);
   const int head_blocks = h.kv_heads * static_cast<int>(p.blocks_of_kv.divisor);
   p.bfloat16 = d.bfloat16;
+  const size_t token_bytes =
+      sizeof(float) * static_cast<size_t>(h.heads) * static_cast<size_t>(p.chunks) * (h.head_dim + size_t{2});
+  const int most = std::max(kChunk, static_cast<int>(std::min(kMostTokens, kMostPartial / token_bytes)));
   p.arrived = static_cast<int*>(
-      cuda.workspace("attention arrivals", sizeof(int) * static_cast<size_t>(kChunk * head_blocks)));
-  p.partial = static_cast<float*>(
-      cuda.workspace("attention", sizeof(float) * static_cast<size_t>(kChunk * h.heads) *
-                                      static_cast<size_t>(p.chunks) * (h.head_dim + size_t{2})));
+      cuda.workspace("attention arrivals", sizeof(int) * static_cast<size_t>(most * head_blocks)));
+  p.partial = static_cast<float*>(cuda.workspace(
+      "attention", token_bytes * static_cast<size_t>(std::min(most, std::max(kChunk, in.tokens)))));
   const bool tensor = d.bfloat16 && h.head_dim % 32 == 0;
-  for (int first = 0; first < in.tokens; first += kChunk) {
-    const int tokens = in.tokens - first < kChunk ? in.tokens - first : kChunk;
+  for (int first = 0; first < in.tokens; first += most) {
+    const int tokens = std::min(in.tokens - first, most);
     p.slot = in.slot + first;
     p.position = in.position + first;
     p.args.q = a.q + static_cast<int64_t>(first) * h.heads * h.head_dim;

@@ -1,5 +1,6 @@
 // o_proj on this rank's heads: a segment is a leaf.
 #include "ops/cuda/gemv.cuh"
+#include "ops/cuda/grouped/grouped.h"
 
 namespace tp::cuda {
 
@@ -74,6 +75,7 @@ class AttnOut {
 }  // namespace
 
 void attn_out(const AttnOutArgs& a, const Dims& d, const Input& in, Backend& backend) {
+  if (grouped::takes(a, d, in.tokens)) return grouped::attn_out(a, d, in, of(backend));
   const Split split = split_leaves(a.columns, d.leaves);
   launch_gemv<AttnOut>(
       of(backend), d, in.tokens,

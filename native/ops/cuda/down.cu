@@ -2,6 +2,7 @@
 // chosen experts in the order of their ids and adds each one's leaf, weighted, for the tokens that chose it;
 // the tree comes last.
 #include "ops/cuda/experts.cuh"
+#include "ops/cuda/grouped/grouped.h"
 
 namespace tp::cuda {
 
@@ -19,6 +20,7 @@ struct DownParameters {
   Split dense, expert;
   Columns columns;
   int hidden, experts, assignments, tiles, blocks;
+  bool has_dense;  // a benchmark of the experts alone has not
   Divider top_k;
   __host__ __device__ int segments() const { return dense.segments; }
   __host__ __device__ int slot_bytes() const {
@@ -38,6 +40,7 @@ struct DownParameters {
   }
   /// Blocks that take dense tiles: the blocks are shared out by the bytes that the two kinds read.
   __device__ int dense_blocks() const {
+    if (!has_dense) return 0;
     const float share = __fdividef(dense.total, dense.total + chosen() * expert.total);
     return max(1, min(blocks - 1, __float2int_rn(blocks * share)));
   }
@@ -155,8 +158,10 @@ class Down {
 }  // namespace
 
 void down(const DownArgs& a, const Dims& d, const Input& in, Backend& backend) {
+  if (grouped::takes(a, d, in.tokens)) return grouped::down(a, d, in, of(backend));
   CudaBackend& cuda = of(backend);
-  const Split dense = split_leaves(d.inter, d.leaves), expert = split_leaves(d.moe_inter, d.leaves);
+  const Split expert = split_leaves(d.moe_inter, d.leaves),
+              dense = d.inter > 0 ? split_leaves(d.inter, d.leaves) : expert;
   launch_gemv<Down>(cuda, d, in.tokens,
                     {a,
                      matrix_of(a.down, d.hidden, dense),
@@ -169,6 +174,7 @@ void down(const DownArgs& a, const Dims& d, const Input& in, Backend& backend) {
                      in.tokens * d.top_k,
                      tiles_of(d.hidden),
                      cuda.processors(),
+                     d.inter > 0,
                      divider(d.top_k)});
 }
 

@@ -2,6 +2,7 @@
 // of the dense MLP or of one chosen expert. Every tile multiplies all tokens of the launch; those that chose
 // the expert are kept.
 #include "ops/cuda/experts.cuh"
+#include "ops/cuda/grouped/grouped.h"
 
 namespace tp::cuda {
 
@@ -117,11 +118,13 @@ class GateUp {
 }  // namespace
 
 void gate_up(const GateUpArgs& a, const Dims& d, const Input& in, Backend& backend) {
+  if (grouped::takes(a, d, in.tokens)) return grouped::gate_up(a, d, in, of(backend));
   const Split split = split_whole(d.hidden);
+  const int dense_rows = d.inter > 0 ? d.inter : kWidth;  // a benchmark of the experts alone has none
   launch_gemv<GateUp>(of(backend), d, in.tokens,
                       {a,
-                       matrix_of(a.gate, d.inter, split, kWidth),
-                       matrix_of(a.up, d.inter, split, kWidth),
+                       matrix_of(a.gate, dense_rows, split, kWidth),
+                       matrix_of(a.up, dense_rows, split, kWidth),
                        matrix_of(a.expert_gate_up, int64_t{d.experts} * 2 * d.moe_inter, split, kWidth),
                        split,
                        {},

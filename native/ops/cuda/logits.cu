@@ -2,6 +2,7 @@
 // sampler.
 #include "ops/cuda/candidates.cuh"
 #include "ops/cuda/gemv.cuh"
+#include "ops/cuda/grouped/grouped.h"
 
 namespace tp::cuda {
 
@@ -144,16 +145,19 @@ void logits(const LogitsArgs& a, const Dims& d, const Input& in, Backend& backen
   if (in.rows == 0) return;
   CudaBackend& cuda = of(backend);
   const Split split = split_whole(d.hidden);
-  launch_gemv<Logits>(cuda, d, in.rows,
-                      {a,
-                       matrix_of(a.table, d.local_vocab, split),
-                       split,
-                       {},
-                       in.row,
-                       d.local_vocab,
-                       tiles_of(d.local_vocab),
-                       d.eps,
-                       d.softcap});
+  if (grouped::takes(a, d, in.rows))
+    grouped::head(a, d, in, cuda);
+  else
+    launch_gemv<Logits>(cuda, d, in.rows,
+                        {a,
+                         matrix_of(a.table, d.local_vocab, split),
+                         split,
+                         {},
+                         in.row,
+                         d.local_vocab,
+                         tiles_of(d.local_vocab),
+                         d.eps,
+                         d.softcap});
   summarise_logits(a, d, in, backend);
 }
 

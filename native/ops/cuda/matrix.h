@@ -18,6 +18,12 @@ struct Matrix {
 /// A matrix of rows of `width` elements, to be read in boxes of `box` rows by `chunk` elements. Swizzled:
 /// piece p of 16 bytes of row r lies where piece p ^ r % 8 would. Without `aligned` the map stays empty and
 /// readers take the elements one by one.
-Matrix matrix_of(const Bf16* data, int64_t rows, int width, int chunk, int box, bool swizzled, bool aligned);
+/// lines: cache lines (1 or 2) that memory gives at a time.
+Matrix matrix_of(const Bf16* data, int64_t rows, int width, int chunk, int box, bool swizzled, bool aligned,
+                 int lines = 2);
+
+/// The same in boxes of every fourth row, `box` of them: coordinates are element, row % 4, row / 4. `rows` is
+/// a multiple of 4.
+CUtensorMap map_of_fourths(const Bf16* data, int64_t rows, int width, int chunk, int box, bool swizzled);
 
 }  // namespace tp::cuda

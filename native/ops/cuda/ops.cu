@@ -1,4 +1,5 @@
 #include "ops/cuda/block.cuh"
+#include "ops/cuda/stream.h"
 
 namespace tp::cuda {
 
@@ -41,15 +42,19 @@ void synthesize(const Synthetic& source, const Stretch& stretch, Bf16* out, Back
 uint64_t stream(const void* memory, uint64_t bytes, Backend& backend) {
   CudaBackend& cuda = of(backend);
   auto* const sum = static_cast<unsigned long long*>(cuda.workspace("stream", sizeof(unsigned long long)));
-  read_all<<<dim3(static_cast<unsigned>(cuda.processors() * 8)), 256, 0, cuda.stream()>>>(
-      static_cast<const uint4*>(memory), bytes / sizeof(uint4), sum);
-  check(cudaGetLastError(), "reading memory");
+  start_stream(memory, bytes, sum, cuda);
   uint64_t seen = 0;
   cuda.read(&seen, sum, sizeof seen);
   return seen;
 }
 
 }  // namespace
+
+void start_stream(const void* memory, uint64_t bytes, unsigned long long* sum, CudaBackend& cuda) {
+  read_all<<<dim3(static_cast<unsigned>(cuda.processors() * 8)), 256, 0, cuda.stream()>>>(
+      static_cast<const uint4*>(memory), bytes / sizeof(uint4), sum);
+  check(cudaGetLastError(), "reading memory");
+}
 
 const Ops& ops() {
   static const Ops table = {angles, embed,   qkv,    attention, attn_out, route,      gate_up,

@@ -1,6 +1,7 @@
 // Input norm and the three projections as one list of tiles; then per head: norm, RoPE, and k and v into the
 // cache.
 #include "ops/cuda/gemv.cuh"
+#include "ops/cuda/grouped/grouped.h"
 
 namespace tp::cuda {
 
@@ -261,19 +262,22 @@ void qkv(const QkvArgs& a, const Dims& d, const Input& in, Backend& backend) {
   const Split split = split_whole(d.hidden);
   const int q_rows = a.heads.heads * a.heads.head_dim, kv_rows = a.heads.kv_heads * a.heads.head_dim;
   const int q_tiles = tiles_of(q_rows), kv_tiles = tiles_of(kv_rows);
-  launch_gemv<Qkv>(cuda, d, in.tokens,
-                   {a,
-                    matrix_of(a.q_weight, q_rows, split),
-                    matrix_of(a.k_weight, kv_rows, split),
-                    matrix_of(a.v_weight ? a.v_weight : a.k_weight, kv_rows, split),
-                    split,
-                    {},
-                    q_rows,
-                    kv_rows,
-                    q_tiles,
-                    kv_tiles,
-                    q_tiles + (a.v_weight ? 2 : 1) * kv_tiles,
-                    d.eps});
+  if (grouped::takes(a, d, in.tokens))
+    grouped::project(a, d, in, cuda);
+  else
+    launch_gemv<Qkv>(cuda, d, in.tokens,
+                     {a,
+                      matrix_of(a.q_weight, q_rows, split),
+                      matrix_of(a.k_weight, kv_rows, split),
+                      matrix_of(a.v_weight ? a.v_weight : a.k_weight, kv_rows, split),
+                      split,
+                      {},
+                      q_rows,
+                      kv_rows,
+                      q_tiles,
+                      kv_tiles,
+                      q_tiles + (a.v_weight ? 2 : 1) * kv_tiles,
+                      d.eps});
   const int heads = a.heads.heads + a.heads.kv_heads;
   const bool even = a.heads.head_dim % 8 == 0 && a.heads.head_dim <= 512 && a.heads.rotary_pairs % 4 == 0;
   cuda.launch(

@@ -1,0 +1,185 @@
+// Dense sums are joined where they are made. An expert's leaves are written for every assignment; a second
+// kernel adds those of a token in the order of the experts' ids, leaf by leaf, and joins the leaves.
+#include "ops/cuda/grouped/parts.cuh"
+
+namespace tp::cuda::grouped {
+
+namespace {
+
+constexpr int kJoinThreads = 128;
+/// Most memory for the assignments' leaves; longer steps go slice by slice of the output.
+constexpr int64_t kMostSums = int64_t{768} << 20;
+
+/// A token's slots in the order of their experts' ids, and their weights. All threads call it.
+__device__ inline void put_in_order(int* order, float* weight, const int* place, const float* route_weight,
+                                    int t, int top_k) {
+  const int k = threadIdx.x;
+  if (k < top_k) {
+    const int mine = place[t * top_k + k];
+    int before = 0;
+    for (int i = 0; i < top_k; i++) before += place[t * top_k + i] < mine;
+    order[before] = k;
+    weight[before] = route_weight[t * top_k + k];
+  }
+  __syncthreads();
+}
+
+/// sum[t][1][first + i] of `width` output columns. sums: (T * K, leaves, width). A lane takes four columns of
+/// one leaf; a warp has all leaves of its columns.
+template <int Leaves>
+__global__ void __launch_bounds__(kJoinThreads)
+    join_few(const float* sums, const int* place, const float* route_weight, float* sum, int top_k, int first,
+             int width, int hidden) {
+  constexpr int kLanes = 32 / Leaves;  // of a leaf
+  __shared__ int order[32];
+  __shared__ float weight[32];
+  wait_for_inputs();
+  let_next_start();
+  const int t = blockIdx.y;
+  put_in_order(order, weight, place, route_weight, t, top_k);
+  const int lane = threadIdx.x % 32, leaf = lane / kLanes,
+            group = blockIdx.x * (kJoinThreads / 32) + threadIdx.x / 32;
+  const int column = (group * kLanes + lane % kLanes) * 4;
+  const bool there = column < width;
+  float4 x = make_float4(0, 0, 0, 0);
+#pragma unroll 8
+  for (int n = 0; n < top_k; n++) {
+    if (!there) continue;
+    const float w = weight[n];
+    const float4 y = __ldcg(reinterpret_cast<const float4*>(
+        sums + ((static_cast<int64_t>(t) * top_k + order[n]) * Leaves + leaf) * width + column));
+    x.x = fused(w, y.x, x.x), x.y = fused(w, y.y, x.y), x.z = fused(w, y.z, x.z), x.w = fused(w, y.w, x.w);
+  }
+  // Either lane of a pair adds the same two sums: the tree.
+#pragma unroll
+  for (int span = kLanes; span < 32; span *= 2) {
+    x.x += __shfl_xor_sync(~0u, x.x, span), x.y += __shfl_xor_sync(~0u, x.y, span);
+    x.z += __shfl_xor_sync(~0u, x.z, span), x.w += __shfl_xor_sync(~0u, x.w, span);
+  }
+  if (there && leaf == 0)
+    *reinterpret_cast<float4*>(sum + (static_cast<int64_t>(t) * 2 + 1) * hidden + first + column) = x;
+}
+
+/// The same by one thread for four columns, all leaves: whole lines, where there are many tokens.
+template <int Leaves>
+__global__ void __launch_bounds__(kJoinThreads)
+    join_many(const float* sums, const int* place, const float* route_weight, float* sum, int top_k,
+              int first, int width, int hidden) {
+  __shared__ int order[32];
+  __shared__ float weight[32];
+  wait_for_inputs();
+  let_next_start();
+  const int t = blockIdx.y;
+  put_in_order(order, weight, place, route_weight, t, top_k);
+  const int i = (blockIdx.x * kJoinThreads + threadIdx.x) * 4;
+  if (i >= width) return;
+  float leaf[4][Leaves] = {};
+#pragma unroll(Leaves > 4 ? 2 : 4)
+  for (int n = 0; n < top_k; n++) {
+    const float* const from = sums + (static_cast<int64_t>(t) * top_k + order[n]) * Leaves * width + i;
+#pragma unroll
+    for (int l = 0; l < Leaves; l++) {
+      const float4 x = __ldcg(reinterpret_cast<const float4*>(from + l * width));
+      leaf[0][l] = fused(weight[n], x.x, leaf[0][l]);
+      leaf[1][l] = fused(weight[n], x.y, leaf[1][l]);
+      leaf[2][l] = fused(weight[n], x.z, leaf[2][l]);
+      leaf[3][l] = fused(weight[n], x.w, leaf[3][l]);
+    }
+  }
+  *reinterpret_cast<float4*>(sum + (static_cast<int64_t>(t) * 2 + 1) * hidden + first + i) =
+      make_float4(tree_sum(leaf[0], Leaves), tree_sum(leaf[1], Leaves), tree_sum(leaf[2], Leaves),
+                  tree_sum(leaf[3], Leaves));
+}
+
+Parameters with_experts(const DownArgs& a, const Dims& d) {
+  Parameters p{};
+  p.experts = d.experts;
+  p.expert_start = a.expert_start;
+  p.assignment = a.assignment;
+  p.token_of = divider(1);  // an assignment has a row of activations of its own
+  return p;
+}
+
+template <class S>
+Part dense_part(const DownArgs& a, const Dims& d, int tokens, const Bf16* act) {
+  return part_of<S, 88>(a.down, d.hidden, d.inter, d.leaves, tokens, act, a.sum, 2 * int64_t{d.hidden});
+}
+
+template <class S>
+Part expert_part(const DownArgs& a, const Dims& d, const Bf16* act, float* sums, int first, int width) {
+  Part p = part_of<S, 88>(a.expert_down, d.experts * d.hidden, d.moe_inter, d.leaves, 0, act, sums,
+                          int64_t{d.leaves} * width);
+  p.box = box_of(width, S::kRows);
+  p.low = map_of<S, 88>(a.expert_down, int64_t{d.experts} * d.hidden, d.moe_inter, p.box);
+  p.rows = width;
+  p.all_rows = d.hidden;
+  p.first_row = first;
+  p.leaf_stride = width;
+  return p;
+}
+
+void join(const DownArgs& a, const Dims& d, int tokens, const float* sums, const int* place, int first,
+          int width, CudaBackend& backend) {
+  const auto as = [&]<int Leaves>() {
+    const bool few = tokens <= kFew;
+    const int threads = width / 4 * (few ? Leaves : 1);
+    backend.launch(few ? join_few<Leaves> : join_many<Leaves>,
+                   dim3(static_cast<unsigned>((threads + kJoinThreads - 1) / kJoinThreads),
+                        static_cast<unsigned>(tokens)),
+                   kJoinThreads, 0, sums, place, a.route_weight, a.sum, d.top_k, first, width, d.hidden);
+  };
+  if (d.leaves == 8)
+    as.operator()<8>();
+  else if (d.leaves == 4)
+    as.operator()<4>();
+  else if (d.leaves == 2)
+    as.operator()<2>();
+  else
+    as.operator()<1>();
+}
+
+}  // namespace
+
+void down(const DownArgs& a, const Dims& d, const Input& in, CudaBackend& backend) {
+  const int64_t dense = int64_t{in.tokens} * d.inter, experts = int64_t{in.tokens} * d.top_k * d.moe_inter;
+  const int assignments = in.tokens * d.top_k;
+  Bf16* const dense_act = room_for(backend, dense + experts);
+  Bf16* const expert_act = dense_act + dense;
+  auto* const place =
+      static_cast<int*>(backend.workspace("places", static_cast<size_t>(assignments) * sizeof(int)));
+  // The router's lists were done before gate_up's kernel could start this one.
+  round_rows(backend, Next::at_once, {a.dense_act, dense_act, dense}, {a.expert_act, expert_act, experts},
+             {a.assignment, place, assignments});
+  const auto sums_of = [&](int width) { return int64_t{assignments} * d.leaves * width * 4; };
+  int slices = 1;
+  while (sums_of(d.hidden / slices) > kMostSums && d.hidden % (2 * slices) == 0 &&
+         d.hidden / (2 * slices) % 128 == 0)
+    slices *= 2;
+  const int width = d.hidden / slices;
+  auto* const sums =
+      static_cast<float*>(backend.workspace("assignments' leaves", static_cast<size_t>(sums_of(width))));
+  if (in.tokens <= kFew) {
+    Parameters p = with_experts(a, d);
+    p.once = in.tokens <= kOnce;
+    if (d.inter > 0) p.part[p.parts++] = dense_part<Experts128>(a, d, in.tokens, dense_act);
+    p.part[p.parts++] = expert_part<Experts128>(a, d, expert_act, sums, 0, width);
+    launch_grouped<Experts128, 88, Finish::sums>(backend, p);
+    join(a, d, in.tokens, sums, place, 0, width, backend);
+    return;
+  }
+  Parameters p{};
+  if (d.inter > 0) {
+    p.part[0] = dense_part<Many64>(a, d, in.tokens, dense_act);
+    p.parts = 1;
+    launch_grouped<Many64, 88, Finish::sums>(backend, p);
+  }
+  for (int slice = 0; slice < slices; slice++) {
+    p = with_experts(a, d);
+    p.part[0] = expert_part<Many128>(a, d, expert_act, sums, slice * width, width);
+    p.parts = 1;
+    launch_grouped<Many128, 88, Finish::sums>(backend, p);
+    join(a, d, in.tokens, sums, place, slice * width, width, backend);
+  }
+}
+
+}  // namespace tp::cuda::grouped
