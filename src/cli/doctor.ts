@@ -69,7 +69,9 @@ const PROBES: Record<string, (options: Options) => Omit<Finding, 'what'>> = {
   },
   collective(options) {
     const { device, devices } = chooseDevice(options);
-    return ok(chooseCollective('auto', { ranks: options.gpus.count, device, devices }, gpuFacts).why);
+    return ok(
+      chooseCollective('auto', { ranks: options.gpus.count, device, devices, hosts: 1 }, gpuFacts).why,
+    );
   },
 };
 

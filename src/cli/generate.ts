@@ -11,7 +11,7 @@ import { counted, percent, short } from '../report/table.js';
 import { chooseDevice } from './device.js';
 import { requireRoom, writeLogits } from './dump.js';
 import { openModel } from './model.js';
-import type { Options } from './options.js';
+import { type Options, ranksOf } from './options.js';
 import { printJson } from './output.js';
 import { readPrompts } from './prompts.js';
 import { Recorder } from './recorder.js';
@@ -28,7 +28,7 @@ export async function generate(options: Options): Promise<number> {
   const chosen = chooseDevice(options);
   const sampling = samplingOf(options);
   const spec = runSpec(options, model, chosen, {
-    ranks: options.gpus.count,
+    ranks: ranksOf(options),
     sequences: Math.min(options.batch, prompts.length),
     positions: Math.max(...prompts.map(({ ids }) => ids.length)) + maxTokens,
     everyRow: false,
@@ -42,7 +42,7 @@ export async function generate(options: Options): Promise<number> {
 
   const recorder = new Recorder(prompts.length);
   const printer = options.json ? null : new TokenPrinter(prompts.length, tokenizer);
-  const facts = await withRun(spec, async ({ run, facts }) => {
+  const facts = await withRun(options, spec, async ({ run, facts }) => {
     const job = {
       kind: 'generate' as const,
       sequences: prompts.map(({ ids }, sequence) => ({ promptIds: ids, maxTokens, sequence })),

@@ -4,7 +4,8 @@ import type { RunSpec } from '../engine/job.js';
 import { launch, type Run } from '../engine/launcher.js';
 import type { RunFacts } from '../report/schema.js';
 import { requireLogDir } from './folder.js';
-import { environment } from './options.js';
+import { workerEnvironment } from './nodes.js';
+import type { Options } from './options.js';
 
 export interface Session {
   run: Run;
@@ -12,10 +13,14 @@ export interface Session {
 }
 
 /** Starts a run, lets `work` use it and ends it, whatever happens. */
-export async function withRun<T>(spec: RunSpec, work: (session: Session) => Promise<T>): Promise<T> {
+export async function withRun<T>(
+  options: Options,
+  spec: RunSpec,
+  work: (session: Session) => Promise<T>,
+): Promise<T> {
   requireLogDir(spec.logDir);
   const started = performance.now();
-  const run = await launch(spec, { env: environment() });
+  const run = await launch(spec, { env: workerEnvironment(options) }, options.cluster);
   try {
     return await work({ run, facts: factsOf(spec, run, (performance.now() - started) / 1000) });
   } finally {

@@ -5,7 +5,7 @@ import { describeError, type Stage } from '../comm/messages.js';
 import { EXIT } from '../errors.js';
 import { log } from '../log.js';
 import type { Job, JobResult, StepReport } from './job.js';
-import { packReport, type ReadyInfo } from './wire.js';
+import { type Briefing, packReport, type ReadyInfo } from './wire.js';
 
 /** Between two messages about progress, in ms. */
 const PROGRESS_MS = 100;
@@ -19,6 +19,7 @@ export interface Place {
   run: string;
   rank: number;
   ranks: number;
+  briefing: Briefing;
 }
 
 export class Life {
@@ -33,7 +34,13 @@ export class Life {
 
   constructor(place: Place) {
     this.place = place;
-    this.control = new ControlClient(place.control, place.run, place.rank);
+    const { keys } = place.briefing;
+    this.control = new ControlClient(
+      place.control,
+      place.run,
+      place.rank,
+      keys && { own: keys.own, server: keys.launcher },
+    );
   }
 
   enter(stage: Stage): void {

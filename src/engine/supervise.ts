@@ -2,7 +2,7 @@
 
 import type { Stage } from '../comm/messages.js';
 import { fail, TpError } from '../errors.js';
-import { type Exit, endAll, type RankProcess } from './process.js';
+import { type Exit, endAll, type RankHandle } from './process.js';
 
 /** Between SIGTERM and SIGKILL, in ms. */
 const GRACE_MS = 300;
@@ -15,7 +15,7 @@ const SIGNALS = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
 export interface RankState {
   rank: number;
   host: string;
-  process: RankProcess;
+  process: RankHandle;
   stage: Stage;
   /** The kind of job that it is at, null between jobs. */
   job: string | null;
@@ -143,5 +143,6 @@ export function describePlace({ stage, job, step }: RankState): string {
 /** `killed by SIGKILL`, `exited with code 4`, `running` */
 export function describeExit(exit: Exit | null): string {
   if (!exit) return 'running';
+  if (exit.signal === null && exit.code === null) return 'lost with its node';
   return exit.signal ? `killed by ${exit.signal}` : `exited with code ${exit.code}`;
 }

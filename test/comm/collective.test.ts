@@ -151,25 +151,25 @@ describe('ranks that do not fit together', () => {
 
 describe('the choice of a collective', () => {
   it('on CPU workers is zmq, and says why not the others', () => {
-    expect(chooseCollective('auto', { ranks: 2, device: 'cpu', devices: [] })).toEqual({
+    expect(chooseCollective('auto', { ranks: 2, device: 'cpu', devices: [], hosts: 1 })).toEqual({
       name: 'zmq',
       why: 'zmq (peer off: no GPU; nccl off: no GPU)',
     });
   });
 
   it('for one rank is local', () => {
-    expect(chooseCollective('auto', { ranks: 1, device: 'cpu', devices: [] }).name).toBe('local');
-    expect(chooseCollective('zmq', { ranks: 1, device: 'cpu', devices: [] }).name).toBe('local');
+    expect(chooseCollective('auto', { ranks: 1, device: 'cpu', devices: [], hosts: 1 }).name).toBe('local');
+    expect(chooseCollective('zmq', { ranks: 1, device: 'cpu', devices: [], hosts: 1 }).name).toBe('local');
   });
 
   it.each(['nccl', 'peer'] as const)('refuses %s without a GPU as bad input', (name) => {
-    expect(() => chooseCollective(name, { ranks: 2, device: 'cpu', devices: [] })).toThrow(
+    expect(() => chooseCollective(name, { ranks: 2, device: 'cpu', devices: [], hosts: 1 })).toThrow(
       expect.objectContaining({ code: 'TP_COLLECTIVE_UNSUPPORTED', exitCode: 2 }),
     );
   });
 
   it('refuses a number of ranks that is no power of two', () => {
-    expect(() => chooseCollective('auto', { ranks: 3, device: 'cpu', devices: [] })).toThrow(
+    expect(() => chooseCollective('auto', { ranks: 3, device: 'cpu', devices: [], hosts: 1 })).toThrow(
       '3 is no power of two',
     );
   });

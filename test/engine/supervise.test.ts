@@ -4,7 +4,7 @@ import { describeExit, RankFailure, type RankState, Supervisor } from '../../src
 import { TpError } from '../../src/errors.js';
 import { isAlive, until } from '../helpers/running.js';
 
-const BARE = { prefix: '', logFile: null, env: undefined };
+const BARE = { prefix: '', logFile: null, env: undefined, input: '' };
 const states: RankState[] = [];
 beforeEach(() => void vi.spyOn(process.stderr, 'write').mockReturnValue(true)); // the ranks' own words
 afterEach(() => {
