@@ -54,7 +54,8 @@ export class Hosts {
 
   /** The command that runs another one on a host. */
   via(host: number): string[] {
-    return ['ip', 'netns', 'exec', this.#names[host]!];
+    // unlike `ip netns exec` this leaves /sys as it is, in which Slurm looks for its things
+    return ['nsenter', `--net=/run/netns/${this.#names[host]}`];
   }
 
   /** Pulls or plugs the cable of a host. */
