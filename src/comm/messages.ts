@@ -4,6 +4,7 @@
 import { addExtension, Packr, Unpackr } from 'msgpackr';
 import { z } from 'zod';
 import { fail, TpError } from '../errors.js';
+import { RING_LENGTH } from './ring.js';
 
 export const PROTOCOL = 1;
 
@@ -33,6 +34,21 @@ const endpoints = z.record(z.string().regex(/^\d+$/), z.string());
 /** Stands in every message; the channel adds it. */
 export const head = { v: z.literal(PROTOCOL), run: z.string() };
 
+/** The last collectives of a rank, see ring.ts. */
+const ring = z
+  .array(
+    z.strictObject({
+      n: count,
+      op: z.string(),
+      layer: z.number().int(),
+      stage: z.string(),
+      bytes: count,
+      agoMs: z.number(),
+      tookMs: z.number().nullable(),
+    }),
+  )
+  .max(RING_LENGTH);
+
 const WORKER = z.discriminatedUnion('type', [
   z.strictObject({
     ...head,
@@ -49,7 +65,7 @@ const WORKER = z.discriminatedUnion('type', [
   z.strictObject({ ...head, type: z.literal('report'), frames: count.max(4096), body }),
   z.strictObject({ ...head, type: z.literal('result'), body }),
   /** answers `where` */
-  z.strictObject({ ...head, type: z.literal('at'), doing: z.string(), waitsFor: count.nullable() }),
+  z.strictObject({ ...head, type: z.literal('at'), doing: z.string(), waitsFor: count.nullable(), ring }),
   z.strictObject({
     ...head,
     type: z.literal('error'),
@@ -58,6 +74,7 @@ const WORKER = z.discriminatedUnion('type', [
     exitCode: count,
     stage,
     step: z.number().int(),
+    ring,
   }),
 ]);
 

@@ -12,11 +12,12 @@ import { log } from '../log.js';
 import { type Cluster, keysOf, type RunKeys } from './cluster.js';
 import { Deferred } from './deferred.js';
 import { Execution, type OnStep } from './execution.js';
+import { describeExit, describePlace, RankFailure, type RankState, writeReport } from './failure.js';
 import { gpuFacts } from './gpus.js';
 import type { Job, JobResult, RunSpec } from './job.js';
 import { type LaunchHooks, startLocalRank } from './local.js';
 import type { Exit, RankHandle } from './process.js';
-import { describeExit, describePlace, RankFailure, type RankState, Supervisor } from './supervise.js';
+import { Supervisor } from './supervise.js';
 import { Watch } from './watch.js';
 import { parseReady, parseResult, type ReadyInfo, type Setup, sentSpec, unpackReport } from './wire.js';
 
@@ -71,7 +72,14 @@ class Launcher implements Run {
   readonly #keys: RunKeys | null;
   readonly #id = newRunId();
   readonly #states: RankState[] = [];
-  readonly #supervisor = new Supervisor(this.#states, () => this.#cleanUp());
+  readonly #supervisor = new Supervisor(this.#states, {
+    run: this.#id,
+    inquire: () => this.#inquire(),
+    cleanUp: () => this.#cleanUp(),
+    onFailure: (report) => {
+      if (this.#spec.logDir !== null) writeReport(this.#spec.logDir, report);
+    },
+  });
   readonly #ready = new Deferred<void>();
   readonly #endpoints = new Map<number, Record<string, string>>();
   readonly #loaded = new Map<number, { done: number; total: number }>();
@@ -79,6 +87,7 @@ class Launcher implements Run {
   #server: ControlServer | null = null;
   #watch: Watch | null = null;
   #execution: Execution | null = null;
+  #onRing: (() => void) | null = null;
   readonly #startedAt = performance.now();
 
   constructor(spec: RunSpec, collective: Choice, hooks: LaunchHooks, cluster: Cluster | null) {
@@ -190,7 +199,7 @@ class Launcher implements Run {
   async #hear(state: RankState, message: WorkerMessage, frames: readonly Buffer[]): Promise<void> {
     const { rank } = state;
     // a job that failed must not end well by what the ranks still say; an error may be an earlier one
-    if (this.#supervisor.over && message.type !== 'error') return;
+    if (this.#supervisor.over && message.type !== 'error' && message.type !== 'at') return;
     switch (message.type) {
       case 'hello':
         if (this.#endpoints.has(rank)) return;
@@ -222,6 +231,8 @@ class Launcher implements Run {
         state.job = null;
         return this.#execution?.result(rank, parseResult(message.body, rank));
       case 'at':
+        state.ring = message.ring;
+        this.#onRing?.();
         return this.#watch?.answer(rank, { doing: message.doing, waits: message.waitsFor !== null });
       case 'error':
         return this.#onError(state, message);
@@ -236,9 +247,28 @@ class Launcher implements Run {
     return { type: 'setup', peers, body };
   }
 
-  #onError(state: RankState, { code, text, exitCode }: WorkerMessage & { type: 'error' }): void {
+  /** Asks every rank that can still answer for its last collectives; the ring of one that has ended stays as it was. */
+  #inquire(): Promise<void> {
+    const silent = this.#states.filter(
+      ({ process, stage, confessed }) => process.exit === null && stage === 'ready' && !confessed,
+    );
+    for (const state of silent) {
+      state.ring = null;
+      this.#tell(state.rank, { type: 'where' });
+    }
+    return new Promise((resolve) => {
+      this.#onRing = () => {
+        if (silent.every(({ ring }) => ring !== null)) resolve();
+      };
+      this.#onRing();
+    });
+  }
+
+  #onError(state: RankState, { code, text, exitCode, ring }: WorkerMessage & { type: 'error' }): void {
     const { rank } = state;
     state.confessed = true;
+    state.ring = ring;
+    this.#onRing?.();
     // it waited for another rank, which may wait itself: ask them all before blaming one
     if (code === 'TP_COLLECTIVE_TIMEOUT') {
       this.#watch?.answer(rank, { doing: text, waits: true });
@@ -253,9 +283,7 @@ class Launcher implements Run {
 
   #onExit(state: RankState, exit: Exit): void {
     if (state.confessed) return;
-    const hint =
-      exit.signal === 'SIGKILL' ? ' (if nobody sent it, the kernel did, for lack of memory: see dmesg)' : '';
-    const how = `${describeExit(exit)} ${describePlace(state)}${hint}`;
+    const how = `${describeExit(exit)} ${describePlace(state)}`;
     const error = fail('TP_WORKER_DIED', `rank ${state.rank} on ${state.host}`, how);
     this.#supervisor.fail(new RankFailure(error, [state.rank]), exit.at);
   }
@@ -287,7 +315,7 @@ class Launcher implements Run {
 
 function newState(rank: number, host: string, process: RankHandle): RankState {
   const heardAt = performance.now();
-  return { rank, host, process, stage: 'spawn', job: null, confessed: false, step: -1, heardAt };
+  return { rank, host, process, stage: 'spawn', job: null, confessed: false, step: -1, heardAt, ring: null };
 }
 
 function makeLogDir(dir: string): void {

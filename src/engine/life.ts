@@ -2,6 +2,7 @@
 
 import { ControlClient } from '../comm/control.js';
 import { describeError, type Stage } from '../comm/messages.js';
+import { CollectiveRing } from '../comm/ring.js';
 import { EXIT } from '../errors.js';
 import { log } from '../log.js';
 import type { Job, JobResult, StepReport } from './job.js';
@@ -25,6 +26,7 @@ export interface Place {
 export class Life {
   readonly place: Place;
   readonly control: ControlClient;
+  readonly ring = new CollectiveRing();
   readonly #stageMs: Record<string, number> = {};
   #stage: Stage = 'spawn';
   #since = 0; // performance.now() counts from the start of the process
@@ -81,7 +83,12 @@ export class Life {
     const doing = pending
       ? `waits for rank ${pending.partner} in ${pending.op}`
       : `computes step ${this.#step + 1}`;
-    await this.control.send({ type: 'at', doing, waitsFor: pending?.partner ?? null });
+    await this.control.send({
+      type: 'at',
+      doing,
+      waitsFor: pending?.partner ?? null,
+      ring: this.ring.entries(),
+    });
   }
 
   /** Tells what ended this rank, and gives the exit code that goes with it. */
@@ -89,7 +96,8 @@ export class Life {
     const words = describeError(error);
     // what is wrong with the input is said once, by the launcher
     if (words.exitCode !== EXIT.input) log.error(`${words.code}: ${words.text}`);
-    await this.control.send({ type: 'error', ...words, stage: this.#stage, step: this.#step });
+    const ring = this.ring.entries();
+    await this.control.send({ type: 'error', ...words, stage: this.#stage, step: this.#step, ring });
     return words.exitCode;
   }
 }

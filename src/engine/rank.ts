@@ -68,6 +68,7 @@ async function live(life: Life): Promise<void> {
     size: ranks,
     engine,
     collective,
+    ring: life.ring,
     steps: plan.steps,
     limits,
     trace,
