@@ -48,7 +48,8 @@ const FLAGS = {
   maxModelLen: whole(1, 2 ** 31 - 1, RUN, 'longest context', null, 'of the model'),
   initTimeout: real(0, 86_400, true, RUN, 'seconds without progress while starting up', 120),
   stepTimeout: real(0, 86_400, true, RUN, 'seconds for one step', 120),
-  logDir: text(RUN, 'a folder for one log file per rank', null, 'none'),
+  logDir: text(RUN, 'a folder for one log file per rank and error.json', null, 'none'),
+  maxRestarts: whole(0, 1000, RUN, 'times to start the ranks again when one fails', 0),
 
   nnodes: whole(1, 1024, NODES, 'tp-run processes that form one run', null, 'what the launcher says; 1'),
   nodeRank: whole(0, 1023, NODES, 'which of them this is; 0 leads', null, 'what the launcher says'),
@@ -144,7 +145,17 @@ const KEY = 'TP_RUN_KEY';
 export const COMMANDS = {
   generate: {
     describe: 'decode prompts (the default command)',
-    flags: [...ENGINE, ...TEXTS, 'maxTokens', 'temperature', 'topK', 'topP', 'ignoreEos', 'dumpLogits'],
+    flags: [
+      ...ENGINE,
+      ...TEXTS,
+      'maxTokens',
+      'temperature',
+      'topK',
+      'topP',
+      'ignoreEos',
+      'dumpLogits',
+      'maxRestarts',
+    ],
   },
   score: { describe: 'log-probability of every prompt token', flags: [...ENGINE, ...TEXTS, 'dumpLogits'] },
   check: {

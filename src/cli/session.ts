@@ -2,6 +2,7 @@
 
 import type { RunSpec } from '../engine/job.js';
 import { launch, type Run } from '../engine/launcher.js';
+import { launchAgain } from '../engine/recovery.js';
 import type { RunFacts } from '../report/schema.js';
 import { requireLogDir } from './folder.js';
 import { workerEnvironment } from './nodes.js';
@@ -20,7 +21,8 @@ export async function withRun<T>(
 ): Promise<T> {
   requireLogDir(spec.logDir);
   const started = performance.now();
-  const run = await launch(spec, { env: workerEnvironment(options) }, options.cluster);
+  const start = () => launch(spec, { env: workerEnvironment(options) }, options.cluster);
+  const run = await launchAgain(start, options.maxRestarts);
   try {
     return await work({ run, facts: factsOf(spec, run, (performance.now() - started) / 1000) });
   } finally {

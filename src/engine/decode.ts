@@ -159,13 +159,21 @@ function admit(decoder: Decoder, spec: SequenceSpec, slot: number, fault: Plante
   return { spec, slot, tokens: [...spec.promptIds], cached: 0, finished: false };
 }
 
+/** Tokens that go through the prompt path. */
+function promptEnd({ promptIds, replay }: SequenceSpec): number {
+  return promptIds.length - (replay ?? 0);
+}
+
 /**
- * The tokens of the next step. Prompts go first, in chunks of `limits.tokens` that several sequences may share;
- * when none is left, every active sequence decodes one token.
+ * The tokens of the next step. Prompts go first, in chunks of `limits.tokens` that several sequences may share; then
+ * sequences that replay what an earlier run has decoded, a token each; when none is left, every active sequence decodes
+ * one token.
  */
 function nextBatch(limits: RunSpec['limits'], active: Active[], job: GenerateJob | ScoreJob) {
-  const prefilling = active.filter((s) => s.cached < s.spec.promptIds.length);
-  const kind: StepReport['kind'] = prefilling.length > 0 ? 'prefill' : 'decode';
+  const prompts = active.filter((s) => s.cached < promptEnd(s.spec));
+  const replays = active.filter((s) => s.cached < s.spec.promptIds.length - 1);
+  const known = prompts.length > 0 ? prompts : replays;
+  const kind: StepReport['kind'] = known.length > 0 ? 'prefill' : 'decode';
   const sampling = job.kind === 'generate' ? job.sampling : GREEDY;
   const tokens: { sequence: number; position: number }[] = [];
   const ids: number[] = [];
@@ -173,9 +181,10 @@ function nextBatch(limits: RunSpec['limits'], active: Active[], job: GenerateJob
   const rows: WantedRow[] = [];
   const rowIndex: number[] = [];
   const targets: number[] = [];
-  for (const sequence of kind === 'prefill' ? prefilling : active) {
+  for (const sequence of kind === 'prefill' ? known : active) {
     const end = sequence.tokens.length;
-    for (let p = sequence.cached; p < end && tokens.length < limits.tokens; p++) {
+    const stop = known === prompts ? promptEnd(sequence.spec) : sequence.cached + 1;
+    for (let p = sequence.cached; p < stop && tokens.length < limits.tokens; p++) {
       const wanted = job.kind === 'score' || p === end - 1;
       if (wanted && rows.length === limits.rows) break;
       if (wanted) {

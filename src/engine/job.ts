@@ -48,6 +48,11 @@ export interface SequenceSpec {
   maxTokens: number;
   /** Key of its random stream; its place in the command's list of prompts. */
   sequence: number;
+  /**
+   * How many of the last `promptIds` an earlier run has decoded, 0 unless said: they go through the path that made them,
+   * one at a time, because a GPU may round a prompt's chunk differently.
+   */
+  replay?: number | undefined;
 }
 
 /** A fault planted for check's negative control. */

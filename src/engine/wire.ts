@@ -63,7 +63,9 @@ const setup: z.ZodType<Setup> = z.strictObject({
   collective: z.enum(['local', 'zmq', 'nccl', 'peer']),
 });
 
-const sequences = z.array(z.strictObject({ promptIds: ids, maxTokens: count, sequence: count }));
+const sequences = z.array(
+  z.strictObject({ promptIds: ids, maxTokens: count, sequence: count, replay: count.optional() }),
+);
 const fault = z
   .strictObject({
     rank: z.number().int(),

@@ -46,6 +46,10 @@ export class Running {
     return this.#stderr;
   }
 
+  get hasEnded(): boolean {
+    return this.#child.exitCode !== null || this.#child.signalCode !== null;
+  }
+
   get pid(): number {
     return this.#child.pid!;
   }
@@ -81,9 +85,8 @@ export class Running {
   }
 
   async #until(condition: () => boolean): Promise<void> {
-    const over = () => this.#child.exitCode !== null || this.#child.signalCode !== null;
     await until(
-      () => condition() || over(),
+      () => condition() || this.hasEnded,
       20_000,
       () => this.#stderr,
     );
