@@ -128,6 +128,11 @@ const TABLE = {
     (file: string, why: string) =>
       `prompts file ${file}: ${why}; every line holds {"prompt": "text"} or {"prompt_ids": [2, 17]}`,
   ],
+  TP_RUN_UNKNOWN: [
+    EXIT.input,
+    (which: string, known: readonly string[]) =>
+      `no run of this user on this host begins with ${which}; ${known.length ? `there is ${known.join(', ')}` : 'there is none'}`,
+  ],
   TP_PLACE: [EXIT.input, (flag: string, place: string, why: string) => `${flag} ${place}: ${why}`],
   TP_FAULT_PLACE: [
     EXIT.input,

@@ -14,6 +14,8 @@ const RUN: Record<Command, (options: Options, word: string) => Promise<number>> 
   'bench allreduce': async (options) => (await import('./bench-allreduce.js')).benchAllReduce(options),
   doctor: async (options) => (await import('./doctor.js')).doctor(options),
   export: async (options, dir) => (await import('./export.js')).exportModel(options, dir),
+  ps: async (options) => (await import('./runs.js')).ps(options),
+  kill: async (_, which) => (await import('./runs.js')).killRuns(which),
   keygen: async (_, file) => (await import('./keys.js')).keygen(file),
 };
 

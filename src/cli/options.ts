@@ -176,6 +176,8 @@ export const COMMANDS = {
     word: 'DIR',
     flags: ['model', 'seed'],
   },
+  ps: { describe: "list this user's runs on this host", flags: ['json'] },
+  kill: { describe: 'end a run, by the beginning of its id, or all', word: 'RUN', flags: [] },
   keygen: { describe: 'write a new key for --key-file', word: 'FILE', flags: [] },
 } as const satisfies Record<string, CommandWords>;
 

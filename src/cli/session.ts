@@ -1,6 +1,6 @@
 // One run from launch to close, and the facts about it that every result carries.
 
-import type { RunSpec } from '../engine/job.js';
+import { nameOf, type RunSpec } from '../engine/job.js';
 import { launch, type Run } from '../engine/launcher.js';
 import { launchAgain } from '../engine/recovery.js';
 import type { RunFacts } from '../report/schema.js';
@@ -38,7 +38,7 @@ function factsOf(spec: RunSpec, run: Run, loadS: number): RunFacts {
     collective: run.collective.name,
     collective_why: run.collective.why,
     dtype: spec.dtype,
-    model: model.kind === 'checkpoint' ? model.dir : model.file,
+    model: nameOf(model),
     weights_seed: model.kind === 'checkpoint' ? null : model.seed,
     threads: spec.threads,
     isa: spec.isa,

@@ -99,16 +99,25 @@ function requirePrivate(dir: string): void {
   if (!ours) throw new Error('it is not a folder that this user alone can enter');
 }
 
-/** Takes away the folders of runs whose launcher was killed before it could: nobody listens there any more. */
-export async function removeStale(parent = tmpdir()): Promise<void> {
+/**
+ * Takes away the folders of runs whose launcher was killed before it could: nobody listens there any more, or
+ * `isLeftBehind` knows. Resolves with how many.
+ */
+export async function removeStale(
+  isLeftBehind: (folder: string) => boolean = () => false,
+  parent = tmpdir(),
+): Promise<number> {
   const names = await readdir(parent).catch(() => []);
   const folders = names.filter((name) => /^tp-run-[\w-]+$/.test(name)).map((name) => join(parent, name));
-  await Promise.all(
+  const removed = await Promise.all(
     folders.map(async (folder) => {
       const sockets = ['control', 'nodes'].map((name) => refuses(join(folder, name)));
-      if ((await Promise.all(sockets)).includes(true)) await rm(folder, { recursive: true, force: true });
+      const stale = isLeftBehind(folder) || (await Promise.all(sockets)).includes(true);
+      if (stale) await rm(folder, { recursive: true, force: true });
+      return stale;
     }),
   );
+  return removed.filter(Boolean).length;
 }
 
 /** True when `path` is a socket without a listener; false for everything else, a folder of another user included. */

@@ -1,14 +1,16 @@
 // A node that is not node 0: joins it, starts ranks when told, says how they end, and ends with it.
 
+import { Rendezvous } from '../comm/bootstrap.js';
 import type { ClientKeys } from '../comm/curve.js';
 import type { LeaderMessage } from '../comm/node-messages.js';
 import { NodeClient } from '../comm/nodes.js';
 import { fail, type TpError } from '../errors.js';
 import { log } from '../log.js';
 import { ALIVE_MS, type NodeFacts } from './cluster.js';
-import type { ModelSource } from './job.js';
+import { type ModelSource, nameOf } from './job.js';
 import { type LaunchHooks, startLocalRank } from './local.js';
 import { endAll, type RankProcess } from './process.js';
+import { newEntry, register } from './registry.js';
 
 /** Between SIGTERM and SIGKILL, in ms. */
 const GRACE_MS = 300;
@@ -49,6 +51,8 @@ class Follower {
   /** Ranks of the latest launch, by rank. */
   #ranks = new Map<number, RankProcess>();
   #launch = '';
+  /** Where `tp-run ps` finds this node. */
+  readonly #folder = new Rendezvous();
   #welcomed = false;
   #heardAt = performance.now();
   #lookedAt = performance.now();
@@ -91,6 +95,7 @@ class Follower {
       for (const signal of SIGNALS) process.off(signal, interrupt);
       process.off('exit', killAll);
       this.#client.close();
+      this.#folder.remove();
     }
   }
 
@@ -149,6 +154,10 @@ class Follower {
       this.#ranks.set(rank, started);
       if (started.pid !== undefined) this.#say({ type: 'started', launch, rank, pid: started.pid });
     }
+    const { nodes } = this.#place;
+    const about = { run: launch, node, nodes, ranks, device: this.#facts.device, model: nameOf(model) };
+    const pids = [...this.#ranks].map(([rank, { pid }]) => [rank, pid] as const);
+    register(this.#folder.dir, newEntry(about, pids));
   }
 
   #tellExit(launch: string, rank: number, { exit, tail }: RankProcess): void {

@@ -10,6 +10,11 @@ export type ModelSource =
   /** a file of configs/ : weights are a pure function of the seed */
   | { kind: 'synthetic'; file: string; seed: number };
 
+/** The folder or file that it is read from. */
+export function nameOf(model: ModelSource): string {
+  return model.kind === 'checkpoint' ? model.dir : model.file;
+}
+
 /** Everything a run needs to start; frozen by the command line, carried to every worker. */
 export interface RunSpec {
   model: ModelSource;

@@ -14,9 +14,10 @@ import { Deferred } from './deferred.js';
 import { Execution, type OnStep } from './execution.js';
 import { describeExit, describePlace, RankFailure, type RankState, writeReport } from './failure.js';
 import { gpuFacts } from './gpus.js';
-import type { Job, JobResult, RunSpec } from './job.js';
+import { type Job, type JobResult, nameOf, type RunSpec } from './job.js';
 import { type LaunchHooks, startLocalRank } from './local.js';
 import type { Exit, RankHandle } from './process.js';
+import { isLeftBehind, newEntry, register, removeSharedMemory } from './registry.js';
 import { Supervisor } from './supervise.js';
 import { Watch } from './watch.js';
 import { parseReady, parseResult, type ReadyInfo, type Setup, sentSpec, unpackReport } from './wire.js';
@@ -101,7 +102,7 @@ class Launcher implements Run {
   async start(): Promise<void> {
     try {
       this.#rendezvous = new Rendezvous();
-      await removeStale();
+      if ((await removeStale(isLeftBehind)) > 0) removeSharedMemory();
       const { address } = this;
       const control = address === null ? this.#rendezvous.control : `tcp://${address}:*`;
       const keys = this.#keys && {
@@ -143,6 +144,7 @@ class Launcher implements Run {
     this.#listen(server).catch((error: Error) => this.#supervisor.fail(error));
     const own = this.#cluster?.ownRanks(ranks) ?? ranks;
     for (let rank = 0; rank < own; rank++) this.#startRank(server.endpoint, rank, own);
+    this.#register();
     this.#startElsewhere(server.endpoint);
     this.#watch = new Watch(
       this.#states,
@@ -169,6 +171,21 @@ class Launcher implements Run {
       (exit) => this.#onExit(this.#states[rank]!, exit),
     );
     this.#states.push(newState(rank, host, started));
+  }
+
+  /** Makes the run known to `tp-run ps`. */
+  #register(): void {
+    const { ranks, device, model } = this.#spec;
+    const about = {
+      run: this.#id,
+      node: 0,
+      nodes: this.#cluster?.place.nodes ?? 1,
+      ranks,
+      device,
+      model: nameOf(model),
+    };
+    const started = this.#states.map(({ rank, process }) => [rank, process.pid] as const);
+    register(this.#rendezvous!.dir, newEntry(about, started));
   }
 
   #startElsewhere(control: string): void {
