@@ -11,6 +11,22 @@ import { fileURLToPath } from 'node:url';
 const root = join(dirname(fileURLToPath(import.meta.url)), '..');
 const require = createRequire(import.meta.url);
 
+/** Tests with engines in their own process: what a sanitizer can see. */
+const ENGINE = [
+  ...[
+    'engine',
+    'same-bits',
+    'golden',
+    'hidden',
+    'sampling',
+    'trace',
+    'weights',
+    'refusals',
+    'burst',
+    'replay',
+  ],
+].map((name) => `test/engine/${name}.test.ts`);
+
 const KINDS = {
   // node itself never frees some of what it allocates: leaks of the addon cannot be told from its
   address: {
@@ -19,7 +35,7 @@ const KINDS = {
     env: { ASAN_OPTIONS: 'detect_leaks=0:abort_on_error=1', UBSAN_OPTIONS: 'print_stacktrace=1' },
     via: [],
     // engines of several ranks in one process, bad files and buffers, every op against its reference
-    tests: ['test/engine', 'test/ops', 'test/model/weights.test.ts'],
+    tests: ['test/ops', 'test/model/weights.test.ts', ...ENGINE],
   },
   thread: {
     flags: '-fsanitize=thread',
@@ -29,12 +45,7 @@ const KINDS = {
     // its shadow memory wants addresses that are not drawn at random
     via: ['setarch', '-R'],
     // the thread pool with several threads, engines on threads of their own, calls while others are pending
-    tests: [
-      'test/engine/engine.test.ts',
-      'test/engine/same-bits.test.ts',
-      'test/engine/golden.test.ts',
-      'test/native',
-    ],
+    tests: ENGINE,
   },
 };
 

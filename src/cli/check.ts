@@ -14,7 +14,7 @@ import { checkPrompts } from './made-prompts.js';
 import { openModel } from './model.js';
 import { type FaultPlace, type Options, ranksOf } from './options.js';
 import { print, printJson, requireOut, writeResult } from './output.js';
-import { readPrompts } from './prompts.js';
+import { longestOf, readPrompts } from './prompts.js';
 import { withRun } from './session.js';
 import { runSpec } from './spec.js';
 
@@ -41,7 +41,7 @@ export async function check(options: Options): Promise<number> {
     runSpec(options, model, chosen, {
       ranks,
       sequences: Math.min(options.batch, prompts.length),
-      positions: Math.max(...prompts.map((ids) => ids.length)) + maxTokens,
+      positions: longestOf(prompts) + maxTokens,
       everyRow: false,
       candidates: 1,
       trace: true,

@@ -13,7 +13,7 @@ import { requireRoom, writeLogits } from './dump.js';
 import { openModel } from './model.js';
 import { type Options, ranksOf } from './options.js';
 import { printJson } from './output.js';
-import { readPrompts } from './prompts.js';
+import { longestOf, readPrompts } from './prompts.js';
 import { Recorder } from './recorder.js';
 import { withRun } from './session.js';
 import { runSpec } from './spec.js';
@@ -30,7 +30,7 @@ export async function generate(options: Options): Promise<number> {
   const spec = runSpec(options, model, chosen, {
     ranks: ranksOf(options),
     sequences: Math.min(options.batch, prompts.length),
-    positions: Math.max(...prompts.map(({ ids }) => ids.length)) + maxTokens,
+    positions: longestOf(prompts.map(({ ids }) => ids)) + maxTokens,
     everyRow: false,
     candidates: candidatesFor(sampling, config.vocabSize / leavesOf(config)),
     trace: false,

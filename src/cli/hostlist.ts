@@ -11,6 +11,7 @@ export function expandHostlist(list: string): string[] {
   const hosts: string[] = [];
   for (const item of splitOutside(list)) {
     if (!item) throw refuse('an empty name');
+    if (/[[\]]/.test(item.replace(/\[[^[\]]*\]/g, ''))) throw refuse('a bracket without its partner');
     let names = [''];
     for (const [, text, ranges] of item.matchAll(/([^[\]]+)|\[([^[\]]*)\]/g)) {
       const tails = text !== undefined ? [text] : expandRanges(ranges!, refuse);
@@ -18,7 +19,6 @@ export function expandHostlist(list: string): string[] {
         throw refuse(`more than ${MOST_HOSTS} hosts`);
       names = names.flatMap((name) => tails.map((tail) => name + tail));
     }
-    if (/[[\]]/.test(item.replace(/\[[^[\]]*\]/g, ''))) throw refuse('a bracket without its partner');
     hosts.push(...names);
   }
   return hosts;

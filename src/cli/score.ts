@@ -9,7 +9,7 @@ import { requireRoom, writeLogits } from './dump.js';
 import { openModel } from './model.js';
 import { type Options, ranksOf } from './options.js';
 import { print, printJson } from './output.js';
-import { readPrompts } from './prompts.js';
+import { longestOf, readPrompts } from './prompts.js';
 import { Recorder } from './recorder.js';
 import { withRun } from './session.js';
 import { runSpec } from './spec.js';
@@ -22,7 +22,7 @@ export async function score(options: Options): Promise<number> {
   const spec = runSpec(options, model, chosen, {
     ranks: ranksOf(options),
     sequences: Math.min(options.batch, prompts.length),
-    positions: Math.max(...lengths),
+    positions: longestOf(prompts.map(({ ids }) => ids)),
     everyRow: true,
     candidates: 1,
     trace: false,

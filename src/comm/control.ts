@@ -64,7 +64,7 @@ export class ControlServer {
       maxMessageSize: MAX_FRAME_BYTES,
       ...guarded,
     });
-    logRefusals(socket, 'ranks');
+    logRefusals(socket, endpoint, 'ranks');
     try {
       await socket.bind(endpoint);
     } catch (error) {

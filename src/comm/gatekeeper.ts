@@ -55,8 +55,12 @@ export function dismiss({ zapDomain }: GuardedOptions): void {
   asked = null;
 }
 
-/** Says which connections to `socket` were refused before they could say anything. At most one line a second. */
-export function logRefusals(socket: Socket, what: string): void {
+/**
+ * Says which connections over a network were refused before they could say anything. At most one line a second. On ipc
+ * there is nothing to tell: only this user gets there, and its next run looks whether anybody listens.
+ */
+export function logRefusals(socket: Socket, endpoint: string, what: string): void {
+  if (!endpoint.startsWith('tcp:')) return;
   let quietUntil = 0;
   let missed = 0;
   const refused = ({ address, error }: { address: string; error: Error }) => {

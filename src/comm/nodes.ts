@@ -52,7 +52,7 @@ export class NodeServer {
       maxMessageSize: MAX_NODE_BYTES,
       ...guarded,
     });
-    logRefusals(socket, 'nodes');
+    logRefusals(socket, endpoint, 'nodes');
     try {
       await socket.bind(endpoint);
     } catch (error) {

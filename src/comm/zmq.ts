@@ -148,7 +148,6 @@ class Link {
     this.binds = rank < partner;
     this.#guarded = guarded;
     this.#socket = new Pair({ linger: 0, maxMessageSize: MAX_FRAME_BYTES, ...options });
-    if (guarded) logRefusals(this.#socket, `rank ${rank}`);
   }
 
   /** Encrypted, it lets in its partner alone, or shows itself to it. */
@@ -162,6 +161,7 @@ class Link {
   }
 
   async bind(endpoint: string): Promise<void> {
+    logRefusals(this.#socket, endpoint, `the link to rank ${this.partner}`);
     try {
       await this.#socket.bind(endpoint);
     } catch (error) {

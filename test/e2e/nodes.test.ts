@@ -5,7 +5,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
 import { Hosts } from '../helpers/hosts.js';
-import { isAlive, Running, until } from '../helpers/running.js';
+import { Running } from '../helpers/running.js';
 import { tpRun } from '../helpers/tp-run.js';
 
 const PORT = 29_500;
@@ -243,71 +243,5 @@ describe('a node', () => {
     expect(first.stderr).toMatch(/^TP_NODE_MISMATCH: node 1 has another model: \w+, node 0 has \w+; start/m);
     expect(second.stderr).toMatch(/^TP_NODE_REFUSED: node 0 does not take this process as node 1: /m);
     expect([first.code, second.code]).toEqual([2, 4]);
-  });
-});
-
-describe('a run over two hosts ends on both', () => {
-  /** What happens to it, what the other side says, and within how many ms. */
-  const FAULTS: [string, (runs: Running[], workers: number[]) => void, number, RegExp, number][] = [
-    [
-      'when a rank on the other host is killed',
-      (_, workers) => process.kill(workers[1]!, 'SIGKILL'),
-      0,
-      /^TP_WORKER_DIED: rank 1 on \S+: killed by SIGKILL in generate, last completed step \d+/m,
-      2000,
-    ],
-    [
-      'when node 1 is killed',
-      (runs) => runs[1]!.signal('SIGKILL'),
-      0,
-      /^TP_(NODE_LOST: node 1 on \S+: its connection closed|WORKER_DIED: rank)/m,
-      3000,
-    ],
-    [
-      'when node 1 is stopped by a signal',
-      (runs) => runs[1]!.signal('SIGTERM'),
-      0,
-      /^TP_NODE_LOST: node 1 on \S+: TP_INTERRUPTED: stopped by SIGTERM/m,
-      2000,
-    ],
-    [
-      'when node 0 is killed',
-      (runs) => runs[0]!.signal('SIGKILL'),
-      1,
-      /^TP_NODE_LOST: node 0: its connection closed/m,
-      3000,
-    ],
-    [
-      'when the cable is pulled',
-      () => hosts.link(1, 'down'),
-      0,
-      /^TP_NODE_LOST: node 1 on \S+: nothing heard for 2\d\d\d ms: its host, or the network to it, is down/m,
-      4500,
-    ],
-    [
-      'when node 1 hangs',
-      (runs) => runs[1]!.signal('SIGSTOP'),
-      0,
-      /^TP_NODE_LOST: node 1 on \S+: nothing heard for 2\d\d\d ms/m,
-      4500,
-    ],
-  ];
-
-  it.each(FAULTS)('%s', async (_, act, witness, says, limitMs) => {
-    const runs = startAll([1, 1], endless);
-    const workers = await decoding(runs);
-    expect(workers).toHaveLength(2);
-    try {
-      const at = performance.now();
-      act(runs, workers);
-      const ended = await runs[witness]!.ended;
-      expect(ended.stderr).toMatch(says);
-      expect(ended.code).toBe(4);
-      expect(performance.now() - at).toBeLessThan(limitMs);
-      runs[1]!.signal('SIGCONT');
-      await until(() => !workers.some(isAlive), 5000);
-    } finally {
-      hosts.link(1, 'up');
-    }
   });
 });

@@ -1,6 +1,9 @@
 // Several hosts in one machine: network namespaces of this test's own, joined by a bridge. Needs root and iproute2.
 
-import { execFileSync } from 'node:child_process';
+import { execFileSync, spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { join } from 'node:path';
+import { root } from './fixture.js';
 import { Running } from './running.js';
 
 let number = 0;
@@ -61,6 +64,33 @@ export class Hosts {
   /** Pulls or plugs the cable of a host. */
   link(host: number, state: 'up' | 'down'): void {
     ip('-n', this.#switch, 'link', 'set', `p${host}`, state);
+  }
+
+  /** Puts a cable that delays every frame by `ms` between hosts 0 and 1; resolves with what takes it away and counts. */
+  async slow(ms: number): Promise<() => Promise<number>> {
+    const script = (name: string) => join(root, 'test/helpers', name);
+    for (const host of [0, 1]) {
+      const [file, ...words] = [...this.via(host), 'python3', script('whole-frames.py'), 'eth0'];
+      execFileSync(file!, words);
+      ip('-n', this.#switch, 'link', 'set', `p${host}`, 'nomaster');
+    }
+    const words = [
+      `--net=/run/netns/${this.#switch}`,
+      'python3',
+      script('slow-cable.py'),
+      'p0',
+      'p1',
+      `${ms}`,
+    ];
+    const cable = spawn('nsenter', words, { stdio: ['ignore', 'pipe', 'inherit'] });
+    await once(cable.stdout, 'data');
+    return async () => {
+      const said = once(cable.stdout, 'data');
+      cable.kill('SIGTERM');
+      const [carried] = await said;
+      for (const host of [0, 1]) ip('-n', this.#switch, 'link', 'set', `p${host}`, 'master', 'br0');
+      return Number(carried);
+    };
   }
 
   /** TCP sockets that listen on a host: `address:port`. */
