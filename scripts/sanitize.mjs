@@ -1,4 +1,4 @@
-// `node scripts/sanitize.mjs address|thread [vitest words]`: builds the addon with the compiler's sanitizers and runs tests of
+// `node scripts/sanitize.mjs address|thread [tests]`: builds the addon with the compiler's sanitizers and runs tests of
 // native code with it. Works in a copy of the tree under build-address/ or build-thread/, so that a build in use stays as it is.
 
 import { spawnSync } from 'node:child_process';
@@ -44,8 +44,8 @@ const KINDS = {
     env: { TSAN_OPTIONS: `halt_on_error=1:suppressions=${join(root, 'scripts/tsan.supp')}` },
     // its shadow memory wants addresses that are not drawn at random
     via: ['setarch', '-R'],
-    // the thread pool with several threads, engines on threads of their own, calls while others are pending
-    tests: ENGINE,
+    // plain node: the threads that a test runner brings are not ours
+    script: 'test/native/threads.mjs',
   },
 };
 
@@ -93,17 +93,12 @@ const library = spawnSync(compiler, [`-print-file-name=${kind.library}`], { enco
 if (!existsSync(library)) stop(`${compiler} has no ${kind.library}: install its sanitizer libraries`);
 const vitest = join(dirname(require.resolve('vitest/package.json')), 'vitest.mjs');
 const tests = words.length > 0 ? words : kind.tests;
-// everything in one process, the one that the sanitizer's library is loaded into first
-const [file, ...args] = [
-  ...kind.via,
-  process.execPath,
-  vitest,
-  'run',
-  '--pool=forks',
-  '--testTimeout=600000',
-  ...tests,
-];
+const program = kind.script
+  ? [kind.script]
+  : [vitest, 'run', '--pool=forks', '--testTimeout=600000', ...tests];
+const [file, ...args] = [...kind.via, process.execPath, ...program];
 run(file, args, { cwd: tree, env: { ...process.env, ...kind.env, LD_PRELOAD: library } });
+console.log(`tp-run sanitize: ${name}: clean`);
 
 function run(command, args, options = {}) {
   const done = spawnSync(command, args, { cwd: root, stdio: 'inherit', ...options });

@@ -59,8 +59,9 @@ async function lead(
   );
   let exitCode: number = EXIT.worker;
   try {
-    const cluster = await interruptible(Cluster.open(place, newRunId(), facts));
+    const cluster = await Cluster.listen(place, newRunId(), facts);
     try {
+      await interruptible(cluster.whole());
       exitCode = await command({ ...options, cluster });
       return exitCode;
     } catch (error) {
@@ -185,7 +186,8 @@ function nodeFacts(options: Options, { config, source }: NamedModel): NodeFacts 
   const host = hostname();
   return {
     host,
-    hostId: `${host} ${bootId()}`,
+    // nodes of one machine that are shown different GPUs number them differently: to each other they are other hosts
+    hostId: `${host} ${bootId()} ${environment().CUDA_VISIBLE_DEVICES ?? ''}`.slice(0, 256),
     pid: process.pid,
     version: packageVersion(),
     ranks: count,

@@ -27,7 +27,7 @@ export interface Topology {
   device: 'cpu' | 'cuda';
   /** GPU of each rank; [] on the CPU. */
   devices: readonly number[];
-  /** Machines that the ranks are spread over. */
+  /** Machines that the ranks are spread over; of one that shows its nodes different GPUs, each counts. */
   hosts: number;
 }
 

@@ -14,7 +14,7 @@ const about = {
   node: count,
   nodes: count,
   host: z.string().max(256),
-  /** Equal for nodes on one machine. */
+  /** Equal for nodes on one machine that number its GPUs alike. */
   hostId: z.string().max(256),
   pid: count,
   version: z.string().max(64),

@@ -70,20 +70,12 @@ export class Cluster {
     void this.#listen();
   }
 
-  /** Listens, and waits until every node is there. TP_MASTER_BIND, TP_NODE_MISSING, TP_NODE_MISMATCH. */
-  static async open(place: ClusterPlace, session: string, facts: NodeFacts): Promise<Cluster> {
-    const server = await NodeServer.bind(place.endpoint, session, place.nodes, place.keys);
-    const cluster = new Cluster(place, server, facts);
-    try {
-      await cluster.whole();
-    } catch (error) {
-      await cluster.close(4);
-      throw error;
-    }
-    return cluster;
+  /** Begins to listen; `whole` waits for the nodes. TP_MASTER_BIND. */
+  static async listen(place: ClusterPlace, session: string, facts: NodeFacts): Promise<Cluster> {
+    return new Cluster(place, await NodeServer.bind(place.endpoint, session, place.nodes, place.keys), facts);
   }
 
-  /** Resolves when every node is there. TP_NODE_MISSING, TP_NODE_MISMATCH. */
+  /** Resolves when every node is there. TP_NODE_MISSING, TP_NODE_MISMATCH; TP_INTERNAL when it is closed meanwhile. */
   async whole(): Promise<void> {
     const { endpoint, initTimeoutMs } = this.place;
     const there = new Promise<void>((resolve, reject) => {
@@ -94,9 +86,10 @@ export class Cluster {
       this.#onWhole();
     });
     // an awaited promise alone does not keep a process alive, and the timer of `within` does
-    const inTime = await within(there, initTimeoutMs);
-    this.#onWhole = null;
-    this.#broken = null;
+    const inTime = await within(there, initTimeoutMs).finally(() => {
+      this.#onWhole = null;
+      this.#broken = null;
+    });
     if (!inTime) throw fail('TP_NODE_MISSING', this.#missing(), endpoint, initTimeoutMs);
   }
 
@@ -166,6 +159,7 @@ export class Cluster {
   /** Tells every node to end with `exitCode` and waits until they have, for a moment. */
   async close(exitCode: number): Promise<void> {
     clearInterval(this.#timer);
+    this.#broken?.(fail('TP_INTERNAL', 'the run is over'));
     this.onLost = () => {};
     for (const node of this.#nodes.slice(1))
       if (node?.present) this.#tell(node.node, { type: 'bye', exitCode });

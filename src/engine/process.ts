@@ -142,9 +142,11 @@ export async function within(promise: Promise<unknown>, ms: number): Promise<boo
   const late = new Promise<false>((resolve) => {
     timer = setTimeout(resolve, ms, false);
   });
-  const done = await Promise.race([promise.then(() => true as const), late]);
-  clearTimeout(timer);
-  return done;
+  try {
+    return await Promise.race([promise.then(() => true as const), late]);
+  } finally {
+    clearTimeout(timer);
+  }
 }
 
 function openLog(file: string): WriteStream {

@@ -173,4 +173,19 @@ describe('the choice of a collective', () => {
       '3 is no power of two',
     );
   });
+
+  it('over several hosts is NCCL, where device numbers may repeat; on one host ranks that share a GPU have peer alone', () => {
+    const gpus = () => ({ peers: [[1], [0]], ncclWhy: null });
+    const choose = (devices: number[], hosts: number) =>
+      chooseCollective('auto', { ranks: devices.length, device: 'cuda', devices, hosts }, gpus);
+    expect(choose([0, 0], 2)).toEqual({ name: 'nccl', why: 'nccl (peer off: 2 hosts)' });
+    expect(choose([0, 1, 0, 1], 2).name).toBe('nccl');
+    expect(choose([0, 0], 1).name).toBe('peer');
+    expect(() =>
+      chooseCollective('nccl', { ranks: 2, device: 'cuda', devices: [0, 0], hosts: 1 }, gpus),
+    ).toThrow('ranks share a GPU');
+    expect(() =>
+      chooseCollective('peer', { ranks: 2, device: 'cuda', devices: [0, 0], hosts: 2 }, gpus),
+    ).toThrow('2 hosts');
+  });
 });

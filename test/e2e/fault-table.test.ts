@@ -340,7 +340,7 @@ describe('a fault', () => {
   });
 
   it('a rank of another run is not heard', async () => {
-    const [run] = oneHost([...PROMPT, '--max-tokens', '600']);
+    const [run] = oneHost();
     await run!.decoding();
     const { runs } = JSON.parse((await tpRun(['ps', '--json'], { TMPDIR: folder })).stdout);
     expect(runs).toHaveLength(1);
@@ -352,12 +352,14 @@ describe('a fault', () => {
     await stranger.send(encode('another-run', { type: 'stage', stage: 'ready' }));
     await run!.said(/^warn: TP_MESSAGE_BAD: message from "rank-x" refused: no rank of this run$/m);
     stranger.close();
-    const { code } = await run!.ended;
-    expect(code).toBe(0);
+    const before = run!.stdout.length;
+    await until(() => run!.stdout.length > before, 10_000); // it goes on
+    run!.signal('SIGINT');
+    expect((await run!.ended).code).toBe(130);
     rows.push([
       'words of another run, or of no rank',
       '0.0',
-      '0',
+      '-',
       '`warn: TP_MESSAGE_BAD: message from "rank-x" refused: …`, goes on',
       '0',
     ]);

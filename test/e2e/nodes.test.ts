@@ -236,6 +236,24 @@ describe('a node', () => {
     expect([open.code, none.code]).toEqual([2, 2]);
   });
 
+  it.each([
+    ['node 0', 0, /node 0 waits/],
+    ['another node', 1, /ranks from/],
+  ])('that waits for others ends at once when it is interrupted: %s', async (_, node, waits) => {
+    const run = hosts.start(node, [
+      ...words.filter((w) => w !== '--init-timeout' && w !== '3'),
+      ...nodeWords(node, 2),
+    ]);
+    await run.said(waits);
+    const at = performance.now();
+    await new Promise((done) => setTimeout(done, 500)); // it has its handlers by then
+    run.signal('SIGINT');
+    const { code, stderr } = await run.ended;
+    expect(stderr).toMatch(/TP_INTERRUPTED: stopped by SIGINT\n$/);
+    expect(code).toBe(130);
+    expect(performance.now() - at).toBeLessThan(3500);
+  });
+
   it('with another model ends the run before a rank is started', async () => {
     const lead = hosts.start(0, [...words, ...nodeWords(0, 2)]);
     const other = hosts.start(1, [...words, '--seed', '7', ...nodeWords(1, 2)]);

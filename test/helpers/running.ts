@@ -42,6 +42,10 @@ export class Running {
     }));
   }
 
+  get stdout(): string {
+    return this.#stdout;
+  }
+
   get stderr(): string {
     return this.#stderr;
   }
