@@ -24,6 +24,8 @@ import { parseReady, parseResult, type ReadyInfo, type Setup, sentSpec, unpackRe
 
 /** A rank that has been told to stop may take this long before it is made to. */
 const STOP_MS = 2000;
+/** Between the end of a rank and the arrival of its last words, in ms. */
+const WORDS_MS = 150;
 
 /** One rank of a run that is ready. */
 export interface RankInfo extends ReadyInfo {
@@ -298,7 +300,14 @@ class Launcher implements Run {
     this.#supervisor.fail(failure, Math.min(performance.now(), (state.process.exit?.at ?? Infinity) - 1));
   }
 
+  /** A rank that leaves with an exit code of ours has said why: its words may arrive a moment after its end is seen. */
   #onExit(state: RankState, exit: Exit): void {
+    const speaks = exit.code === EXIT.worker || exit.code === EXIT.input;
+    if (speaks) setTimeout(() => this.#judgeExit(state, exit), WORDS_MS);
+    else this.#judgeExit(state, exit);
+  }
+
+  #judgeExit(state: RankState, exit: Exit): void {
     if (state.confessed) return;
     const how = `${describeExit(exit)} ${describePlace(state)}`;
     const error = fail('TP_WORKER_DIED', `rank ${state.rank} on ${state.host}`, how);
