@@ -128,6 +128,11 @@ const TABLE = {
     (file: string, why: string) =>
       `prompts file ${file}: ${why}; every line holds {"prompt": "text"} or {"prompt_ids": [2, 17]}`,
   ],
+  TP_RUN_UNKNOWN: [
+    EXIT.input,
+    (which: string, known: readonly string[]) =>
+      `no run of this user on this host begins with ${which}; ${known.length ? `there is ${known.join(', ')}` : 'there is none'}`,
+  ],
   TP_PLACE: [EXIT.input, (flag: string, place: string, why: string) => `${flag} ${place}: ${why}`],
   TP_FAULT_PLACE: [
     EXIT.input,
@@ -159,6 +164,53 @@ const TABLE = {
     EXIT.worker,
     (rank: number, op: string, partner: number, ms: number) =>
       `rank ${rank} waited ${ms} ms for rank ${partner} in ${op}`,
+  ],
+  // --- nodes ---
+  TP_LAUNCHER: [EXIT.input, (source: string, why: string) => `ranks from ${source}: ${why}`],
+  TP_IFACE: [
+    EXIT.input,
+    (name: string, why: string, known: readonly string[]) =>
+      `--iface ${name}: ${why}; this host has ${listOf(known)}`,
+  ],
+  TP_KEY: [
+    EXIT.input,
+    (where: string, why: string) =>
+      `the key in ${where} cannot be used: ${why}; "tp-run keygen FILE" makes one, to be copied to every host with mode 0600`,
+  ],
+  TP_KEY_MISSING: [
+    EXIT.input,
+    () =>
+      'nodes that meet over a network need a key: --key-file FILE or TP_RUN_KEY on each ("tp-run keygen FILE" makes one); ' +
+      '--insecure goes without, for a network where everybody is trusted',
+  ],
+  TP_MASTER_BIND: [
+    EXIT.input,
+    (endpoint: string, why: string) =>
+      `node 0 cannot listen at ${endpoint}: ${why}; --master-addr must be an address of node 0's host, --master-port a free port`,
+  ],
+  TP_NODE_MISSING: [
+    EXIT.worker,
+    (missing: readonly number[], endpoint: string, ms: number) =>
+      `node ${missing.join(', ')} did not come to ${endpoint} within ${ms} ms; start the same command there with its own ` +
+      '--node-rank and the same key, or raise --init-timeout',
+  ],
+  TP_NODE_MISMATCH: [
+    EXIT.input,
+    (node: number, what: string, theirs: string, ours: string) =>
+      `node ${node} has ${what} ${theirs}, node 0 has ${ours}; start the same command on every host`,
+  ],
+  TP_NODE_LOST: [EXIT.worker, (who: string, how: string) => `${who}: ${how}`],
+  TP_MASTER_SILENT: [
+    EXIT.worker,
+    (node: number, endpoint: string, ms: number, refusals: number) =>
+      `node ${node} got no answer from node 0 at ${endpoint} within ${ms} ms` +
+      (refusals > 0
+        ? ` (${refusals} connections were refused: does it have the same key?)`
+        : '; is it running, and can it be reached?'),
+  ],
+  TP_NODE_REFUSED: [
+    EXIT.worker,
+    (node: number, why: string) => `node 0 does not take this process as node ${node}: ${why}`,
   ],
   // --- engine ---
   TP_WORKER_WORDS: [EXIT.input, () => '"worker" is what a launcher starts for each rank; use generate'],

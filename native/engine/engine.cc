@@ -97,7 +97,8 @@ void Engine::upload() {
   size_t at = 0;
   const auto pack = [&](const auto& values, size_t room) {
     static_assert(sizeof values[0] == sizeof(uint32_t));
-    std::memcpy(packed.data() + at, values.data(), values.size() * sizeof(uint32_t));
+    // nothing lies nowhere: memcpy may not be given its address, not even for 0 bytes
+    if (!values.empty()) std::memcpy(packed.data() + at, values.data(), values.size() * sizeof(uint32_t));
     uint32_t* const place = buffers_->input + at;
     at += room;
     return place;

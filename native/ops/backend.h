@@ -56,8 +56,13 @@ class Backend {
   /// Whether the host may touch allocate()d memory; else it goes through write() and read(), in the order of
   /// the ops.
   virtual bool on_host() const { return true; }
-  virtual void write(void* to, const void* host, size_t bytes) { std::memcpy(to, host, bytes); }
-  virtual void read(void* host, const void* from, size_t bytes) { std::memcpy(host, from, bytes); }
+  /// An address may be null where `bytes` is 0.
+  virtual void write(void* to, const void* host, size_t bytes) {
+    if (bytes > 0) std::memcpy(to, host, bytes);
+  }
+  virtual void read(void* host, const void* from, size_t bytes) {
+    if (bytes > 0) std::memcpy(host, from, bytes);
+  }
   /// Null on the host.
   virtual std::unique_ptr<Upload> make_upload(size_t /*bytes*/) { return nullptr; }
   /// Memory that the host and the ops both reach, zeroed: what a step leaves for the host to see while it

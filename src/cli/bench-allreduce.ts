@@ -9,21 +9,21 @@ import { quantiles } from '../report/stats.js';
 import { short, table } from '../report/table.js';
 import { chooseDevice } from './device.js';
 import { openModel } from './model.js';
-import type { Options } from './options.js';
+import { type Options, ranksOf } from './options.js';
 import { print, printJson, requireOut, writeResult } from './output.js';
 import { withRun } from './session.js';
 import { runSpec } from './spec.js';
 
 export async function benchAllReduce(options: Options): Promise<number> {
   requireOut(options);
-  const ranks = options.gpus.count;
+  const ranks = ranksOf(options);
   const model = openModel(options.model, options.seed);
   const chosen = chooseDevice(options);
   const needs = { ranks, sequences: 1, positions: 1, everyRow: false, candidates: 1, trace: false };
   const spec = withRoom(runSpec(options, model, chosen, needs), 2 * model.config.hiddenSize, options.sizes);
   if (chosen.line) log.info(chosen.line);
 
-  const result = await withRun(spec, async ({ run, facts }): Promise<AllReduceBench> => {
+  const result = await withRun(options, spec, async ({ run, facts }): Promise<AllReduceBench> => {
     const { sizes, iterations, warmup } = options;
     const results = await run.execute({ kind: 'allreduce', floats: [...sizes], warmup, iterations });
     const reports = results.map((said) => (said.kind === 'allreduce' ? said.sizes : []));

@@ -12,7 +12,7 @@ import { percent, short, table } from '../report/table.js';
 import { chooseDevice } from './device.js';
 import { randomPrompts } from './made-prompts.js';
 import { openModel } from './model.js';
-import type { Options } from './options.js';
+import { type Options, ranksOf } from './options.js';
 import { print, printJson, requireOut, writeResult } from './output.js';
 import { withRun } from './session.js';
 import { runSpec } from './spec.js';
@@ -34,7 +34,7 @@ export async function benchDecode(options: Options): Promise<number> {
   const chosen = chooseDevice(options);
   const sequences = Math.max(...batchSize);
   const spec = runSpec(options, model, chosen, {
-    ranks: options.gpus.count,
+    ranks: ranksOf(options),
     sequences,
     positions: context + tokens,
     everyRow: false,
@@ -44,7 +44,7 @@ export async function benchDecode(options: Options): Promise<number> {
   if (chosen.line) log.info(chosen.line);
   const prompts = randomPrompts(config, Array(sequences).fill(context));
 
-  const result = await withRun(spec, async ({ run, facts }): Promise<DecodeBench> => {
+  const result = await withRun(options, spec, async ({ run, facts }): Promise<DecodeBench> => {
     const bandwidths = [await readBandwidth(run)];
     const measured: Omit<Row, 'share_of_bandwidth'>[] = [];
     for (const batch of batchSize) {

@@ -12,16 +12,16 @@ import { Checker, type PlannedFault, RanksDisagree } from './checker.js';
 import { chooseDevice } from './device.js';
 import { checkPrompts } from './made-prompts.js';
 import { openModel } from './model.js';
-import type { FaultPlace, Options } from './options.js';
+import { type FaultPlace, type Options, ranksOf } from './options.js';
 import { print, printJson, requireOut, writeResult } from './output.js';
-import { readPrompts } from './prompts.js';
+import { longestOf, readPrompts } from './prompts.js';
 import { withRun } from './session.js';
 import { runSpec } from './spec.js';
 
 export async function check(options: Options): Promise<number> {
   requireOut(options);
   const { maxTokens, level } = options;
-  const ranks = options.gpus.count;
+  const ranks = ranksOf(options);
   const model = openModel(options.model, options.seed);
   const given = options.prompt.length + options.promptIds.length > 0 || options.prompts !== null;
   const prompts = given
@@ -41,7 +41,7 @@ export async function check(options: Options): Promise<number> {
     runSpec(options, model, chosen, {
       ranks,
       sequences: Math.min(options.batch, prompts.length),
-      positions: Math.max(...prompts.map((ids) => ids.length)) + maxTokens,
+      positions: longestOf(prompts) + maxTokens,
       everyRow: false,
       candidates: 1,
       trace: true,
@@ -50,7 +50,7 @@ export async function check(options: Options): Promise<number> {
   if (chosen.line) log.info(chosen.line);
 
   const checker = new Checker(level, prompts, maxTokens, ranks);
-  const facts = await runAll(checker, single, spec, options.repeats, control, planted);
+  const facts = await runAll(options, checker, single, spec, control, planted);
   const verdict = checker.axes.some(({ equal }) => !equal)
     ? 'fail'
     : checker.control?.detected
@@ -83,23 +83,24 @@ export async function check(options: Options): Promise<number> {
  * A run whose ranks disagree among themselves is over, and so is the check: its axis says what happened.
  */
 async function runAll(
+  options: Options,
   checker: Checker,
   single: RunSpec,
   spec: RunSpec,
-  repeats: number,
   control: PlannedFault,
   planted: PlannedFault | null,
 ): Promise<RunFacts> {
   let facts!: RunFacts;
+  const { repeats } = options;
   const total = 2 + repeats;
   log.info(`run 1 of ${total}: the base, tp=1`);
-  await withRun(single, (session) => {
+  await withRun(options, single, (session) => {
     facts = session.facts;
     return checker.makeBase(session.run);
   });
   try {
     log.info(`run 2 of ${total}: tp, batch and control, tp=${spec.ranks}`);
-    await withRun(spec, async (session) => {
+    await withRun(options, spec, async (session) => {
       facts = session.facts;
       const { run } = session;
       if (spec.ranks > 1) await checker.compareTp(run, planted);
@@ -108,7 +109,9 @@ async function runAll(
     });
     for (let i = 1; i <= repeats; i++) {
       log.info(`run ${2 + i} of ${total}: repeat, tp=${spec.ranks}`);
-      await withRun(spec, ({ run }) => checker.compareRepeat(run, i, spec.ranks === 1 ? planted : null));
+      await withRun(options, spec, ({ run }) =>
+        checker.compareRepeat(run, i, spec.ranks === 1 ? planted : null),
+      );
     }
   } catch (error) {
     if (!(error instanceof RanksDisagree)) throw error;

@@ -13,8 +13,14 @@ export interface ChosenDevice {
   line: string | null;
 }
 
-/** The device of `--device` and `--gpus`. TP_DEVICE when CUDA is asked for and cannot be had. */
-export function chooseDevice({ device, gpus }: Pick<Options, 'device' | 'gpus'>): ChosenDevice {
+/**
+ * The device of `--device` and `--gpus`; a launcher's task takes the GPU of its number, or the only one it is shown.
+ * TP_DEVICE when CUDA is asked for and cannot be had.
+ */
+export function chooseDevice(options: Pick<Options, 'device' | 'gpus' | 'place'>): ChosenDevice {
+  const { device, place } = options;
+  const own = place.localRank !== null && options.gpus.devices === null && gpuNames().length > 1;
+  const gpus = own ? { count: 1, devices: [place.localRank!] } : options.gpus;
   const obstacle =
     device === 'cpu' ? null : cudaObstacle(gpus.devices ? Math.max(...gpus.devices) + 1 : gpus.count);
   if (device === 'cuda' && obstacle) throw fail('TP_DEVICE', obstacle);

@@ -74,8 +74,9 @@ const PROBES: Record<string, (options: Options) => Omit<Finding, 'what'>> = {
   collective(options) {
     const { device, devices } = chooseDevice(options);
     return ok(
-      chooseCollective('auto', { ranks: options.gpus.count, device, devices }, () => gpuFacts(environment()))
-        .why,
+      chooseCollective('auto', { ranks: options.gpus.count, device, devices, hosts: 1 }, () =>
+        gpuFacts(environment()),
+      ).why,
     );
   },
 };

@@ -11,9 +11,9 @@ import { counted, percent, short } from '../report/table.js';
 import { chooseDevice } from './device.js';
 import { requireRoom, writeLogits } from './dump.js';
 import { openModel } from './model.js';
-import type { Options } from './options.js';
+import { type Options, ranksOf } from './options.js';
 import { printJson, sharesTerminal } from './output.js';
-import { readPrompts } from './prompts.js';
+import { longestOf, readPrompts } from './prompts.js';
 import { Recorder } from './recorder.js';
 import { withRun } from './session.js';
 import { runSpec } from './spec.js';
@@ -29,9 +29,9 @@ export async function generate(options: Options): Promise<number> {
   const chosen = chooseDevice(options);
   const sampling = samplingOf(options);
   const spec = runSpec(options, model, chosen, {
-    ranks: options.gpus.count,
+    ranks: ranksOf(options),
     sequences: Math.min(options.batch, prompts.length),
-    positions: Math.max(...prompts.map(({ ids }) => ids.length)) + maxTokens,
+    positions: longestOf(prompts.map(({ ids }) => ids)) + maxTokens,
     everyRow: false,
     candidates: candidatesFor(sampling, config.vocabSize / leavesOf(config)),
     trace: false,
@@ -45,7 +45,7 @@ export async function generate(options: Options): Promise<number> {
   const printer = options.json ? null : new TokenPrinter(prompts.length, tokenizer);
   // tokens that stream over the same terminal show by themselves how far decoding is
   const progress = printer && sharesTerminal() ? null : new TokenProgress(prompts.length, maxTokens);
-  const facts = await withRun(spec, async ({ run, facts }) => {
+  const facts = await withRun(options, spec, async ({ run, facts }) => {
     const job = {
       kind: 'generate' as const,
       sequences: prompts.map(({ ids }, sequence) => ({ promptIds: ids, maxTokens, sequence })),

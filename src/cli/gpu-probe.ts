@@ -63,7 +63,7 @@ export async function measureGpus(options: Options, devices: readonly number[]):
     const needs = { ranks: devices.length, sequences: 1, positions: 1, everyRow: false, candidates: 1 };
     const model = openModel(MODEL, null);
     const spec = runSpec({ ...options, collective }, model, chosen, { ...needs, trace: false });
-    return withRun(spec, ({ run }) => work(run));
+    return withRun(options, spec, ({ run }) => work(run));
   };
 
   await measured('read bandwidth', () =>
@@ -80,7 +80,7 @@ export async function measureGpus(options: Options, devices: readonly number[]):
   }
   for (const name of ['peer', 'nccl'] as const) {
     await measured(`all-reduce by ${name}`, async () => {
-      chooseCollective(name, { ranks: devices.length, device: 'cuda', devices }, () =>
+      chooseCollective(name, { ranks: devices.length, device: 'cuda', devices, hosts: 1 }, () =>
         gpuFacts(environment()),
       );
       await probe(name, (run) => sums(run, name, report));

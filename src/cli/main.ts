@@ -2,7 +2,7 @@
 // Words -> a command. Whatever goes wrong ends as one coded message on stderr and an exit code of errors.ts.
 
 import { EXIT, fail, TpError } from '../errors.js';
-import type { Command, Options } from './options.js';
+import type { Command, Invocation, Options } from './options.js';
 import { ReaderGone } from './output.js';
 
 /** Each command is loaded when it is asked for: a worker starts without the words of a user. */
@@ -15,6 +15,9 @@ const RUN: Record<Command, (options: Options, word: string) => Promise<number>> 
   'bench moe': async (options) => (await import('./bench-moe.js')).benchMoe(options),
   doctor: async (options) => (await import('./doctor.js')).doctor(options),
   export: async (options, dir) => (await import('./export.js')).exportModel(options, dir),
+  ps: async (options) => (await import('./runs.js')).ps(options),
+  kill: async (_, which) => (await import('./runs.js')).killRuns(which),
+  keygen: async (_, file) => (await import('./keys.js')).keygen(file),
 };
 
 async function main(argv: readonly string[]): Promise<number> {
@@ -29,8 +32,15 @@ async function main(argv: readonly string[]): Promise<number> {
       process.stdout.write(`tp-run ${(await import('../report/provenance.js')).packageVersion()}\n`);
       return EXIT.ok;
     case 'run':
-      return RUN[invocation.command](invocation.options, invocation.words[0] ?? '');
+      return run(invocation);
   }
+}
+
+/** A command that computes does so over all nodes that were started for it. */
+async function run({ command, options, words }: Invocation & { kind: 'run' }): Promise<number> {
+  const work = (all: Options) => RUN[command](all, words[0] ?? '');
+  if (options.place.source === null) return work(options);
+  return (await import('./nodes.js')).withNodes(options, work);
 }
 
 /** The message of an error, and the exit code; what was not foreseen shows its stack. */

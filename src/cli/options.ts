@@ -2,12 +2,15 @@
 // The only reader of process.env; what leaves here is checked and frozen.
 
 import { availableParallelism } from 'node:os';
+import type { Cluster } from '../engine/cluster.js';
 import { fail } from '../errors.js';
 import { choice, type Flag, real, text, texts, toggle, whole, wholeNumber, wholes } from './flag.js';
 import { presetsOf } from './model.js';
+import { type Placement, readPlacement } from './placement.js';
 import { splitWords } from './words.js';
 
 const RUN = 'The run';
+const NODES = 'Several nodes';
 const PROMPTS = 'Prompts';
 const SAMPLING = 'Tokens';
 const OUTPUT = 'Output';
@@ -45,7 +48,17 @@ const FLAGS = {
   maxModelLen: whole(1, 2 ** 31 - 1, RUN, 'longest context', null, 'of the model'),
   initTimeout: real(0, 86_400, true, RUN, 'seconds without progress while starting up', 120),
   stepTimeout: real(0, 86_400, true, RUN, 'seconds for one step', 120),
-  logDir: text(RUN, 'a folder for one log file per rank', null, 'none'),
+  logDir: text(RUN, 'a folder for one log file per rank and error.json', null, 'none'),
+  maxRestarts: whole(0, 1000, RUN, 'times to start the ranks again when one fails', 0),
+
+  nnodes: whole(1, 1024, NODES, 'tp-run processes that form one run', null, 'what the launcher says; 1'),
+  nodeRank: whole(0, 1023, NODES, 'which of them this is; 0 leads', null, 'what the launcher says'),
+  masterAddr: text(NODES, 'address of the host of node 0', null, 'what the launcher says'),
+  masterPort: whole(1, 65_535, NODES, 'port where node 0 listens', null, '29500'),
+  iface: text(NODES, "network interface for tp-run's and NCCL's sockets", null, 'the way to node 0'),
+  keyFile: text(NODES, 'the key that all nodes share, see keygen; or TP_RUN_KEY', null, 'none'),
+  insecure: toggle(NODES, 'no key: whoever reaches the sockets can join, listen and change'),
+  nodeTimeout: real(0, 86_400, true, NODES, 'seconds of silence after which a node is lost', 10),
 
   prompt: texts(PROMPTS, 'a text prompt; needs a tokenizer'),
   promptIds: texts(PROMPTS, 'a prompt as token ids: 2,17,5'),
@@ -81,7 +94,19 @@ const FLAGS = {
 };
 
 type Flags = typeof FLAGS;
-export type Options = Readonly<{ [K in keyof Flags]: Flags[K] extends Flag<infer T> ? T : never }>;
+type FlagValues = { [K in keyof Flags]: Flags[K] extends Flag<infer T> ? T : never };
+
+/** What no flag says. */
+interface Surroundings {
+  /** Which node of the run this process is, and who says so. */
+  place: Placement;
+  /** TP_RUN_KEY: it has no flag, because everybody can read a command line. */
+  key: string | null;
+  /** The other nodes, once node 0 has gathered them. */
+  cluster: Cluster | null;
+}
+
+export type Options = Readonly<FlagValues & Surroundings>;
 
 /** The ranks of a run, and their devices when the caller chose them. */
 export interface Gpus {
@@ -92,6 +117,16 @@ export interface Gpus {
 const ENGINE = [
   ...(['gpus', 'device', 'model', 'seed', 'dtype', 'collective', 'isa', 'threads'] as const),
   ...(['maxModelLen', 'initTimeout', 'stepTimeout', 'logDir', 'json'] as const),
+  ...([
+    'nnodes',
+    'nodeRank',
+    'masterAddr',
+    'masterPort',
+    'iface',
+    'keyFile',
+    'insecure',
+    'nodeTimeout',
+  ] as const),
 ] as const;
 const TEXTS = ['prompt', 'promptIds', 'prompts', 'chat', 'batch', 'prefillChunk'] as const;
 
@@ -110,11 +145,24 @@ export interface CommandWords {
   word?: string;
 }
 
+/** Variables without a flag. */
+const KEY = 'TP_RUN_KEY';
+
 /** The commands of a user; `worker` is the launcher's own and takes its options over the control channel. */
 export const COMMANDS = {
   generate: {
     describe: 'decode prompts (the default command)',
-    flags: [...ENGINE, ...TEXTS, 'maxTokens', 'temperature', 'topK', 'topP', 'ignoreEos', 'dumpLogits'],
+    flags: [
+      ...ENGINE,
+      ...TEXTS,
+      'maxTokens',
+      'temperature',
+      'topK',
+      'topP',
+      'ignoreEos',
+      'dumpLogits',
+      'maxRestarts',
+    ],
   },
   score: { describe: 'log-probability of every prompt token', flags: [...ENGINE, ...TEXTS, 'dumpLogits'] },
   check: {
@@ -139,6 +187,9 @@ export const COMMANDS = {
     word: 'DIR',
     flags: ['model', 'seed'],
   },
+  ps: { describe: "list this user's runs on this host", flags: ['json'] },
+  kill: { describe: 'end a run, by the beginning of its id, or all', word: 'RUN', flags: [] },
+  keygen: { describe: 'write a new key for --key-file', word: 'FILE', flags: [] },
 } as const satisfies Record<string, CommandWords>;
 
 export type Command = keyof typeof COMMANDS;
@@ -168,15 +219,27 @@ export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv 
     const name = dashed(key);
     return [key, set(name) ?? readPreset(flags.get(name), name, presets[name]) ?? flag.fallback];
   });
-  return { kind: 'run', command, words, options: Object.freeze(Object.fromEntries(entries)) as Options };
+  const values = Object.fromEntries(entries) as FlagValues;
+  const surroundings: Surroundings = {
+    place: readPlacement(values, flags.has('nnodes') ? env : {}),
+    key: env[KEY] ?? null,
+    cluster: null,
+  };
+  return { kind: 'run', command, words, options: Object.freeze({ ...values, ...surroundings }) };
 }
 
-/** The variables that this process hands on to its workers. */
+/** Ranks of a run: those of all nodes. */
+export function ranksOf({ cluster, gpus }: Pick<Options, 'cluster' | 'gpus'>): number {
+  return cluster?.size ?? gpus.count;
+}
+
+/** The variables that this process hands on to its workers; the key is not for them. */
 export function environment(): NodeJS.ProcessEnv {
-  return process.env;
+  const { [KEY]: _, ...others } = process.env;
+  return others;
 }
 
-/** Compute threads of a rank when `--threads` does not say: the cores shared out, at least one. */
+/** Compute threads of a rank when `--threads` does not say: the cores shared out among `ranks` of a host, at least one. */
 export function defaultThreads(ranks: number): number {
   return Math.max(1, Math.floor(availableParallelism() / ranks));
 }
@@ -207,7 +270,7 @@ function checked(flag: Flag<unknown>, source: string, said: unknown): unknown {
 
 /** A misspelt variable would otherwise be ignored in silence. */
 function refuseUnknownVariables(env: NodeJS.ProcessEnv): void {
-  const known = new Set(Object.keys(FLAGS).map(dashed).map(variableName));
+  const known = new Set([KEY, ...Object.keys(FLAGS).map(dashed).map(variableName)]);
   for (const name of Object.keys(env)) {
     if (name.startsWith('TP_RUN_') && !known.has(name)) throw fail('TP_VARIABLE_UNKNOWN', name);
   }

@@ -133,3 +133,8 @@ function defaults({ presets, config }: NamedModel): Draft[] {
   ];
   return ids.map((list, i) => ({ where: `default prompt ${i + 1}`, said: { ids: list } }));
 }
+
+/** Length of the longest prompt. Any number of prompts: they do not fit into the arguments of one call. */
+export function longestOf(prompts: readonly (readonly number[])[]): number {
+  return prompts.reduce((longest, { length }) => Math.max(longest, length), 0);
+}

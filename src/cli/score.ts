@@ -7,9 +7,9 @@ import { short, table } from '../report/table.js';
 import { chooseDevice } from './device.js';
 import { requireRoom, writeLogits } from './dump.js';
 import { openModel } from './model.js';
-import type { Options } from './options.js';
+import { type Options, ranksOf } from './options.js';
 import { print, printJson } from './output.js';
-import { readPrompts } from './prompts.js';
+import { longestOf, readPrompts } from './prompts.js';
 import { Recorder } from './recorder.js';
 import { withRun } from './session.js';
 import { runSpec } from './spec.js';
@@ -20,9 +20,9 @@ export async function score(options: Options): Promise<number> {
   const lengths = prompts.map(({ ids }) => ids.length);
   const chosen = chooseDevice(options);
   const spec = runSpec(options, model, chosen, {
-    ranks: options.gpus.count,
+    ranks: ranksOf(options),
     sequences: Math.min(options.batch, prompts.length),
-    positions: Math.max(...lengths),
+    positions: longestOf(prompts.map(({ ids }) => ids)),
     everyRow: true,
     candidates: 1,
     trace: false,
@@ -33,7 +33,7 @@ export async function score(options: Options): Promise<number> {
   if (chosen.line) log.info(chosen.line);
 
   const recorder = new Recorder(prompts.length);
-  const facts = await withRun(spec, async ({ run, facts }) => {
+  const facts = await withRun(options, spec, async ({ run, facts }) => {
     const job = {
       kind: 'score' as const,
       sequences: prompts.map(({ ids }, sequence) => ({ promptIds: ids, maxTokens: 0, sequence })),

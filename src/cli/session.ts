@@ -1,10 +1,12 @@
 // One run from launch to close, and the facts about it that every result carries.
 
-import type { RunSpec } from '../engine/job.js';
+import { nameOf, type RunSpec } from '../engine/job.js';
 import { launch, type Run } from '../engine/launcher.js';
+import { launchAgain } from '../engine/recovery.js';
 import type { RunFacts } from '../report/schema.js';
 import { requireLogDir } from './folder.js';
-import { environment } from './options.js';
+import { workerEnvironment } from './nodes.js';
+import type { Options } from './options.js';
 
 export interface Session {
   run: Run;
@@ -12,10 +14,15 @@ export interface Session {
 }
 
 /** Starts a run, lets `work` use it and ends it, whatever happens. */
-export async function withRun<T>(spec: RunSpec, work: (session: Session) => Promise<T>): Promise<T> {
+export async function withRun<T>(
+  options: Options,
+  spec: RunSpec,
+  work: (session: Session) => Promise<T>,
+): Promise<T> {
   requireLogDir(spec.logDir);
   const started = performance.now();
-  const run = await launch(spec, { env: environment() });
+  const start = () => launch(spec, { env: workerEnvironment(options) }, options.cluster);
+  const run = await launchAgain(start, options.maxRestarts);
   try {
     return await work({ run, facts: factsOf(spec, run, (performance.now() - started) / 1000) });
   } finally {
@@ -31,7 +38,7 @@ function factsOf(spec: RunSpec, run: Run, loadS: number): RunFacts {
     collective: run.collective.name,
     collective_why: run.collective.why,
     dtype: spec.dtype,
-    model: model.kind === 'checkpoint' ? model.dir : model.file,
+    model: nameOf(model),
     weights_seed: model.kind === 'checkpoint' ? null : model.seed,
     threads: spec.threads,
     isa: spec.isa,

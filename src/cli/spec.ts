@@ -30,11 +30,11 @@ export function runSpec(options: Options, model: NamedModel, chosen: ChosenDevic
     model: model.source,
     ranks: needs.ranks,
     device: chosen.device,
-    devices: chosen.devices.slice(0, needs.ranks),
+    devices: options.cluster?.devices(needs.ranks) ?? chosen.devices.slice(0, needs.ranks),
     dtype: options.dtype,
     collective: options.collective,
     isa: options.isa,
-    threads: options.threads ?? defaultThreads(needs.ranks),
+    threads: options.threads ?? defaultThreads(ranksHere(options, needs.ranks)),
     limits: {
       tokens,
       rows: needs.everyRow ? tokens : needs.sequences,
@@ -47,6 +47,11 @@ export function runSpec(options: Options, model: NamedModel, chosen: ChosenDevic
     stepTimeoutMs: options.stepTimeout * 1000,
     logDir: options.logDir,
   });
+}
+
+/** Ranks of a run of `ranks` that share this host's cores. */
+function ranksHere({ cluster, place }: Options, ranks: number): number {
+  return cluster ? Math.min(ranks, cluster.ownRanks(ranks) * place.localNodes) : ranks;
 }
 
 /** TP_FLAG_VALUE when this machine's CPU lacks the instructions of `--isa`. */

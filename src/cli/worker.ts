@@ -1,8 +1,11 @@
-// The command that the launcher starts, once per rank: `tp-run worker CONTROL-ENDPOINT RUN-ID RANK RANKS`.
+// The command that the launcher starts, once per rank: `tp-run worker CONTROL-ENDPOINT RUN-ID RANK RANKS`, with a
+// briefing on stdin.
 
+import { readFileSync } from 'node:fs';
 import { fail } from '../errors.js';
 import { native } from '../native.js';
 
+const STDIN = 0;
 /** The pipe whose other end the launcher holds: it closes when the launcher is gone. */
 const DEATH_PIPE = 3;
 
@@ -12,7 +15,9 @@ export async function runWorker(words: readonly string[]): Promise<number> {
   if (!control || !run || !(Number(rank) < Number(ranks))) throw fail('TP_WORKER_WORDS');
   watchLauncher();
   const { runRank } = await import('../engine/rank.js');
-  return runRank({ control, run, rank: Number(rank), ranks: Number(ranks) });
+  const { parseBriefing } = await import('../engine/wire.js');
+  const briefing = parseBriefing(readFileSync(STDIN, 'utf8'));
+  return runRank({ control, run, rank: Number(rank), ranks: Number(ranks), briefing });
 }
 
 /** Before anything else, even the imports: from here on this process dies with its launcher. */

@@ -1,7 +1,7 @@
-// Where the sockets of one run meet: a private folder of ipc endpoints on one host.
+// Where the sockets of one run meet on one host: private folders of ipc endpoints.
 
 import { randomBytes } from 'node:crypto';
-import { mkdtempSync, rmSync } from 'node:fs';
+import { lstatSync, mkdirSync, mkdtempSync, rmSync } from 'node:fs';
 import { readdir, rm } from 'node:fs/promises';
 import { createConnection } from 'node:net';
 import { tmpdir } from 'node:os';
@@ -47,15 +47,77 @@ export class Rendezvous {
   readonly #remove = (): void => rmSync(this.dir, { recursive: true, force: true });
 }
 
-/** Takes away the folders of runs whose launcher was killed before it could: nobody listens there any more. */
-export async function removeStale(parent = tmpdir()): Promise<void> {
+/**
+ * The folder where the nodes of one host meet, which all derive from `name`; this user's alone (0700). Node 0 makes it,
+ * the others wait for it. TP_BIND when somebody else's is in its place.
+ */
+export async function meetingFolder(
+  name: string,
+  make: boolean,
+  timeoutMs: number,
+  parent = tmpdir(),
+): Promise<{ dir: string; remove(): void }> {
+  const dir = join(parent, `tp-run-${process.getuid!()}-${name}`);
+  if (Buffer.byteLength(join(dir, 'nodes')) > LONGEST_PATH)
+    throw fail('TP_BIND', `ipc://${dir}`, `the path is longer than ${LONGEST_PATH} bytes`);
+  const until = performance.now() + timeoutMs;
+  for (;;) {
+    try {
+      if (make) makePrivate(dir);
+      requirePrivate(dir);
+      break;
+    } catch (error) {
+      const { code } = error as NodeJS.ErrnoException;
+      if (make || code !== 'ENOENT' || performance.now() > until)
+        throw fail('TP_BIND', `ipc://${dir}`, (error as Error).message);
+      await new Promise((done) => setTimeout(done, 20));
+    }
+  }
+  const remove = () => rmSync(dir, { recursive: true, force: true });
+  if (make) process.once('exit', remove);
+  return {
+    dir,
+    remove() {
+      process.off('exit', remove);
+      if (make) remove();
+    },
+  };
+}
+
+function makePrivate(dir: string): void {
+  try {
+    mkdirSync(dir, { mode: 0o700 });
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== 'EEXIST') throw error;
+  }
+}
+
+/** A link or a folder of somebody else could show this process other sockets. */
+function requirePrivate(dir: string): void {
+  const stat = lstatSync(dir);
+  const ours = stat.isDirectory() && stat.uid === process.getuid!() && (stat.mode & 0o077) === 0;
+  if (!ours) throw new Error('it is not a folder that this user alone can enter');
+}
+
+/**
+ * Takes away the folders of runs whose launcher was killed before it could: nobody listens there any more, or
+ * `isLeftBehind` knows. Resolves with how many.
+ */
+export async function removeStale(
+  isLeftBehind: (folder: string) => boolean = () => false,
+  parent = tmpdir(),
+): Promise<number> {
   const names = await readdir(parent).catch(() => []);
-  const folders = names.filter((name) => /^tp-run-\w{6}$/.test(name)).map((name) => join(parent, name));
-  await Promise.all(
+  const folders = names.filter((name) => /^tp-run-[\w-]+$/.test(name)).map((name) => join(parent, name));
+  const removed = await Promise.all(
     folders.map(async (folder) => {
-      if (await refuses(join(folder, 'control'))) await rm(folder, { recursive: true, force: true });
+      const sockets = ['control', 'nodes'].map((name) => refuses(join(folder, name)));
+      const stale = isLeftBehind(folder) || (await Promise.all(sockets)).includes(true);
+      if (stale) await rm(folder, { recursive: true, force: true });
+      return stale;
     }),
   );
+  return removed.filter(Boolean).length;
 }
 
 /** True when `path` is a socket without a listener; false for everything else, a folder of another user included. */

@@ -27,6 +27,8 @@ export interface Topology {
   device: 'cpu' | 'cuda';
   /** GPU of each rank; [] on the CPU. */
   devices: readonly number[];
+  /** Machines that the ranks are spread over; of one that shows its nodes different GPUs, each counts. */
+  hosts: number;
 }
 
 /** What only GPUs have: asked when a run is to use them. */
@@ -43,8 +45,9 @@ export interface GpuFacts {
 type Supports = (topology: Topology, gpus: () => GpuFacts) => true | string;
 
 /** One host's GPUs that reach each other's memory; ranks may share a GPU. */
-const peerSupports: Supports = ({ device, devices }, gpus) => {
+const peerSupports: Supports = ({ device, devices, hosts }, gpus) => {
   if (device === 'cpu') return 'no GPU';
+  if (hosts > 1) return `${hosts} hosts`;
   const { peers, peersOff } = gpus();
   if (peersOff !== null) return peersOff;
   for (const a of devices)
@@ -53,9 +56,10 @@ const peerSupports: Supports = ({ device, devices }, gpus) => {
   return true;
 };
 
-const ncclSupports: Supports = ({ device, devices }, gpus) => {
+const ncclSupports: Supports = ({ device, devices, hosts }, gpus) => {
   if (device === 'cpu') return 'no GPU';
-  if (new Set(devices).size < devices.length) return 'ranks share a GPU';
+  // over several hosts a device number says nothing of another host's: NCCL itself refuses a GPU it meets twice
+  if (hosts === 1 && new Set(devices).size < devices.length) return 'ranks share a GPU';
   return gpus().ncclWhy ?? true;
 };
 

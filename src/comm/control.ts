@@ -4,6 +4,8 @@
 import { Dealer, Router } from 'zeromq';
 import { fail } from '../errors.js';
 import { log } from '../log.js';
+import type { ClientKeys, ServerKeys } from './curve.js';
+import { clientOptions, dismiss, type GuardedOptions, logRefusals, serverOptions } from './gatekeeper.js';
 import {
   decodeLauncher,
   decodeWorker,
@@ -33,17 +35,25 @@ export class ControlServer {
   readonly #run: string;
   readonly #ranks: number;
   readonly #socket: Router;
+  readonly #guarded: GuardedOptions;
   #sending: Promise<void> = Promise.resolve();
 
-  private constructor(socket: Router, endpoint: string, run: string, ranks: number) {
+  private constructor(socket: Router, guarded: GuardedOptions, endpoint: string, run: string, ranks: number) {
     this.#socket = socket;
+    this.#guarded = guarded;
     this.endpoint = endpoint;
     this.#run = run;
     this.#ranks = ranks;
   }
 
-  /** Binds `endpoint` and keeps it; TP_BIND. */
-  static async bind(endpoint: string, run: string, ranks: number): Promise<ControlServer> {
+  /** Binds `endpoint` and keeps it; `keys` encrypt it and say who may connect. TP_BIND. */
+  static async bind(
+    endpoint: string,
+    run: string,
+    ranks: number,
+    keys: ServerKeys | null = null,
+  ): Promise<ControlServer> {
+    const guarded = await serverOptions(keys);
     const socket = new Router({
       mandatory: true,
       linger: LINGER_MS,
@@ -52,14 +62,17 @@ export class ControlServer {
       sendHighWaterMark: 0,
       receiveHighWaterMark: HIGH_WATER,
       maxMessageSize: MAX_FRAME_BYTES,
+      ...guarded,
     });
+    logRefusals(socket, endpoint, 'ranks');
     try {
       await socket.bind(endpoint);
     } catch (error) {
       socket.close();
+      dismiss(guarded);
       throw fail('TP_BIND', endpoint, (error as Error).message);
     }
-    return new ControlServer(socket, socket.lastEndpoint ?? endpoint, run, ranks);
+    return new ControlServer(socket, guarded, socket.lastEndpoint ?? endpoint, run, ranks);
   }
 
   /** Hands over every valid message until `close`. A malformed one is logged and refused. */
@@ -112,6 +125,7 @@ export class ControlServer {
 
   close(): void {
     this.#socket.close();
+    dismiss(this.#guarded);
   }
 }
 
@@ -121,7 +135,7 @@ export class ControlClient {
   readonly #socket: Dealer;
   #sending: Promise<void> = Promise.resolve();
 
-  constructor(endpoint: string, run: string, rank: number) {
+  constructor(endpoint: string, run: string, rank: number, keys: ClientKeys | null = null) {
     this.#run = run;
     this.#socket = new Dealer({
       routingId: nameOf(rank),
@@ -129,6 +143,7 @@ export class ControlClient {
       sendHighWaterMark: HIGH_WATER,
       receiveHighWaterMark: HIGH_WATER,
       maxMessageSize: MAX_FRAME_BYTES,
+      ...clientOptions(keys),
     });
     this.#socket.connect(endpoint);
   }

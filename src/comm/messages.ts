@@ -4,6 +4,7 @@
 import { addExtension, Packr, Unpackr } from 'msgpackr';
 import { z } from 'zod';
 import { fail, TpError } from '../errors.js';
+import { RING_LENGTH } from './ring.js';
 
 export const PROTOCOL = 1;
 
@@ -30,7 +31,23 @@ const body = z.unknown();
 /** Endpoints by rank. */
 const endpoints = z.record(z.string().regex(/^\d+$/), z.string());
 
-const head = { v: z.literal(PROTOCOL), run: z.string() };
+/** Stands in every message; the channel adds it. */
+export const head = { v: z.literal(PROTOCOL), run: z.string() };
+
+/** The last collectives of a rank, see ring.ts. */
+const ring = z
+  .array(
+    z.strictObject({
+      n: count,
+      op: z.string(),
+      layer: z.number().int(),
+      stage: z.string(),
+      bytes: count,
+      agoMs: z.number(),
+      tookMs: z.number().nullable(),
+    }),
+  )
+  .max(RING_LENGTH);
 
 const WORKER = z.discriminatedUnion('type', [
   z.strictObject({
@@ -48,7 +65,7 @@ const WORKER = z.discriminatedUnion('type', [
   z.strictObject({ ...head, type: z.literal('report'), frames: count.max(4096), body }),
   z.strictObject({ ...head, type: z.literal('result'), body }),
   /** answers `where` */
-  z.strictObject({ ...head, type: z.literal('at'), doing: z.string(), waitsFor: count.nullable() }),
+  z.strictObject({ ...head, type: z.literal('at'), doing: z.string(), waitsFor: count.nullable(), ring }),
   z.strictObject({
     ...head,
     type: z.literal('error'),
@@ -57,6 +74,7 @@ const WORKER = z.discriminatedUnion('type', [
     exitCode: count,
     stage,
     step: z.number().int(),
+    ring,
   }),
 ]);
 
@@ -68,7 +86,8 @@ const LAUNCHER = z.discriminatedUnion('type', [
   z.strictObject({ ...head, type: z.literal('stop') }),
 ]);
 
-type Words<M> = M extends unknown ? Omit<M, 'v' | 'run'> : never;
+/** A message as its sender writes it. */
+export type Words<M> = M extends unknown ? Omit<M, 'v' | 'run'> : never;
 /** From a worker to the launcher, without the version and run id that the channel adds. */
 export type WorkerMessage = Words<z.infer<typeof WORKER>>;
 /** From the launcher to a worker. */
@@ -97,7 +116,7 @@ const unpackr = new Unpackr({ ...options, structures });
 Object.freeze(structures);
 
 /** The words of one message as bytes, with this protocol's version and the run's id. */
-export function encode(run: string, message: WorkerMessage | LauncherMessage): Buffer {
+export function encode(run: string, message: object): Buffer {
   return packr.pack({ v: PROTOCOL, run, ...message });
 }
 
@@ -111,9 +130,10 @@ export function decodeLauncher(run: string, bytes: Uint8Array): LauncherMessage 
   return decode(LAUNCHER, run, bytes, 'the launcher');
 }
 
-function decode<T extends { run: string }>(
+/** Checks one message against the union that `from` may speak; `run` null takes any run's. TP_MESSAGE_BAD, TP_PROTOCOL. */
+export function decode<T extends { run: string }>(
   schema: z.ZodType<T>,
-  run: string,
+  run: string | null,
   bytes: Uint8Array,
   from: string,
 ): T {
@@ -136,7 +156,7 @@ function decode<T extends { run: string }>(
     const issue = checked.error.issues[0]!;
     throw fail('TP_MESSAGE_BAD', from, `${issue.path.join('.') || 'message'}: ${issue.message}`);
   }
-  if (checked.data.run !== run) {
+  if (run !== null && checked.data.run !== run) {
     throw fail('TP_MESSAGE_BAD', from, `it belongs to run ${checked.data.run}, not to ${run}`);
   }
   return checked.data;

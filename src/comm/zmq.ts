@@ -6,6 +6,8 @@ import { Pair } from 'zeromq';
 import { fail, type TpError } from '../errors.js';
 import { native } from '../native.js';
 import type { Collective } from './collective.js';
+import type { RankKeys } from './curve.js';
+import { clientOptions, dismiss, type GuardedOptions, logRefusals, serverOptions } from './gatekeeper.js';
 import { MAX_FRAME_BYTES } from './messages.js';
 
 const OPS = ['allReduce', 'gather'] as const;
@@ -32,14 +34,17 @@ export class ZmqCollective implements Collective {
     this.#links = links;
   }
 
-  /** Binds this rank's ends; `endpoint(partner)` names them. `ranks` is a power of two. TP_BIND. */
+  /**
+   * Binds this rank's ends; `endpoint(partner)` names them, `keys` encrypt them. `ranks` is a power of two. TP_BIND.
+   */
   static async bind(
     rank: number,
     ranks: number,
     endpoint: (partner: number) => string,
+    keys: RankKeys | null = null,
   ): Promise<ZmqCollective> {
     const links: Link[] = [];
-    for (let bit = 1; bit < ranks; bit *= 2) links.push(new Link(rank, rank ^ bit));
+    for (let bit = 1; bit < ranks; bit *= 2) links.push(await Link.open(rank, rank ^ bit, keys));
     for (const link of links) if (link.binds) await link.bind(endpoint(link.partner));
     return new ZmqCollective(rank, links);
   }
@@ -143,7 +148,8 @@ class Link {
   endpoint = '';
   /** -1 = for ever, zeromq's default */
   timeoutMs = -1;
-  readonly #socket = new Pair({ linger: 0, maxMessageSize: MAX_FRAME_BYTES });
+  readonly #socket: Pair;
+  readonly #guarded: GuardedOptions | null;
   /**
    * zeromq reads a sent buffer later, on its own thread. Two outboxes in turn are enough: the partner's message n + 1
    * says that it has got our message n.
@@ -151,12 +157,25 @@ class Link {
   readonly #outboxes = [new ArrayBuffer(0), new ArrayBuffer(0)];
   #turn = 0;
 
-  constructor(rank: number, partner: number) {
+  private constructor(rank: number, partner: number, guarded: GuardedOptions | null, options: object) {
     this.partner = partner;
     this.binds = rank < partner;
+    this.#guarded = guarded;
+    this.#socket = new Pair({ linger: 0, maxMessageSize: MAX_FRAME_BYTES, ...options });
+  }
+
+  /** Encrypted, it lets in its partner alone, or shows itself to it. */
+  static async open(rank: number, partner: number, keys: RankKeys | null): Promise<Link> {
+    const theirs = keys && keys.ranks[partner]!;
+    if (rank < partner) {
+      const guarded = await serverOptions(keys && { own: keys.own, clients: [theirs!] });
+      return new Link(rank, partner, guarded, guarded);
+    }
+    return new Link(rank, partner, null, clientOptions(keys && { own: keys.own, server: theirs! }));
   }
 
   async bind(endpoint: string): Promise<void> {
+    logRefusals(this.#socket, endpoint, `the link to rank ${this.partner}`);
     try {
       await this.#socket.bind(endpoint);
     } catch (error) {
@@ -199,6 +218,7 @@ class Link {
 
   close(): void {
     this.#socket.close();
+    if (this.#guarded) dismiss(this.#guarded);
   }
 }
 

@@ -2,6 +2,7 @@
 // and the tokens so far, so nobody has to be told what comes next. All that crosses ranks is the plan's sync points.
 
 import type { Collective } from '../comm/collective.js';
+import type { CollectiveRing } from '../comm/ring.js';
 import { type Batch, fromNative, type NativeEngine, type NativeStep, type StepResult } from '../native.js';
 import { benchAllReduce } from './bench-allreduce.js';
 import type {
@@ -36,6 +37,8 @@ export interface Decoder {
   size: number;
   engine: NativeEngine;
   collective: Collective;
+  /** Remembers the last collectives. */
+  ring: CollectiveRing;
   /** The plan's steps: their sync points are done here. */
   steps: readonly NativeStep[];
   limits: RunSpec['limits'];
@@ -158,13 +161,21 @@ function admit(decoder: Decoder, spec: SequenceSpec, slot: number, fault: Plante
   return { spec, slot, tokens: [...spec.promptIds], cached: 0, finished: false };
 }
 
+/** Tokens that go through the prompt path. */
+function promptEnd({ promptIds, replay }: SequenceSpec): number {
+  return promptIds.length - (replay ?? 0);
+}
+
 /**
- * The tokens of the next step. Prompts go first, in chunks of `limits.tokens` that several sequences may share;
- * when none is left, every active sequence decodes one token.
+ * The tokens of the next step. Prompts go first, in chunks of `limits.tokens` that several sequences may share; then
+ * sequences that replay what an earlier run has decoded, a token each; when none is left, every active sequence decodes
+ * one token.
  */
 function nextBatch(limits: RunSpec['limits'], active: Active[], job: GenerateJob | ScoreJob) {
-  const prefilling = active.filter((s) => s.cached < s.spec.promptIds.length);
-  const kind: StepReport['kind'] = prefilling.length > 0 ? 'prefill' : 'decode';
+  const prompts = active.filter((s) => s.cached < promptEnd(s.spec));
+  const replays = active.filter((s) => s.cached < s.spec.promptIds.length - 1);
+  const known = prompts.length > 0 ? prompts : replays;
+  const kind: StepReport['kind'] = known.length > 0 ? 'prefill' : 'decode';
   const sampling = job.kind === 'generate' ? job.sampling : GREEDY;
   const tokens: { sequence: number; position: number }[] = [];
   const ids: number[] = [];
@@ -172,9 +183,10 @@ function nextBatch(limits: RunSpec['limits'], active: Active[], job: GenerateJob
   const rows: WantedRow[] = [];
   const rowIndex: number[] = [];
   const targets: number[] = [];
-  for (const sequence of kind === 'prefill' ? prefilling : active) {
+  for (const sequence of kind === 'prefill' ? known : active) {
     const end = sequence.tokens.length;
-    for (let p = sequence.cached; p < end && tokens.length < limits.tokens; p++) {
+    const stop = known === prompts ? promptEnd(sequence.spec) : sequence.cached + 1;
+    for (let p = sequence.cached; p < stop && tokens.length < limits.tokens; p++) {
       const wanted = job.kind === 'score' || p === end - 1;
       if (wanted && rows.length === limits.rows) break;
       if (wanted) {
@@ -204,7 +216,7 @@ function nextBatch(limits: RunSpec['limits'], active: Active[], job: GenerateJob
 
 /** Runs the whole plan on one batch: native code up to a sync point, the collective there, on. */
 async function runStep(decoder: Decoder, batch: Batch): Promise<Outcome> {
-  const { engine, collective, steps } = decoder;
+  const { engine, collective, ring, steps } = decoder;
   const time = { computeMs: 0, syncMs: 0 };
   try {
     engine.begin(batch);
@@ -215,8 +227,11 @@ async function runStep(decoder: Decoder, batch: Batch): Promise<Outcome> {
       time.computeMs += computed - start;
       if (at === steps.length) return { result: engine.result(), time };
       const { send, gathered } = engine.syncBuffers(at);
+      const { op, layer, stage } = steps[at]!;
+      const done = ring.begin(op, layer, stage, send.byteLength);
       if (gathered) await collective.gather(send, gathered);
       else await collective.allReduce(send);
+      done();
       time.syncMs += performance.now() - computed;
     }
   } catch (error) {
@@ -225,11 +240,13 @@ async function runStep(decoder: Decoder, batch: Batch): Promise<Outcome> {
 }
 
 /** Runs `steps` decode steps without the host; each is timed from the end of the one before it, on the device's clock. */
-async function runBurst({ engine }: Decoder, batch: Batch, steps: number): Promise<Outcome[]> {
+async function runBurst({ engine, ring }: Decoder, batch: Batch, steps: number): Promise<Outcome[]> {
   try {
+    const done = ring.begin(`${steps} steps`, -1, 'on the device', 0);
     const start = performance.now();
     engine.begin(batch);
     const { tokens, logprobs, endMs } = await engine.decode(steps);
+    done();
     const firstMs = performance.now() - start - (endMs.at(-1)! - endMs[0]!);
     const rows = tokens.length / steps;
     return Array.from({ length: steps }, (_, k) => ({

@@ -10,6 +10,11 @@ export type ModelSource =
   /** a file of configs/ : weights are a pure function of the seed */
   | { kind: 'synthetic'; file: string; seed: number };
 
+/** The folder or file that it is read from. */
+export function nameOf(model: ModelSource): string {
+  return model.kind === 'checkpoint' ? model.dir : model.file;
+}
+
 /** Everything a run needs to start; frozen by the command line, carried to every worker. */
 export interface RunSpec {
   model: ModelSource;
@@ -48,6 +53,11 @@ export interface SequenceSpec {
   maxTokens: number;
   /** Key of its random stream; its place in the command's list of prompts. */
   sequence: number;
+  /**
+   * How many of the last `promptIds` an earlier run has decoded, 0 unless said: they go through the path that made them,
+   * one at a time, because a GPU may round a prompt's chunk differently.
+   */
+  replay?: number | undefined;
 }
 
 /** A fault planted for check's negative control. */

@@ -2,32 +2,30 @@
 
 import { existsSync, mkdirSync } from 'node:fs';
 import { hostname } from 'node:os';
-import { dirname, join, resolve } from 'node:path';
-import { fileURLToPath } from 'node:url';
+import { dirname, resolve } from 'node:path';
 import { newRunId, Rendezvous, removeStale } from '../comm/bootstrap.js';
 import { type Choice, chooseCollective } from '../comm/collective.js';
 import { ControlServer } from '../comm/control.js';
 import type { LauncherMessage, WorkerMessage } from '../comm/messages.js';
 import { EXIT, fail, TpError } from '../errors.js';
 import { log } from '../log.js';
+import { type Cluster, keysOf, type RunKeys } from './cluster.js';
 import { Deferred } from './deferred.js';
 import { Execution, type OnStep } from './execution.js';
+import { describeExit, describePlace, RankFailure, type RankState, writeReport } from './failure.js';
 import { gpuFacts } from './gpus.js';
-import type { Job, JobResult, RunSpec } from './job.js';
-import { type Exit, RankProcess } from './process.js';
-import { describeExit, describePlace, RankFailure, type RankState, Supervisor } from './supervise.js';
+import { type Job, type JobResult, nameOf, type RunSpec } from './job.js';
+import { type LaunchHooks, startLocalRank } from './local.js';
+import type { Exit, RankHandle } from './process.js';
+import { isLeftBehind, newEntry, register, removeSharedMemory } from './registry.js';
+import { Supervisor } from './supervise.js';
 import { Watch } from './watch.js';
-import { parseReady, parseResult, type ReadyInfo, type Setup, unpackReport } from './wire.js';
+import { parseReady, parseResult, type ReadyInfo, type Setup, sentSpec, unpackReport } from './wire.js';
 
 /** A rank that has been told to stop may take this long before it is made to. */
 const STOP_MS = 2000;
-
-export interface LaunchHooks {
-  /** Command line of a worker, before the words that say which one it is. Default: this package's `worker`. */
-  worker?: readonly string[];
-  /** The environment that workers get, besides the names that tools look for: RANK, WORLD_SIZE. Default: this process's. */
-  env?: NodeJS.ProcessEnv;
-}
+/** Between the end of a rank and the arrival of its last words, in ms. */
+const WORDS_MS = 150;
 
 /** One rank of a run that is ready. */
 export interface RankInfo extends ReadyInfo {
@@ -51,27 +49,40 @@ export interface Run {
 
 /**
  * Starts `spec.ranks` workers and waits until all are ready. Throws what a worker found wrong with the input (exit
- * code 2), TP_STAGE_TIMEOUT, TP_WORKER_DIED, TP_INTERRUPTED; no process is left then.
+ * code 2), TP_STAGE_TIMEOUT, TP_WORKER_DIED, TP_NODE_LOST, TP_INTERRUPTED; no process is left then. With a `cluster` the
+ * ranks fill its nodes in order.
  */
-export async function launch(spec: RunSpec, hooks: LaunchHooks = {}): Promise<Run> {
-  const collective = chooseCollective(spec.collective, spec, () => gpuFacts(hooks.env));
+export async function launch(
+  spec: RunSpec,
+  hooks: LaunchHooks = {},
+  cluster: Cluster | null = null,
+): Promise<Run> {
+  await cluster?.whole();
+  const topology = { ...spec, hosts: cluster?.hosts(spec.ranks) ?? 1 };
+  const collective = chooseCollective(spec.collective, topology, () => gpuFacts(hooks.env));
   log.info(`collective: ${collective.why}`);
-  const launcher = new Launcher(spec, collective, hooks);
+  const launcher = new Launcher(spec, collective, hooks, cluster);
   await launcher.start();
   return launcher;
 }
-
-const OWN_WORKER = [process.execPath, fileURLToPath(new URL('../cli/main.js', import.meta.url)), 'worker'];
 
 class Launcher implements Run {
   readonly collective: Choice;
   readonly ranks: RankInfo[] = [];
   readonly #spec: RunSpec;
-  readonly #command: readonly string[];
-  readonly #env: NodeJS.ProcessEnv | undefined;
+  readonly #hooks: LaunchHooks;
+  readonly #cluster: Cluster | null;
+  readonly #keys: RunKeys | null;
   readonly #id = newRunId();
   readonly #states: RankState[] = [];
-  readonly #supervisor = new Supervisor(this.#states, () => this.#cleanUp());
+  readonly #supervisor = new Supervisor(this.#states, {
+    run: this.#id,
+    inquire: () => this.#inquire(),
+    cleanUp: () => this.#cleanUp(),
+    onFailure: (report) => {
+      if (this.#spec.logDir !== null) writeReport(this.#spec.logDir, report);
+    },
+  });
   readonly #ready = new Deferred<void>();
   readonly #endpoints = new Map<number, Record<string, string>>();
   readonly #loaded = new Map<number, { done: number; total: number }>();
@@ -79,20 +90,28 @@ class Launcher implements Run {
   #server: ControlServer | null = null;
   #watch: Watch | null = null;
   #execution: Execution | null = null;
+  #onRing: (() => void) | null = null;
   readonly #startedAt = performance.now();
 
-  constructor(spec: RunSpec, collective: Choice, hooks: LaunchHooks) {
+  constructor(spec: RunSpec, collective: Choice, hooks: LaunchHooks, cluster: Cluster | null) {
     this.#spec = spec;
     this.collective = collective;
-    this.#command = hooks.worker ?? OWN_WORKER;
-    this.#env = hooks.env;
+    this.#hooks = hooks;
+    this.#cluster = cluster;
+    this.#keys = cluster?.newKeys(spec.ranks) ?? null;
   }
 
   async start(): Promise<void> {
     try {
       this.#rendezvous = new Rendezvous();
-      await removeStale();
-      this.#server = await ControlServer.bind(this.#rendezvous.control, this.#id, this.#spec.ranks);
+      if ((await removeStale(isLeftBehind)) > 0) removeSharedMemory();
+      const { address } = this;
+      const control = address === null ? this.#rendezvous.control : `tcp://${address}:*`;
+      const keys = this.#keys && {
+        own: this.#keys.launcher,
+        clients: this.#keys.ranks.map(({ publicKey }) => publicKey),
+      };
+      this.#server = await ControlServer.bind(control, this.#id, this.#spec.ranks, keys);
       if (this.#supervisor.over) this.#cleanUp();
       else this.#startRanks(this.#server);
     } catch (error) {
@@ -125,7 +144,10 @@ class Launcher implements Run {
     const { ranks, logDir } = this.#spec;
     if (logDir !== null) makeLogDir(logDir);
     this.#listen(server).catch((error: Error) => this.#supervisor.fail(error));
-    for (let rank = 0; rank < ranks; rank++) this.#startRank(server.endpoint, rank);
+    const own = this.#cluster?.ownRanks(ranks) ?? ranks;
+    for (let rank = 0; rank < own; rank++) this.#startRank(server.endpoint, rank, own);
+    this.#register();
+    this.#startElsewhere(server.endpoint);
     this.#watch = new Watch(
       this.#states,
       this.#spec,
@@ -134,30 +156,51 @@ class Launcher implements Run {
     );
   }
 
-  #startRank(endpoint: string, rank: number): void {
-    const { ranks, logDir } = this.#spec;
+  /** Address that this run's sockets bind to; null = ipc. A run that stays on this host has none outside it. */
+  private get address(): string | null {
+    const { ranks } = this.#spec;
+    if (!this.#cluster || this.#cluster.ownRanks(ranks) === ranks) return null;
+    return this.#cluster.place.address;
+  }
+
+  #startRank(control: string, rank: number, localRanks: number): void {
+    const { ranks, logDir, model } = this.#spec;
     const host = hostname();
-    const words = [endpoint, this.#id, String(rank), String(ranks)];
-    const surroundings = {
-      prefix: `${host}:${rank} `,
-      logFile: logDir && join(logDir, `rank-${rank}.log`),
-      env: this.#env && { ...this.#env, ...torchNames(rank, ranks) },
-    };
-    const process = new RankProcess([...this.#command, ...words], surroundings, (exit) =>
-      this.#onExit(state, exit),
+    const briefing = { model, keys: keysOf(this.#keys, rank), address: this.address };
+    const started = startLocalRank(
+      { control, run: this.#id, rank, ranks, node: 0, localRank: rank, localRanks, host, logDir, briefing },
+      this.#hooks,
+      (exit) => this.#onExit(this.#states[rank]!, exit),
     );
-    const heardAt = performance.now();
-    const state: RankState = {
-      rank,
-      host,
-      process,
-      stage: 'spawn',
-      job: null,
-      confessed: false,
-      step: -1,
-      heardAt,
+    this.#states.push(newState(rank, host, started));
+  }
+
+  /** Makes the run known to `tp-run ps`. */
+  #register(): void {
+    const { ranks, device, model } = this.#spec;
+    const about = {
+      run: this.#id,
+      node: 0,
+      nodes: this.#cluster?.place.nodes ?? 1,
+      ranks,
+      device,
+      model: nameOf(model),
     };
-    this.#states.push(state);
+    const started = this.#states.map(({ rank, process }) => [rank, process.pid] as const);
+    register(this.#rendezvous!.dir, newEntry(about, started));
+  }
+
+  #startElsewhere(control: string): void {
+    if (!this.#cluster) return;
+    const { ranks } = this.#spec;
+    const run = { launch: this.#id, control, ranks, keys: this.#keys };
+    const started = this.#cluster.start(run, (rank) => {
+      const state = this.#states[rank]!;
+      this.#onExit(state, state.process.exit!);
+    });
+    for (const [rank, remote] of started)
+      this.#states.push(newState(rank, this.#cluster.hostOf(rank), remote));
+    this.#cluster.onLost = (error, lost) => this.#supervisor.fail(new RankFailure(error as TpError, lost));
   }
 
   async #listen(server: ControlServer): Promise<void> {
@@ -175,7 +218,7 @@ class Launcher implements Run {
   async #hear(state: RankState, message: WorkerMessage, frames: readonly Buffer[]): Promise<void> {
     const { rank } = state;
     // a job that failed must not end well by what the ranks still say; an error may be an earlier one
-    if (this.#supervisor.over && message.type !== 'error') return;
+    if (this.#supervisor.over && message.type !== 'error' && message.type !== 'at') return;
     switch (message.type) {
       case 'hello':
         if (this.#endpoints.has(rank)) return;
@@ -207,6 +250,8 @@ class Launcher implements Run {
         state.job = null;
         return this.#execution?.result(rank, parseResult(message.body, rank));
       case 'at':
+        state.ring = message.ring;
+        this.#onRing?.();
         return this.#watch?.answer(rank, { doing: message.doing, waits: message.waitsFor !== null });
       case 'error':
         return this.#onError(state, message);
@@ -217,13 +262,32 @@ class Launcher implements Run {
   #setup(rank: number): LauncherMessage {
     const bound = [...this.#endpoints].filter(([, endpoints]) => String(rank) in endpoints);
     const peers = Object.fromEntries(bound.map(([lower, endpoints]) => [lower, endpoints[rank]!]));
-    const body: Setup = { spec: this.#spec, collective: this.collective.name };
+    const body: Setup = { spec: sentSpec(this.#spec), collective: this.collective.name };
     return { type: 'setup', peers, body };
   }
 
-  #onError(state: RankState, { code, text, exitCode }: WorkerMessage & { type: 'error' }): void {
+  /** Asks every rank that can still answer for its last collectives; the ring of one that has ended stays as it was. */
+  #inquire(): Promise<void> {
+    const silent = this.#states.filter(
+      ({ process, stage, confessed }) => process.exit === null && stage === 'ready' && !confessed,
+    );
+    for (const state of silent) {
+      state.ring = null;
+      this.#tell(state.rank, { type: 'where' });
+    }
+    return new Promise((resolve) => {
+      this.#onRing = () => {
+        if (silent.every(({ ring }) => ring !== null)) resolve();
+      };
+      this.#onRing();
+    });
+  }
+
+  #onError(state: RankState, { code, text, exitCode, ring }: WorkerMessage & { type: 'error' }): void {
     const { rank } = state;
     state.confessed = true;
+    state.ring = ring;
+    this.#onRing?.();
     // it waited for another rank, which may wait itself: ask them all before blaming one
     if (code === 'TP_COLLECTIVE_TIMEOUT') {
       this.#watch?.answer(rank, { doing: text, waits: true });
@@ -236,11 +300,16 @@ class Launcher implements Run {
     this.#supervisor.fail(failure, Math.min(performance.now(), (state.process.exit?.at ?? Infinity) - 1));
   }
 
+  /** A rank that leaves with an exit code of ours has said why: its words may arrive a moment after its end is seen. */
   #onExit(state: RankState, exit: Exit): void {
+    const speaks = exit.code === EXIT.worker || exit.code === EXIT.input;
+    if (speaks) setTimeout(() => this.#judgeExit(state, exit), WORDS_MS);
+    else this.#judgeExit(state, exit);
+  }
+
+  #judgeExit(state: RankState, exit: Exit): void {
     if (state.confessed) return;
-    const hint =
-      exit.signal === 'SIGKILL' ? ' (if nobody sent it, the kernel did, for lack of memory: see dmesg)' : '';
-    const how = `${describeExit(exit)} ${describePlace(state)}${hint}`;
+    const how = `${describeExit(exit)} ${describePlace(state)}`;
     const error = fail('TP_WORKER_DIED', `rank ${state.rank} on ${state.host}`, how);
     this.#supervisor.fail(new RankFailure(error, [state.rank]), exit.at);
   }
@@ -270,10 +339,9 @@ class Launcher implements Run {
   }
 }
 
-/** What torchrun calls them: debuggers, profilers and NCCL tools look for these. */
-function torchNames(rank: number, ranks: number): Record<string, string> {
-  const [place, size] = [String(rank), String(ranks)];
-  return { RANK: place, LOCAL_RANK: place, WORLD_SIZE: size, LOCAL_WORLD_SIZE: size };
+function newState(rank: number, host: string, process: RankHandle): RankState {
+  const heardAt = performance.now();
+  return { rank, host, process, stage: 'spawn', job: null, confessed: false, step: -1, heardAt, ring: null };
 }
 
 function makeLogDir(dir: string): void {

@@ -2,10 +2,11 @@
 
 import { ControlClient } from '../comm/control.js';
 import { describeError, type Stage } from '../comm/messages.js';
+import { CollectiveRing } from '../comm/ring.js';
 import { EXIT } from '../errors.js';
 import { log } from '../log.js';
 import type { Job, JobResult, StepReport } from './job.js';
-import { packReport, type ReadyInfo } from './wire.js';
+import { type Briefing, packReport, type ReadyInfo } from './wire.js';
 
 /** Between two messages about progress, in ms. */
 const PROGRESS_MS = 100;
@@ -19,11 +20,13 @@ export interface Place {
   run: string;
   rank: number;
   ranks: number;
+  briefing: Briefing;
 }
 
 export class Life {
   readonly place: Place;
   readonly control: ControlClient;
+  readonly ring = new CollectiveRing();
   readonly #stageMs: Record<string, number> = {};
   #stage: Stage = 'spawn';
   #since = 0; // performance.now() counts from the start of the process
@@ -34,7 +37,13 @@ export class Life {
 
   constructor(place: Place) {
     this.place = place;
-    this.control = new ControlClient(place.control, place.run, place.rank);
+    const { keys } = place.briefing;
+    this.control = new ControlClient(
+      place.control,
+      place.run,
+      place.rank,
+      keys && { own: keys.own, server: keys.launcher },
+    );
   }
 
   enter(stage: Stage): void {
@@ -75,7 +84,12 @@ export class Life {
     const doing = pending
       ? `waits for rank ${pending.partner} in ${pending.op}`
       : `computes step ${this.#step + 1}`;
-    await this.control.send({ type: 'at', doing, waitsFor: pending?.partner ?? null });
+    await this.control.send({
+      type: 'at',
+      doing,
+      waitsFor: pending?.partner ?? null,
+      ring: this.ring.entries(),
+    });
   }
 
   /** From now on the end of this rank speaks for itself. */
@@ -89,7 +103,8 @@ export class Life {
     if (this.#hushed) return words.exitCode;
     // what is wrong with the input is said once, by the launcher
     if (words.exitCode !== EXIT.input) log.error(`${words.code}: ${words.text}`);
-    await this.control.send({ type: 'error', ...words, stage: this.#stage, step: this.#step });
+    const ring = this.ring.entries();
+    await this.control.send({ type: 'error', ...words, stage: this.#stage, step: this.#step, ring });
     return words.exitCode;
   }
 }

@@ -19,6 +19,22 @@ export interface Exit {
   at: number;
 }
 
+/** The process of a rank, on this host or on another. */
+export interface RankHandle {
+  /** The last lines it wrote to stderr. */
+  readonly tail: readonly string[];
+  /** Null while it lives. */
+  readonly exit: Exit | null;
+  /** Resolves when it has ended and its output has been read. */
+  readonly closed: Promise<unknown>;
+  /** Undefined if it could not be started, or is not known yet. */
+  readonly pid: number | undefined;
+  /** Sends `signal` to it and to what it has left in its group. */
+  kill(signal: NodeJS.Signals): void;
+  /** Stops listening to it. */
+  release(): void;
+}
+
 /** What a rank's process finds around it. */
 export interface Surroundings {
   /** Before each line of its output, on the way to stderr. */
@@ -27,14 +43,13 @@ export interface Surroundings {
   logFile: string | null;
   /** undefined = this process's own */
   env: NodeJS.ProcessEnv | undefined;
+  /** What it reads from stdin: nobody else sees that, unlike words and variables. */
+  input: string;
 }
 
-export class RankProcess {
-  /** The last lines it wrote to stderr. */
+export class RankProcess implements RankHandle {
   readonly tail: string[] = [];
-  /** Null while it lives. */
   exit: Exit | null = null;
-  /** Resolves when it has ended and its output has been read. */
   readonly closed: Promise<unknown>;
   readonly #child: ChildProcess;
   #gone = false;
@@ -43,13 +58,13 @@ export class RankProcess {
   /** Starts `command` with fd 3 as its death pipe: it closes when this process ends, however that happens. */
   constructor(
     command: readonly string[],
-    { prefix, logFile, env }: Surroundings,
+    { prefix, logFile, env, input }: Surroundings,
     onExit: (exit: Exit) => void,
   ) {
     const [file, ...args] = command;
     this.#log = logFile === null ? null : openLog(logFile);
     // detached = a group of its own: Ctrl-C reaches the launcher alone, and the group can be ended as one
-    this.#child = spawn(file!, args, { env, detached: true, stdio: ['ignore', 'pipe', 'pipe', 'pipe'] });
+    this.#child = spawn(file!, args, { env, detached: true, stdio: ['pipe', 'pipe', 'pipe', 'pipe'] });
     this.closed = once(this.#child, 'close').catch(() => {});
     this.#child.once('error', (error) => {
       this.tail.push(error.message);
@@ -57,6 +72,8 @@ export class RankProcess {
     });
     this.#child.once('exit', (code, signal) => this.#ended({ code, signal, at: performance.now() }, onExit));
     this.#child.stdio[3]?.on('error', () => {});
+    this.#child.stdin?.on('error', () => {}); // it has ended before it read
+    this.#child.stdin?.end(input);
     this.#forward(this.#child.stdout!, prefix, false);
     this.#forward(this.#child.stderr!, prefix, true);
     void this.closed.then(() => {
@@ -65,12 +82,11 @@ export class RankProcess {
     });
   }
 
-  /** Undefined if it could not be started. */
   get pid(): number | undefined {
     return this.#child.pid;
   }
 
-  /** Sends `signal` to its whole group: a process that it left behind holds its pipes open and is ended with it. */
+  /** To its whole group: a process that it left behind holds its pipes open and is ended with it. */
   kill(signal: NodeJS.Signals): void {
     if (this.pid === undefined || this.#gone) return;
     try {
@@ -107,7 +123,7 @@ export class RankProcess {
  * Resolves when all are gone, at most patienceMs + 2 * graceMs later.
  */
 export async function endAll(
-  processes: readonly RankProcess[],
+  processes: readonly RankHandle[],
   patienceMs: number,
   graceMs: number,
 ): Promise<void> {
@@ -126,9 +142,11 @@ export async function within(promise: Promise<unknown>, ms: number): Promise<boo
   const late = new Promise<false>((resolve) => {
     timer = setTimeout(resolve, ms, false);
   });
-  const done = await Promise.race([promise.then(() => true as const), late]);
-  clearTimeout(timer);
-  return done;
+  try {
+    return await Promise.race([promise.then(() => true as const), late]);
+  } finally {
+    clearTimeout(timer);
+  }
 }
 
 function openLog(file: string): WriteStream {

@@ -10,10 +10,10 @@ import { makePlan, type Plan } from '../model/plan.js';
 import { loadWeights, weightBytes } from '../model/weights.js';
 import { type EngineSpec, fromNative, type NativeEngine, native } from '../native.js';
 import { type Decoder, runJob } from './decode.js';
-import type { Job, RunSpec } from './job.js';
+import type { Job } from './job.js';
 import { Life, type Place, type RunJob } from './life.js';
 import { openModel } from './open.js';
-import { parseJob, parseSetup, type Setup } from './wire.js';
+import { parseJob, parseSetup, type SentSpec, type Setup } from './wire.js';
 
 /** Lives the life of one rank; resolves with the process's exit code. */
 export async function runRank(place: Place): Promise<number> {
@@ -35,12 +35,18 @@ async function live(life: Life): Promise<void> {
   life.enter('connect');
   const { place } = life;
   const { rank, ranks } = place;
-  const zmq = await ZmqCollective.bind(rank, ranks, (partner) => pairEndpoint(place.control, rank, partner));
+  const { model: named, keys, address } = place.briefing;
+  const zmq = await ZmqCollective.bind(
+    rank,
+    ranks,
+    (partner) => (address === null ? pairEndpoint(place.control, rank, partner) : `tcp://${address}:*`),
+    keys,
+  );
   const { spec, collective: name, peers } = await meet(life, version().addon, zmq.endpoints);
 
   life.enter('device');
   if (spec.device === 'cpu' && ranks > 1 && keepToCores(rank, ranks, spec.threads) > 0) zmq.keepAwake();
-  const model = openModel(spec.model);
+  const model = openModel(named);
   const plan = makePlan(model.config, rank, ranks);
   const engine = new Engine(engineSpec(spec, plan, name));
 
@@ -65,6 +71,7 @@ async function live(life: Life): Promise<void> {
     size: ranks,
     engine,
     collective,
+    ring: life.ring,
     steps: plan.steps,
     limits,
     trace,
@@ -145,7 +152,7 @@ async function serve(life: Life, collective: Collective, run: RunJob): Promise<v
   }
 }
 
-function engineSpec(spec: RunSpec, plan: Plan, collective: Setup['collective']): EngineSpec {
+function engineSpec(spec: SentSpec, plan: Plan, collective: Setup['collective']): EngineSpec {
   const { device, dtype, isa, threads, limits, trace } = spec;
   const { rank, size, model, layers, steps } = plan;
   const tensors = plan.tensors.map(({ name, shape }) => ({ name, shape }));

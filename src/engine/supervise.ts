@@ -1,8 +1,8 @@
 // What happens when something goes wrong: the first failure ends every rank, in bounded time, and is told in full.
 
-import type { Stage } from '../comm/messages.js';
-import { fail, TpError } from '../errors.js';
-import { type Exit, endAll, type RankProcess } from './process.js';
+import { EXIT, fail, TpError } from '../errors.js';
+import { type FailureReport, type RankState, reportFailure, summarize, takeScene } from './failure.js';
+import { endAll, within } from './process.js';
 
 /** Between SIGTERM and SIGKILL, in ms. */
 const GRACE_MS = 300;
@@ -11,20 +11,18 @@ const SETTLE_MS = 60;
 
 const SIGNALS = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
 
-/** What the launcher knows of one rank. */
-export interface RankState {
-  rank: number;
-  host: string;
-  process: RankProcess;
-  stage: Stage;
-  /** The kind of job that it is at, null between jobs. */
-  job: string | null;
-  /** It has told what went wrong with it: its exit is no news. */
-  confessed: boolean;
-  /** Last completed step, -1 before the first. */
-  step: number;
-  /** performance.now() of its last message. */
-  heardAt: number;
+/** Ranks that are asked for their last collectives before they are ended have this long to answer, in ms. */
+const INQUEST_MS = 250;
+
+/** What a supervisor asks of the run that it watches over. */
+export interface Watched {
+  run: string;
+  /** Asks the ranks that live for their last collectives; resolves when all have answered. */
+  inquire(): Promise<unknown>;
+  /** Runs when all ranks are gone. */
+  cleanUp(): void;
+  /** A run whose ranks failed, told in full. */
+  onFailure(report: FailureReport): void;
 }
 
 /** Ends the run once, whatever goes wrong first. */
@@ -32,16 +30,16 @@ export class Supervisor {
   /** Rejects with the root cause when every process is gone; never resolves. */
   readonly failed: Promise<never>;
   readonly #ranks: RankState[];
-  readonly #cleanUp: () => void;
+  readonly #watched: Watched;
   #reject!: (error: unknown) => void;
   #first: { error: Error; at: number } | null = null;
   #over = false;
   #finished: Promise<void> | null = null;
 
-  /** Takes over the signals at once: install it before anything is started. `cleanUp` runs when all ranks are gone. */
-  constructor(ranks: RankState[], cleanUp: () => void) {
+  /** Takes over the signals at once: install it before anything is started. */
+  constructor(ranks: RankState[], watched: Watched) {
     this.#ranks = ranks;
-    this.#cleanUp = cleanUp;
+    this.#watched = watched;
     this.failed = new Promise((_, reject) => {
       this.#reject = reject;
     });
@@ -90,11 +88,16 @@ export class Supervisor {
   async #end(): Promise<void> {
     if (this.#over) return;
     this.#over = true;
-    // taken now: the end itself changes what the ranks look like
-    const lines = this.#ranks.map(describeRank);
-    await this.#endAll(0);
     const { error } = this.#first!;
-    this.#reject(error instanceof RankFailure ? error.withSummary(this.#ranks, lines) : error);
+    const failed = error instanceof TpError && error.exitCode === EXIT.worker;
+    if (failed) await within(this.#watched.inquire(), INQUEST_MS);
+    // taken now: the end itself changes what the ranks look like
+    const scene = takeScene(this.#ranks);
+    await this.#endAll(0);
+    if (!failed) return this.#reject(error);
+    const report = reportFailure(this.#watched.run, error, scene);
+    this.#watched.onFailure(report);
+    this.#reject(summarize(error, report, scene));
   }
 
   async #endAll(patienceMs: number): Promise<void> {
@@ -105,43 +108,6 @@ export class Supervisor {
     );
     for (const signal of SIGNALS) process.off(signal, this.#interrupt);
     process.off('exit', this.#killAll);
-    this.#cleanUp();
+    this.#watched.cleanUp();
   }
-}
-
-/** A failure of one or more ranks; its message grows a summary when all output is in. */
-export class RankFailure extends TpError {
-  readonly #culprits: readonly number[];
-
-  constructor(error: TpError, culprits: readonly number[]) {
-    super(error.code, error.exitCode, error.text, error.at);
-    this.#culprits = culprits;
-  }
-
-  withSummary(ranks: readonly RankState[], lines: readonly string[]): TpError {
-    const tails = ranks
-      .filter(({ rank, process }) => this.#culprits.includes(rank) && process.tail.length)
-      .map(({ rank, process }) =>
-        [`last lines of rank ${rank}:`, ...process.tail.map((l) => `  | ${l}`)].join('\n'),
-      );
-    return new TpError(this.code, this.exitCode, [this.text, ...lines, ...tails].join('\n'));
-  }
-}
-
-/** `  rank 1 on vm (pid 71): in generate, last completed step 12; killed by SIGKILL` */
-function describeRank(state: RankState): string {
-  const { rank, host, process } = state;
-  return `  rank ${rank} on ${host} (pid ${process.pid}): ${describePlace(state)}; ${describeExit(process.exit)}`;
-}
-
-/** `in stage weights, no step completed`, `in generate, last completed step 12` */
-export function describePlace({ stage, job, step }: RankState): string {
-  const steps = step < 0 ? 'no step completed' : `last completed step ${step}`;
-  return `in ${job ?? `stage ${stage}`}, ${steps}`;
-}
-
-/** `killed by SIGKILL`, `exited with code 4`, `running` */
-export function describeExit(exit: Exit | null): string {
-  if (!exit) return 'running';
-  return exit.signal ? `killed by ${exit.signal}` : `exited with code ${exit.code}`;
 }

@@ -2,7 +2,7 @@
 
 import { STAGES, type Stage } from '../comm/messages.js';
 import { fail } from '../errors.js';
-import { RankFailure, type RankState } from './supervise.js';
+import { RankFailure, type RankState } from './failure.js';
 
 const TICK_MS = 50;
 /** A rank whose event loop is alive answers `where` well within this. */

@@ -2,21 +2,20 @@
 // The types are job.ts's own; a field added there that is missing here does not compile.
 
 import { z } from 'zod';
+import type { RankKeys } from '../comm/curve.js';
 import { parseBody } from '../comm/messages.js';
 import { fail } from '../errors.js';
 import type { TraceEntry } from '../native.js';
-import type { Job, JobResult, RunSpec, StepReport } from './job.js';
+import type { Job, JobResult, ModelSource, RunSpec, StepReport } from './job.js';
 
 const count = z.number().int().nonnegative();
 const ids = z.array(z.number().int());
 /** z.number() refuses NaN and infinities, which a log-probability or a time may be. */
 const real = z.custom<number>((value) => typeof value === 'number', 'expected a number');
 
-const spec: z.ZodType<RunSpec> = z.strictObject({
-  model: z.discriminatedUnion('kind', [
-    z.strictObject({ kind: z.literal('checkpoint'), dir: z.string() }),
-    z.strictObject({ kind: z.literal('synthetic'), file: z.string(), seed: count }),
-  ]),
+/** What travels of a spec: no file is named to a process on another host. */
+export type SentSpec = Omit<RunSpec, 'model' | 'logDir'>;
+const spec: z.ZodType<SentSpec> = z.strictObject({
   ranks: count.positive(),
   device: z.enum(['cpu', 'cuda']),
   devices: z.array(count),
@@ -34,12 +33,29 @@ const spec: z.ZodType<RunSpec> = z.strictObject({
   trace: z.boolean(),
   initTimeoutMs: real,
   stepTimeoutMs: real,
-  logDir: z.string().nullable(),
+});
+
+/** What a worker reads from stdin, written by the process that started it: files, and keys that nobody else may see. */
+export interface Briefing {
+  model: ModelSource;
+  /** Null = plain sockets. */
+  keys: RankKeys | null;
+  /** Address of this host that the rank binds its sockets to; null = beside the launcher's ipc socket. */
+  address: string | null;
+}
+const keyPair = z.strictObject({ publicKey: z.string(), secretKey: z.string() });
+const briefing: z.ZodType<Briefing> = z.strictObject({
+  model: z.discriminatedUnion('kind', [
+    z.strictObject({ kind: z.literal('checkpoint'), dir: z.string() }),
+    z.strictObject({ kind: z.literal('synthetic'), file: z.string(), seed: count }),
+  ]),
+  keys: z.strictObject({ own: keyPair, launcher: z.string(), ranks: z.array(z.string()) }).nullable(),
+  address: z.string().nullable(),
 });
 
 /** What the launcher tells a worker that has said hello. */
 export interface Setup {
-  spec: RunSpec;
+  spec: SentSpec;
   collective: 'local' | 'zmq' | 'nccl' | 'peer';
 }
 const setup: z.ZodType<Setup> = z.strictObject({
@@ -47,7 +63,9 @@ const setup: z.ZodType<Setup> = z.strictObject({
   collective: z.enum(['local', 'zmq', 'nccl', 'peer']),
 });
 
-const sequences = z.array(z.strictObject({ promptIds: ids, maxTokens: count, sequence: count }));
+const sequences = z.array(
+  z.strictObject({ promptIds: ids, maxTokens: count, sequence: count, replay: count.optional() }),
+);
 const fault = z
   .strictObject({
     rank: z.number().int(),
@@ -138,6 +156,12 @@ const report = z.strictObject({
     )
     .nullable(),
 });
+
+/** TP_MESSAGE_BAD. */
+export const parseBriefing = (text: string): Briefing =>
+  parseBody(briefing, JSON.parse(text), 'the process that started this one');
+/** What of `spec` every rank is told, on any host. */
+export const sentSpec = ({ model: _, logDir: __, ...sent }: RunSpec): SentSpec => sent;
 
 export const parseSetup = (body: unknown): Setup => parseBody(setup, body, 'the launcher');
 export const parseJob = (body: unknown): Job => parseBody(job, body, 'the launcher');

@@ -151,25 +151,25 @@ describe('ranks that do not fit together', () => {
 
 describe('the choice of a collective', () => {
   it('on CPU workers is zmq, and says why not the others', () => {
-    expect(chooseCollective('auto', { ranks: 2, device: 'cpu', devices: [] })).toEqual({
+    expect(chooseCollective('auto', { ranks: 2, device: 'cpu', devices: [], hosts: 1 })).toEqual({
       name: 'zmq',
       why: 'zmq (peer off: no GPU; nccl off: no GPU)',
     });
   });
 
   it('for one rank is local', () => {
-    expect(chooseCollective('auto', { ranks: 1, device: 'cpu', devices: [] }).name).toBe('local');
-    expect(chooseCollective('zmq', { ranks: 1, device: 'cpu', devices: [] }).name).toBe('local');
+    expect(chooseCollective('auto', { ranks: 1, device: 'cpu', devices: [], hosts: 1 }).name).toBe('local');
+    expect(chooseCollective('zmq', { ranks: 1, device: 'cpu', devices: [], hosts: 1 }).name).toBe('local');
   });
 
   it.each(['nccl', 'peer'] as const)('refuses %s without a GPU as bad input', (name) => {
-    expect(() => chooseCollective(name, { ranks: 2, device: 'cpu', devices: [] })).toThrow(
+    expect(() => chooseCollective(name, { ranks: 2, device: 'cpu', devices: [], hosts: 1 })).toThrow(
       expect.objectContaining({ code: 'TP_COLLECTIVE_UNSUPPORTED', exitCode: 2 }),
     );
   });
 
   it('leaves peer out where GPUs may not reach each other, and says why', () => {
-    const two = { ranks: 2, device: 'cuda', devices: [0, 1] } as const;
+    const two = { ranks: 2, device: 'cuda', devices: [0, 1], hosts: 1 } as const;
     const facts = { peers: [[1], [0]], peersOff: null, ncclWhy: null };
     expect(chooseCollective('auto', two, () => facts)).toEqual({ name: 'peer', why: 'peer' });
     const off = { ...facts, peersOff: 'switched off' };
@@ -185,8 +185,23 @@ describe('the choice of a collective', () => {
   });
 
   it('refuses a number of ranks that is no power of two', () => {
-    expect(() => chooseCollective('auto', { ranks: 3, device: 'cpu', devices: [] })).toThrow(
+    expect(() => chooseCollective('auto', { ranks: 3, device: 'cpu', devices: [], hosts: 1 })).toThrow(
       '3 is no power of two',
     );
+  });
+
+  it('over several hosts is NCCL, where device numbers may repeat; on one host ranks that share a GPU have peer alone', () => {
+    const gpus = () => ({ peers: [[1], [0]], peersOff: null, ncclWhy: null });
+    const choose = (devices: number[], hosts: number) =>
+      chooseCollective('auto', { ranks: devices.length, device: 'cuda', devices, hosts }, gpus);
+    expect(choose([0, 0], 2)).toEqual({ name: 'nccl', why: 'nccl (peer off: 2 hosts)' });
+    expect(choose([0, 1, 0, 1], 2).name).toBe('nccl');
+    expect(choose([0, 0], 1).name).toBe('peer');
+    expect(() =>
+      chooseCollective('nccl', { ranks: 2, device: 'cuda', devices: [0, 0], hosts: 1 }, gpus),
+    ).toThrow('ranks share a GPU');
+    expect(() =>
+      chooseCollective('peer', { ranks: 2, device: 'cuda', devices: [0, 0], hosts: 2 }, gpus),
+    ).toThrow('2 hosts');
   });
 });

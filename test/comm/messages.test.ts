@@ -20,6 +20,19 @@ const stage = fc.constantFrom(...STAGES);
 const body = fc.jsonValue({ maxDepth: 3 }).map((value) => JSON.parse(JSON.stringify(value)));
 const endpoints = fc.dictionary(count.map(String), fc.string());
 
+const ring = fc.array(
+  fc.record({
+    n: count,
+    op: fc.string(),
+    layer: fc.integer(),
+    stage: fc.string(),
+    bytes: count,
+    agoMs: count,
+    tookMs: fc.option(count),
+  }),
+  { maxLength: 3 },
+);
+
 const worker: fc.Arbitrary<WorkerMessage> = fc.oneof(
   fc.record({
     type: fc.constant('hello' as const),
@@ -34,7 +47,7 @@ const worker: fc.Arbitrary<WorkerMessage> = fc.oneof(
   fc.record({ type: fc.constant('ready' as const), body }),
   fc.record({ type: fc.constant('report' as const), frames: fc.nat(4096), body }),
   fc.record({ type: fc.constant('result' as const), body }),
-  fc.record({ type: fc.constant('at' as const), doing: fc.string(), waitsFor: fc.option(count) }),
+  fc.record({ type: fc.constant('at' as const), doing: fc.string(), waitsFor: fc.option(count), ring }),
   fc.record({
     type: fc.constant('error' as const),
     code: fc.string(),
@@ -42,6 +55,7 @@ const worker: fc.Arbitrary<WorkerMessage> = fc.oneof(
     exitCode: count,
     stage,
     step: fc.integer(),
+    ring,
   }),
 );
 const launcher: fc.Arbitrary<LauncherMessage> = fc.oneof(

@@ -218,6 +218,47 @@ describe('a run that fails', () => {
     );
   });
 
+  it('lays the ranks’ last collectives side by side: who never came, or came with another size', async () => {
+    const late = await failureOf((await start('gets stuck at step 2', { stepTimeoutMs: 500 })).execute(JOB));
+    expect(late.message).toMatch(
+      /^collectives: rank 1 never came to allReduce #9 \(layer 2 down, 64 bytes\), in which rank 0 has waited for 500 ms$/m,
+    );
+    expect(late.message).toMatch(/^ {2}rank 0 .*, in allReduce #9 \(layer 2 down, 64 bytes\); running$/m);
+    const odd = await failureOf((await start('sends another size', { stepTimeoutMs: 500 })).execute(JOB));
+    expect(odd.message).toMatch(
+      /^collectives: rank 0 is at allReduce #9 \(layer 2 down, 64 bytes\), rank 1 at allReduce #9 \(layer 2 down, 32 bytes\)$/m,
+    );
+  });
+
+  it('writes error.json beside the logs: the failure, and of each rank its place, exit, last words and collectives', async () => {
+    const logDir = tempDir();
+    const run = await start('dies at step 2', { logDir });
+    const error = await failureOf(run.execute(JOB));
+    expect(error.message).toMatch(
+      /^likely cause: somebody sent SIGKILL, or the kernel did for lack of memory/m,
+    );
+    const report = JSON.parse(readFileSync(join(logDir, 'error.json'), 'utf8'));
+    expect(report).toMatchObject({
+      schema: 'tp-run/error/1',
+      code: 'TP_WORKER_DIED',
+      exit_code: 4,
+      culprits: [1],
+      likely_cause: expect.stringContaining('SIGKILL'),
+      ranks: [
+        { rank: 0, pid: run.ranks[0]!.pid, stage: 'ready', job: null, last_step: 2, exit: 'running' },
+        { rank: 1, pid: run.ranks[1]!.pid, job: 'generate', last_step: 1, exit: 'killed by SIGKILL' },
+      ],
+    });
+    expect(report.ranks[0].collectives.at(-1)).toMatchObject({
+      n: 9,
+      op: 'allReduce',
+      bytes: 64,
+      tookMs: null,
+    });
+    expect(report.ranks[1].collectives).toBe(null);
+    expect(Math.abs(Date.parse(report.time) - Date.now())).toBeLessThan(60_000);
+  });
+
   it('takes a rank along that ignores SIGTERM, and a process that a rank has left', async () => {
     for (const how of ['ignores SIGTERM', 'leaves a child']) {
       const run = await start(how);

@@ -1,10 +1,11 @@
 import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
+import { describeExit, RankFailure, type RankState } from '../../src/engine/failure.js';
 import { RankProcess } from '../../src/engine/process.js';
-import { describeExit, RankFailure, type RankState, Supervisor } from '../../src/engine/supervise.js';
+import { Supervisor } from '../../src/engine/supervise.js';
 import { TpError } from '../../src/errors.js';
 import { isAlive, until } from '../helpers/running.js';
 
-const BARE = { prefix: '', logFile: null, env: undefined };
+const BARE = { prefix: '', logFile: null, env: undefined, input: '' };
 const states: RankState[] = [];
 beforeEach(() => void vi.spyOn(process.stderr, 'write').mockReturnValue(true)); // the ranks' own words
 afterEach(() => {
@@ -24,17 +25,25 @@ function rank(number: number, script: string): RankState {
     confessed: false,
     step: 3 + number,
     heardAt: 0,
+    ring: null,
   };
   states.push(state);
   return state;
 }
 
 const SLEEP = 'setTimeout(() => {}, 1e6)';
+/** Watches over a run that nobody can be asked about. */
+const watched = (cleanUp = () => {}) => ({
+  run: 'run-1',
+  inquire: async () => {},
+  cleanUp,
+  onFailure: () => {},
+});
 const error = (text: string) => new TpError('TP_TEST', 4, text);
 
 describe('the supervisor', () => {
   it('takes the earliest of several failures as the root cause', async () => {
-    const supervisor = new Supervisor([], () => {});
+    const supervisor = new Supervisor([], watched());
     supervisor.fail(error('later'), 20);
     supervisor.fail(error('earliest'), 10);
     supervisor.fail(error('latest'), 30);
@@ -46,9 +55,12 @@ describe('the supervisor', () => {
   it('rejects only when every rank has gone and all is cleaned up', async () => {
     const ranks = [rank(0, SLEEP), rank(1, SLEEP)];
     let clean = false;
-    const supervisor = new Supervisor(ranks, () => {
-      clean = ranks.every(({ process }) => !isAlive(process.pid!));
-    });
+    const supervisor = new Supervisor(
+      ranks,
+      watched(() => {
+        clean = ranks.every(({ process }) => !isAlive(process.pid!));
+      }),
+    );
     supervisor.fail(error('stop'));
     await expect(supervisor.failed).rejects.toThrow('stop');
     expect(clean).toBe(true);
@@ -57,7 +69,7 @@ describe('the supervisor', () => {
   it('tells of every rank what it was at when it happened, and the last 20 lines of the culprit', async () => {
     const ranks = [rank(0, SLEEP), rank(1, 'for (let i = 1; i <= 30; i++) console.error("line", i)')];
     await ranks[1]!.process.closed;
-    const supervisor = new Supervisor(ranks, () => {});
+    const supervisor = new Supervisor(ranks, watched());
     supervisor.fail(new RankFailure(error('rank 1 is gone'), [1]));
     const { message } = (await supervisor.failed.catch((e) => e)) as TpError;
     const lines = message.split('\n');
@@ -75,7 +87,7 @@ describe('the supervisor', () => {
   it('ends what a rank has left running in its group', async () => {
     const child = `const c = require('child_process').spawn('sleep', ['1000'], { stdio: 'inherit' }); console.error(c.pid)`;
     const left = rank(0, `${child}; process.exit(0)`);
-    const supervisor = new Supervisor([left], () => {});
+    const supervisor = new Supervisor([left], watched());
     while (left.process.tail.length === 0 || left.process.exit === null)
       await new Promise((r) => setTimeout(r, 5));
     const pid = Number(left.process.tail[0]);
@@ -87,7 +99,7 @@ describe('the supervisor', () => {
 
   it('gives the signals back when the run is over', async () => {
     const before = process.listenerCount('SIGTERM');
-    const supervisor = new Supervisor([], () => {});
+    const supervisor = new Supervisor([], watched());
     expect(process.listenerCount('SIGTERM')).toBe(before + 1);
     await supervisor.finish(10);
     expect(process.listenerCount('SIGTERM')).toBe(before);

@@ -9,6 +9,8 @@ const [how, endpoint, run, rankWord] = process.argv.slice(2);
 const rank = Number(rankWord);
 const odd = (what) => rank === 1 && how === what;
 
+const stuck = how === 'gets stuck at step 2' || how === 'sends another size';
+
 const forEver = () => new Promise((resolve) => setTimeout(resolve, 1e9));
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 const report = (step, token) => ({
@@ -65,6 +67,7 @@ if (odd('reports bad input')) {
     exitCode: 2,
     stage: 'device',
     step: -1,
+    ring: [],
   };
   await control.send(error);
   await sleep(100);
@@ -91,7 +94,18 @@ for (;;) {
   if (message.type === 'where') {
     // rank 1 computes for ever, all others wait for it
     const doing = rank === 1 ? 'computes step 2' : 'waits for rank 1 in allReduce #9';
-    await control.send({ type: 'at', doing, waitsFor: rank === 1 ? null : 1 });
+    const entry = { op: 'allReduce', layer: 2, stage: 'down', bytes: 64, agoMs: 500, tookMs: 1 };
+    const ring = [
+      { ...entry, n: 8 },
+      { ...entry, n: 9, bytes: how === 'sends another size' && rank === 1 ? 32 : 64, tookMs: null },
+    ];
+    const behind = how !== 'sends another size' && rank === 1;
+    await control.send({
+      type: 'at',
+      doing,
+      waitsFor: rank === 1 ? null : 1,
+      ring: behind ? ring.slice(0, 1) : ring,
+    });
   }
   if (message.type !== 'job') continue;
   const steps = odd('stops early') ? 2 : 3;
@@ -100,12 +114,11 @@ for (;;) {
       await sleep(100); // SIGKILL takes along what has not left the process yet: steps 0 and 1 must be told
       process.kill(process.pid, 'SIGKILL');
     }
-    if (odd('gets stuck at step 2') && step === 2) break;
-    if (how === 'gets stuck at step 2' && step === 2) break;
+    if (stuck && step === 2) break;
     const token = odd('disagrees at step 1') && step === 1 ? 999 : step;
     await control.send({ type: 'report', frames: 0, body: report(step, token) });
   }
-  if (how === 'gets stuck at step 2') continue;
+  if (stuck) continue;
   await control.send({ type: 'result', body: { kind: 'generate', steps } });
 }
 control.close();

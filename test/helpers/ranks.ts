@@ -1,6 +1,7 @@
 // Several ranks in one process: real engines, sums in tree order, no sockets. For tests of ops and of the numbers.
 
 import type { Collective } from '../../src/comm/collective.js';
+import { CollectiveRing } from '../../src/comm/ring.js';
 import { decode } from '../../src/engine/decode.js';
 import type { GenerateJob, RunSpec, ScoreJob, StepReport } from '../../src/engine/job.js';
 import { openCheckpoint } from '../../src/model/checkpoint.js';
@@ -74,6 +75,7 @@ export async function openRanks(config: ModelConfig, source: WeightSource, optio
             size: plan.size,
             engine,
             collective,
+            ring: new CollectiveRing(),
             steps: plan.steps,
             limits,
             trace: options.trace ?? false,

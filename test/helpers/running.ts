@@ -19,10 +19,13 @@ export class Running {
   #stdout = '';
   #stderr = '';
 
-  constructor(args: readonly string[], env: Record<string, string> = {}) {
-    this.#child = spawn(process.execPath, [join(root, 'dist/cli/main.js'), ...args], {
+  /** `via` is a command that runs another one in its place, such as `ip netns exec NAME`. */
+  constructor(args: readonly string[], env: Record<string, string> = {}, via: readonly string[] = []) {
+    const [file, ...words] = [...via, process.execPath, join(root, 'dist/cli/main.js'), ...args];
+    const clean = Object.entries(process.env).filter(([name]) => !name.startsWith('TP_RUN_'));
+    this.#child = spawn(file!, words, {
       cwd: root,
-      env: { ...process.env, ...env },
+      env: { ...Object.fromEntries(clean), ...env },
       stdio: ['ignore', 'pipe', 'pipe'],
     });
     this.#child.stdout!.setEncoding('utf8').on('data', (text: string) => {
@@ -39,8 +42,25 @@ export class Running {
     }));
   }
 
+  get stdout(): string {
+    return this.#stdout;
+  }
+
   get stderr(): string {
     return this.#stderr;
+  }
+
+  get hasEnded(): boolean {
+    return this.#child.exitCode !== null || this.#child.signalCode !== null;
+  }
+
+  get pid(): number {
+    return this.#child.pid!;
+  }
+
+  /** Resolves when it has said something on stderr that `pattern` matches. */
+  async said(pattern: RegExp): Promise<void> {
+    await this.#until(() => pattern.test(this.#stderr));
   }
 
   /** Process ids of the workers so far, in the order of ranks. */
@@ -69,9 +89,8 @@ export class Running {
   }
 
   async #until(condition: () => boolean): Promise<void> {
-    const over = () => this.#child.exitCode !== null || this.#child.signalCode !== null;
     await until(
-      () => condition() || over(),
+      () => condition() || this.hasEnded,
       20_000,
       () => this.#stderr,
     );

@@ -1,0 +1,314 @@
+// The nodes of a run as node 0 sees them: who is there, which ranks live where, and whether they still are.
+
+import { type KeyPair, newKeyPair, type RankKeys, type ServerKeys } from '../comm/curve.js';
+import type { NodeAbout } from '../comm/node-messages.js';
+import { type FromNode, NodeServer } from '../comm/nodes.js';
+import { fail } from '../errors.js';
+import { log } from '../log.js';
+import { within } from './process.js';
+import { RemoteRank } from './remote.js';
+
+/** Between two signs of life, in ms. */
+export const ALIVE_MS = 500;
+
+/** A node that was told to end has this long to end its ranks and say so. */
+const BYE_MS = 2000;
+
+/** A node's account of itself, without its place. */
+export type NodeFacts = Omit<NodeAbout, 'node' | 'nodes'>;
+
+export interface ClusterPlace {
+  nodes: number;
+  /** Where the nodes meet. */
+  endpoint: string;
+  /** Address of this host that runs bind their sockets to; null = the nodes are processes of one host, over ipc. */
+  address: string | null;
+  /** Keys of the meeting; null = plain. */
+  keys: ServerKeys | null;
+  initTimeoutMs: number;
+  /** A node that says nothing for so long is lost. */
+  silenceMs: number;
+}
+
+interface Node extends NodeFacts {
+  node: number;
+  present: boolean;
+  heardAt: number;
+  /** Signs of life in a row that could not be sent to it: 1 may be a node that is coming back. */
+  unreached: number;
+}
+
+/** Keys of one run: the launcher's, and a pair for each rank. */
+export interface RunKeys {
+  launcher: KeyPair;
+  ranks: readonly KeyPair[];
+}
+
+export class Cluster {
+  readonly place: ClusterPlace;
+  readonly #server: NodeServer;
+  readonly #facts: NodeFacts;
+  readonly #nodes: (Node | undefined)[];
+  /** Ranks elsewhere of the run that is on, by rank. */
+  readonly #ranks = new Map<number, { node: number; launch: string; process: RemoteRank }>();
+  readonly #timer: NodeJS.Timeout;
+  #lookedAt = performance.now();
+  #onWhole: (() => void) | null = null;
+  #onLeft: (() => void) | null = null;
+  #broken: ((error: Error) => void) | null = null;
+  /** Told when a node is lost that has ranks of the run. */
+  onLost: (error: Error, ranks: readonly number[]) => void = () => {};
+
+  private constructor(place: ClusterPlace, server: NodeServer, facts: NodeFacts) {
+    this.place = place;
+    this.#server = server;
+    this.#facts = facts;
+    const own: Node = { ...facts, node: 0, present: true, heardAt: 0, unreached: 0 };
+    this.#nodes = [own, ...Array<undefined>(place.nodes - 1)];
+    this.#timer = setInterval(() => this.#look(), ALIVE_MS);
+    this.#timer.unref();
+    void this.#listen();
+  }
+
+  /** Begins to listen; `whole` waits for the nodes. TP_MASTER_BIND. */
+  static async listen(place: ClusterPlace, session: string, facts: NodeFacts): Promise<Cluster> {
+    return new Cluster(place, await NodeServer.bind(place.endpoint, session, place.nodes, place.keys), facts);
+  }
+
+  /** Resolves when every node is there. TP_NODE_MISSING, TP_NODE_MISMATCH; TP_INTERNAL when it is closed meanwhile. */
+  async whole(): Promise<void> {
+    const { endpoint, initTimeoutMs } = this.place;
+    const there = new Promise<void>((resolve, reject) => {
+      this.#onWhole = () => {
+        if (this.#missing().length === 0) resolve();
+      };
+      this.#broken = reject;
+      this.#onWhole();
+    });
+    // an awaited promise alone does not keep a process alive, and the timer of `within` does
+    const inTime = await within(there, initTimeoutMs).finally(() => {
+      this.#onWhole = null;
+      this.#broken = null;
+    });
+    if (!inTime) throw fail('TP_NODE_MISSING', this.#missing(), endpoint, initTimeoutMs);
+  }
+
+  /** Ranks of all nodes. */
+  get size(): number {
+    return this.#nodes.reduce((sum, node) => sum + (node?.ranks ?? 0), 0);
+  }
+
+  /** Device index of each of the first `ranks` ranks; [] on CPUs. */
+  devices(ranks: number): number[] {
+    return this.#nodes.flatMap((node) => node?.devices ?? []).slice(0, ranks);
+  }
+
+  /** Ranks of a run of `ranks` that live on node 0. */
+  ownRanks(ranks: number): number {
+    return Math.min(ranks, this.#facts.ranks);
+  }
+
+  /** Machines that a run of `ranks` is spread over. */
+  hosts(ranks: number): number {
+    return new Set(Array.from({ length: ranks }, (_, rank) => this.#nodeOf(rank).hostId)).size;
+  }
+
+  hostOf(rank: number): string {
+    return this.#nodeOf(rank).host;
+  }
+
+  /** Keys for one run; null when the cluster uses none. */
+  newKeys(ranks: number): RunKeys | null {
+    if (this.place.keys === null) return null;
+    return { launcher: newKeyPair(), ranks: Array.from({ length: ranks }, newKeyPair) };
+  }
+
+  /** Starts the ranks that do not live on node 0; by rank. */
+  start(
+    run: { launch: string; control: string; ranks: number; keys: RunKeys | null },
+    onExit: (rank: number) => void,
+  ): Map<number, RemoteRank> {
+    this.#ranks.clear();
+    const { launch, control, ranks, keys } = run;
+    for (let rank = this.ownRanks(ranks); rank < ranks; rank++) {
+      const { node } = this.#nodeOf(rank);
+      const kill = (signal: NodeJS.Signals) =>
+        this.#tell(node, { type: 'kill', launch, rank, signal: signal as 'SIGTERM' });
+      this.#ranks.set(rank, { node, launch, process: new RemoteRank(kill, () => onExit(rank)) });
+    }
+    for (const node of this.#nodes.slice(1)) {
+      const first = this.#firstRank(node!.node);
+      const own = keys?.ranks.slice(first, first + node!.ranks);
+      if (first >= ranks) continue;
+      this.#tell(node!.node, {
+        type: 'start',
+        launch,
+        control,
+        first,
+        ranks,
+        keys: keys && {
+          launcher: keys.launcher.publicKey,
+          ranks: keys.ranks.map(({ publicKey }) => publicKey),
+          own: own!,
+        },
+      });
+    }
+    return new Map([...this.#ranks].map(([rank, { process }]) => [rank, process]));
+  }
+
+  /** Tells every node to end with `exitCode` and waits until they have, for a moment. */
+  async close(exitCode: number): Promise<void> {
+    clearInterval(this.#timer);
+    this.#broken?.(fail('TP_INTERNAL', 'the run is over'));
+    this.onLost = () => {};
+    for (const node of this.#nodes.slice(1))
+      if (node?.present) this.#tell(node.node, { type: 'bye', exitCode });
+    const over = new Promise<void>((resolve) => {
+      this.#onLeft = () => {
+        if (!this.#nodes.slice(1).some((node) => node?.present)) resolve();
+      };
+      this.#onLeft();
+    });
+    await within(over, BYE_MS);
+    this.#server.close();
+  }
+
+  #missing(): number[] {
+    return [...this.#nodes.keys()].filter((node) => !this.#nodes[node]?.present);
+  }
+
+  #firstRank(node: number): number {
+    return this.#nodes.slice(0, node).reduce((sum, before) => sum + before!.ranks, 0);
+  }
+
+  #nodeOf(rank: number): Node {
+    return this.#nodes.find((node) => rank < this.#firstRank(node!.node) + node!.ranks)!;
+  }
+
+  async #listen(): Promise<void> {
+    for await (const from of this.#server.messages()) {
+      try {
+        this.#hear(from);
+      } catch (error) {
+        this.#broken?.(error as Error);
+      }
+    }
+  }
+
+  #hear({ node, message }: FromNode): void {
+    const known = this.#nodes[node];
+    if (known) Object.assign(known, { heardAt: performance.now(), unreached: 0 });
+    switch (message.type) {
+      case 'hello':
+        this.#welcome(node, message);
+        return;
+      case 'alive':
+        return;
+      case 'started':
+        if (this.#isOn(node, message)) this.#ranks.get(message.rank)!.process.pid = message.pid;
+        return;
+      case 'exit':
+        if (this.#isOn(node, message)) {
+          const { code, signal, tail } = message;
+          this.#ranks.get(message.rank)!.process.ended(code, signal as NodeJS.Signals | null, tail);
+        }
+        return;
+      case 'leaving':
+        this.#lose(node, message.why);
+        return;
+    }
+  }
+
+  /** It speaks of a rank that lives there, of the run that is on. */
+  #isOn(node: number, { rank, launch }: { rank: number; launch: string }): boolean {
+    const known = this.#ranks.get(rank);
+    return known?.node === node && known.launch === launch;
+  }
+
+  #welcome(node: number, { type: _, nodes, ...facts }: NodeAbout & { type: 'hello' }): void {
+    const before = this.#nodes[node];
+    if (before?.present && before.pid !== facts.pid) {
+      this.#lose(node, `another process came as node ${node}: each needs a --node-rank of its own`);
+    }
+    const problem = this.#mismatch(node, nodes, facts);
+    if (problem) {
+      this.#tell(node, { type: 'refused', why: problem.text });
+      throw problem;
+    }
+    this.#nodes[node] = { ...facts, node, present: true, heardAt: performance.now(), unreached: 0 };
+    this.#tell(node, { type: 'welcome' });
+    log.info(`node ${node} of ${this.place.nodes}: ${facts.host}, ${facts.ranks} x ${facts.device}`);
+    this.#onWhole?.();
+  }
+
+  #mismatch(node: number, nodes: number, facts: NodeFacts): (Error & { text: string }) | null {
+    const own = this.#facts;
+    if (nodes !== this.place.nodes)
+      return fail('TP_NODE_MISMATCH', node, '--nnodes', String(nodes), String(this.place.nodes));
+    for (const [key, what] of [
+      ['version', 'tp-run'],
+      ['device', 'device'],
+      ['model', 'another model:'],
+    ] as const) {
+      if (facts[key] !== own[key]) return fail('TP_NODE_MISMATCH', node, what, facts[key], own[key]);
+    }
+    return null;
+  }
+
+  #look(): void {
+    const now = performance.now();
+    const asleep = now - this.#lookedAt > 4 * ALIVE_MS;
+    this.#lookedAt = now;
+    for (const node of this.#nodes.slice(1)) {
+      if (!node?.present) continue;
+      // this process was held up: it cannot say who was silent meanwhile
+      if (asleep) node.heardAt = now;
+      const silent = now - node.heardAt;
+      if (silent > this.place.silenceMs) {
+        this.#lose(
+          node.node,
+          `nothing heard for ${Math.round(silent)} ms: its host, or the network to it, is down`,
+        );
+        continue;
+      }
+      this.#server.send(node.node, { type: 'alive' }).catch(() => {
+        if (++node.unreached < 2 || !node.present) return;
+        this.#lose(node.node, 'its connection closed: the process was killed, or its host is down');
+      });
+    }
+  }
+
+  #lose(node: number, how: string): void {
+    const lost = this.#nodes[node];
+    if (!lost?.present) return;
+    lost.present = false;
+    this.#onLeft?.();
+    if (this.#onLeft) return;
+    const ranks = [...this.#ranks].filter(
+      ([, { node: on, process }]) => on === node && process.exit === null,
+    );
+    for (const [, { process }] of ranks) process.lose();
+    const error = fail('TP_NODE_LOST', `node ${node} on ${lost.host}`, how);
+    if (ranks.length === 0) log.warn(error.text);
+    else
+      this.onLost(
+        error,
+        ranks.map(([rank]) => rank),
+      );
+  }
+
+  #tell(node: number, message: Parameters<NodeServer['send']>[1]): void {
+    this.#server.send(node, message).catch((error: Error) => log.debug(`node ${node}: ${error.message}`));
+  }
+}
+
+/** What rank `rank` gets of a run's keys. */
+export function keysOf(keys: RunKeys | null, rank: number): RankKeys | null {
+  if (!keys) return null;
+  const { launcher, ranks } = keys;
+  return {
+    own: ranks[rank]!,
+    launcher: launcher.publicKey,
+    ranks: ranks.map(({ publicKey }) => publicKey),
+  };
+}

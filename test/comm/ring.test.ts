@@ -1,0 +1,58 @@
+import { describe, expect, it } from 'vitest';
+import { CollectiveRing, compareRings, RING_LENGTH, type RingEntry } from '../../src/comm/ring.js';
+
+const entry = (n: number, more: Partial<RingEntry> = {}): RingEntry => ({
+  n,
+  op: 'allReduce',
+  layer: 3,
+  stage: 'down',
+  bytes: 64,
+  agoMs: 700,
+  tookMs: 1,
+  ...more,
+});
+
+describe('a ring of collectives', () => {
+  it('keeps the latest, in order, and says which is under way', () => {
+    const ring = new CollectiveRing();
+    for (let i = 0; i < 100; i++) ring.begin('allReduce', i, 'down', 8)();
+    ring.begin('gather', -1, 'sample', 16);
+    const entries = ring.entries();
+    expect(entries).toHaveLength(RING_LENGTH);
+    expect(entries.map(({ n }) => n)).toEqual(Array.from({ length: RING_LENGTH }, (_, i) => 70 + i));
+    expect(entries.at(-1)).toMatchObject({ op: 'gather', stage: 'sample', bytes: 16, tookMs: null });
+    expect(entries.slice(0, -1).every(({ tookMs, agoMs }) => tookMs !== null && agoMs >= tookMs)).toBe(true);
+  });
+});
+
+describe('rings side by side', () => {
+  const compare = (...rings: RingEntry[][]) => compareRings(new Map(rings.entries()));
+
+  it('show nothing when all ranks are at the same place', () => {
+    expect(compare([entry(1), entry(2)], [entry(1), entry(2)])).toBe(null);
+    expect(compare([entry(1, { tookMs: null })], [entry(1, { tookMs: null })])).toBe(null);
+    expect(compare([entry(1)])).toBe(null);
+    expect(compare()).toBe(null);
+  });
+
+  it('show who never came', () => {
+    const waiting = [entry(1), entry(2, { tookMs: null })];
+    expect(compare(waiting, [entry(1)])).toBe(
+      'rank 1 never came to allReduce #2 (layer 3 down, 64 bytes), in which rank 0 has waited for 700 ms',
+    );
+    expect(compare([], waiting, [entry(1)], waiting)).toMatch(
+      /^ranks 0, 2 never came to .* which rank 1 has/,
+    );
+  });
+
+  it('show the first collective whose size or kind differs, and not what follows from it', () => {
+    expect(
+      compare([entry(1), entry(2, { bytes: 128 })], [entry(1), entry(2), entry(3, { op: 'gather' })]),
+    ).toBe(
+      'rank 0 is at allReduce #2 (layer 3 down, 128 bytes), rank 1 at allReduce #2 (layer 3 down, 64 bytes)',
+    );
+    expect(compare([entry(4, { layer: -1, stage: 'sample', op: 'gather' })], [entry(4)])).toMatch(
+      /^rank 0 is at gather #4 \(sample, 64 bytes\), rank 1 at allReduce #4/,
+    );
+  });
+});
