@@ -51,7 +51,7 @@ __device__ __forceinline__ void consume_experts(Context& c, const Deal& deal, co
       const uint32_t taken = c.ring.take(c.warp, row_bytes, c.wires);
       if (i < count) {
         const int slot = c.column < c.tokens ? c.chosen->slot(i, c.column) : -1;
-        uint32_t act = slot < 0 ? c.zeros : shared_of(acts.data) + (c.column * top_k + slot) * acts.stride;
+        uint32_t act = shared_of(acts.data) + (c.column * top_k + slot) * acts.stride;
         uint32_t weights = taken + c.column % rows.expert_rows * rows.moe * 2;
         act += c.quarter * 16, weights += c.quarter * 16;
         float* to = room + ((c.warp * kMostTokens + c.column) * rows.expert_rows + 2 * c.quarter) * lanes;
@@ -60,8 +60,8 @@ __device__ __forceinline__ void consume_experts(Context& c, const Deal& deal, co
         for (int l = 0; l < lanes; l++, weights += kLeafPieces * 16) {
           float sums[2] = {0, 0};
           if (l < rows.leaves) {
-            product<kLeafPieces>(weights, act, c.quarter, sums);
-            if (slot >= 0) act += kLeafPieces * 16;
+            product<kLeafPieces>(weights, act, slot >= 0, c.quarter, sums);
+            act += kLeafPieces * 16;
           }
           if (stores) to[l] = sums[0], to[lanes + l] = sums[1];
         }

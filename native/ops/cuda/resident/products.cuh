@@ -31,7 +31,6 @@ struct Context {
   Counter grid, owners;
   Sums sums;
   char* acts;       // bfloat16 activations
-  uint32_t zeros;   // shared address of kZeroBytes of zeros: the activations of tokens that are not there
   float* exchange;  // 2 turns of kRoomFloats
   Chosen* chosen;
   uint32_t listed;             // barrier: `chosen` is there, for the warp that fills the ring
@@ -60,13 +59,11 @@ __device__ inline void multiply(float (&acc)[4], uint32_t a0, uint32_t a2, uint3
       : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
 }
 
-constexpr int kMostPieces = 48;  // pieces of 8 elements in one warp's chunk of a row
-constexpr int kZeroBytes = kMostPieces * 16;
-
 /// sums[i] = products of the lane's token with the weight rows that lanes of column 2 * quarter + i hold,
 /// over `Pieces` pieces. Shared addresses of the lane's first pieces.
 template <int Pieces>
-__device__ __forceinline__ void product(uint32_t weights, uint32_t act, int quarter, float (&sums)[2]) {
+__device__ __forceinline__ void product(uint32_t weights, uint32_t act, bool held, int quarter,
+                                        float (&sums)[2]) {
   constexpr int kSteps = (Pieces + 3) / 4, kAhead = 6;  // steps whose operands are asked for at once
   float acc[4][4] = {};
 #pragma unroll
@@ -78,7 +75,7 @@ __device__ __forceinline__ void product(uint32_t weights, uint32_t act, int quar
       if (i >= kSteps) continue;
       w[k] = x[k] = make_uint4(0, 0, 0, 0);
       if (i * 4 + 3 < Pieces || i * 4 + quarter < Pieces)
-        w[k] = load_shared(weights + i * 64), x[k] = load_shared(act + i * 64);
+        w[k] = load_shared(weights + i * 64), x[k] = load_shared(act + i * 64, held);
     }
 #pragma unroll
     for (int k = 0; k < kAhead; k++) {
@@ -110,8 +107,7 @@ __device__ __forceinline__ void consume(Context& c, const Deal& deal, int chunks
   const int row = row_of(c.column), row_bytes = chunks * Pieces * 16;
   const uint32_t offset = c.warp * Pieces * 16 + c.quarter * 16;
   const bool held = c.column < c.tokens;
-  const uint32_t act =
-      held ? shared_of(acts.data) + c.column * acts.stride + offset : c.zeros + c.quarter * 16;
+  const uint32_t act = shared_of(acts.data) + c.column * acts.stride + offset;
   const int sums_at = c.warp * kSumFloats + c.column * kUnitRows + row_of(2 * c.quarter);
 #pragma unroll 1
   for (int base = 0; base < deal.portions; base += kGroup) {
@@ -122,7 +118,7 @@ __device__ __forceinline__ void consume(Context& c, const Deal& deal, int chunks
       const uint32_t at = c.ring.take(row, row_bytes, c.wires) + offset;
       if (c.warp < chunks) {
         float sums[2];
-        product<Pieces>(at, held ? act + (n & (deal.parts - 1)) * row_bytes : act, c.quarter, sums);
+        product<Pieces>(at, act + (n & (deal.parts - 1)) * row_bytes, held, c.quarter, sums);
         float* const to = room + (n - base) * kWarps * kSumFloats + sums_at;
         if (held) to[0] = sums[0], to[kSlotRows] = sums[1];
       }

@@ -42,6 +42,17 @@ __device__ __forceinline__ uint4 load_shared(uint32_t at) {
   return x;
 }
 
+/// The same, or zeros: lanes without a token ask for nothing.
+__device__ __forceinline__ uint4 load_shared(uint32_t at, bool held) {
+  uint4 x;
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0; "
+      "@p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
+      : "r"(at), "r"(static_cast<uint32_t>(held)));
+  return x;
+}
+
 /// Bytes from one to the next: 64 past a multiple of 128, so that neighbours lie on other banks.
 inline __host__ __device__ int stride_of(int bytes) { return (bytes + 63) / 128 * 128 + 64; }
 

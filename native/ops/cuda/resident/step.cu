@@ -119,7 +119,6 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
   __shared__ float room[2 * kMostTokens * kWarps];
   __shared__ int position[kMostTokens], slot[kMostTokens];
   __shared__ LayerArgs layers[2];
-  __shared__ __align__(16) char zeros[kZeroBytes];
   Ring ring(p, memory, barriers);
   const int tokens = p.in.tokens;
   if (threadIdx.x == 0) {
@@ -131,7 +130,6 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
     position[threadIdx.x] = p.in.position[threadIdx.x];
     slot[threadIdx.x] = p.in.slot[threadIdx.x];
   }
-  for (int i = threadIdx.x; i < kZeroBytes; i += kBlock) zeros[i] = 0;
   __syncthreads();
   if (threadIdx.x >= kThreads) {
     fill_ring(p, ring, chosen, shared_of(&listed));
@@ -152,7 +150,6 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
             Counter(&p.counters->owners, __ldcg(&p.counters->owners_before)),
             Sums(room),
             acts,
-            shared_of(zeros),
             reinterpret_cast<float*>(acts + p.act_bytes),
             &chosen,
             shared_of(&listed),
