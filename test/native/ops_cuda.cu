@@ -1003,7 +1003,7 @@ std::vector<float> logits_of(const Model& m, int rows) {
 
 void test_fused(int layer_count) {
   const int positions = 1100, stages = layer_count * 7 + 1;
-  Model m(1, layer_count, 8, positions);
+  Model m(1, layer_count, 8, positions, 8);
   set_angles(m);
   const auto fused = gpu->fuse(decoder_of(m), m.d, nullptr);
   if (!fused) return expect(false, "the fused step does not take the real shape", 0);
@@ -1119,7 +1119,7 @@ void test_fused(int layer_count) {
 
 /// Stretches of a step against the same stages one by one: where does a stretch first leave other bits?
 void test_stretches() {
-  Model m(1, 6, 8, 1100);
+  Model m(1, 6, 8, 1100, 8);
   set_angles(m);
   const auto fused = gpu->fuse(decoder_of(m), m.d, nullptr);
   for (const int T : {1, 2, 8}) {
@@ -1168,7 +1168,7 @@ void test_stretches() {
 
 /// A few short steps, for a profiler.
 void profile_fused() {
-  Model m(2, 6, 8, 1100);
+  Model m(2, 6, 8, 1100, 8);
   set_angles(m);
   const auto fused = gpu->fuse(decoder_of(m), m.d, nullptr);
   Step in(8, 8);
@@ -1183,7 +1183,7 @@ void time_fused(int layer_count) {
   for (const int size : {1, 2}) {
     gpu.reset();
     gpu = std::make_unique<cuda::CudaBackend>(0);
-    Model m(size, layer_count, 8, 1100);
+    Model m(size, layer_count, 8, 1100, 8);
     set_angles(m);
     // As one rank: what it would add to its peers' sums it adds to nothing.
     const auto fused = gpu->fuse(decoder_of(m), m.d, nullptr);
