@@ -22,6 +22,9 @@ constexpr int kMaxRanks = kMaxLeaves;
 constexpr int kLineFloats = 3;
 constexpr int kThreads = 256;
 constexpr int kMostBlocks = 128;  // all resident at once, so that no block waits for one that cannot start
+/// Between looks at what lies in the host's memory: thousands of threads that look often keep the bus busy for tens of
+/// milliseconds.
+constexpr uint32_t kTriesBetweenLooks = 1 << 16;
 constexpr uint64_t kPatienceNs = 20'000'000'000;  // a peer that is this late will not come
 
 /// Written by the device, read by the host, and the other way round: pinned host memory.
@@ -73,7 +76,7 @@ __device__ __forceinline__ uint4 await_line(const Inboxes& in, const uint4* from
   for (uint32_t tries = 1;; tries++) {
     line = peek_line(from);
     if (line.w == epoch) return line;
-    if (tries % 256) continue;
+    if (tries % kTriesBetweenLooks) continue;
     if (in.shared->abort || in.shared->late) return line;
     if (now_ns() - start > kPatienceNs) {
       in.shared->late = 1 + static_cast<uint32_t>(peer);

@@ -43,8 +43,6 @@ CudaBackend::~CudaBackend() {
   cudaSetDevice(device_);
   cudaStreamSynchronize(stream_);
   for (const auto& [key, graph] : graphs_) cudaGraphExecDestroy(graph);
-  for (cudaEvent_t event : ended_)
-    if (event) cudaEventDestroy(event);
   for (void* block : blocks_) cudaFree(block);
   for (void* block : shared_blocks_) cudaFreeHost(block);
   cudaFreeHost(staging_);
@@ -157,7 +155,7 @@ void CudaBackend::replay(uint64_t key, const std::function<void()>& work) {
   enter();
   const auto found = graphs_.find(key);
   if (found != graphs_.end()) {
-    start(found->second);
+    check(cudaGraphLaunch(found->second, stream_), "starting a recorded step");
     return;
   }
   // The first time runs it as it is: kernels are set up and working memory grows, which a recording could not
@@ -182,17 +180,7 @@ void CudaBackend::replay(uint64_t key, const std::function<void()>& work) {
   cudaGraphDestroy(graph);
   check(status, "recording a step");
   graphs_[key] = recorded;
-  start(recorded);
-}
-
-void CudaBackend::start(cudaGraphExec_t graph) {
-  cudaEvent_t& ended = ended_[started_++ % kMostAhead];
-  if (ended)
-    check(cudaEventSynchronize(ended), "running a step");
-  else
-    check(cudaEventCreateWithFlags(&ended, cudaEventDisableTiming), "making an event");
-  check(cudaGraphLaunch(graph, stream_), "starting a recorded step");
-  check(cudaEventRecord(ended, stream_), "starting a recorded step");
+  check(cudaGraphLaunch(recorded, stream_), "starting a recorded step");
 }
 
 }  // namespace cuda

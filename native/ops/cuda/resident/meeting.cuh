@@ -9,6 +9,7 @@ namespace tp::cuda::resident {
 
 constexpr uint64_t kPeerPatienceNs = 20'000'000'000;  // a peer that is this late will not come
 constexpr uint64_t kPatienceNs = 25'000'000'000;
+constexpr int kTriesBetweenLooks = 1 << 14;  // at the host's memory, which lies behind a slow bus
 
 /// The computing threads of the block meet.
 __device__ inline void meet() { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
@@ -36,7 +37,7 @@ __device__ __noinline__ inline void lose_patience(const Wires& wires, uint64_t& 
 class Patience {
  public:
   __device__ void lose(const Wires& wires, uint64_t limit, int peer = -1) {
-    if (++tries_ % 1024 == 0) lose_patience(wires, begin_, limit, peer);
+    if (++tries_ % kTriesBetweenLooks == 0) lose_patience(wires, begin_, limit, peer);
   }
 
  private:
