@@ -1,12 +1,29 @@
 import { defineConfig } from 'vitest/config';
 
+// Real processes that are held to a time, or that take every core: one file at a time.
+const ALONE = [
+  'test/e2e/{bench,fault-table,faults,fuzz,launchers,nodes,recovery,runs,terminal}.test.ts',
+  'test/engine/launcher.test.ts',
+  'test/comm/collective.test.ts',
+];
+
 export default defineConfig({
   test: {
-    include: ['test/**/*.test.ts'],
     globalSetup: ['test/helpers/build.ts'],
-    // Many tests start real processes that compute on every core, and some hold them to a time.
-    fileParallelism: false,
     testTimeout: 60_000,
     hookTimeout: 60_000,
+    projects: [
+      {
+        extends: true,
+        test: {
+          name: 'together',
+          include: ['test/**/*.test.ts'],
+          exclude: ALONE,
+          maxWorkers: 2,
+          sequence: { groupOrder: 0 },
+        },
+      },
+      { extends: true, test: { name: 'alone', include: ALONE, maxWorkers: 1, sequence: { groupOrder: 1 } } },
+    ],
   },
 });

@@ -22,8 +22,8 @@ constexpr int kMaxRanks = kMaxLeaves;
 constexpr int kLineFloats = 3;
 constexpr int kThreads = 256;
 constexpr int kMostBlocks = 128;  // all resident at once, so that no block waits for one that cannot start
-/// Between looks at what lies in the host's memory: thousands of threads that look often keep the bus busy for tens of
-/// milliseconds.
+/// Between looks at what lies in the host's memory: thousands of threads that look often keep the bus busy
+/// for tens of milliseconds.
 constexpr uint32_t kTriesBetweenLooks = 1 << 16;
 constexpr uint64_t kPatienceNs = 20'000'000'000;  // a peer that is this late will not come
 

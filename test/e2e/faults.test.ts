@@ -1,4 +1,4 @@
-// Real runs, real kills, at random moments. TEST_FAULTS sets how many of each (50); TEST_SEED repeats a sequence.
+// Real runs, real kills, at random moments. TEST_FAULTS sets how many of each (10); TEST_SEED repeats a sequence.
 
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
@@ -8,7 +8,7 @@ import { root } from '../helpers/fixture.js';
 import { randomFrom } from '../helpers/random.js';
 import { commandLine, isAlive, Running, residentMiB, sleep, until } from '../helpers/running.js';
 
-const TIMES = Number(process.env.TEST_FAULTS ?? 50);
+const TIMES = Number(process.env.TEST_FAULTS ?? 10);
 const SEED = Number(process.env.TEST_SEED ?? Date.now() % 1_000_000);
 const AT_ONCE = 2;
 const RANKS = 2;
