@@ -31,7 +31,7 @@ const KINDS = {
   // node itself never frees some of what it allocates: leaks of the addon cannot be told from its
   address: {
     flags: '-fsanitize=address,undefined -fno-sanitize-recover=undefined',
-    library: 'libasan.so',
+    runtime: 'libasan.so',
     env: { ASAN_OPTIONS: 'detect_leaks=0:abort_on_error=1', UBSAN_OPTIONS: 'print_stacktrace=1' },
     via: [],
     // engines of several ranks in one process, bad files and buffers, every op against its reference
@@ -39,7 +39,7 @@ const KINDS = {
   },
   thread: {
     flags: '-fsanitize=thread',
-    library: 'libtsan.so',
+    runtime: 'libtsan.so',
     // node is not instrumented: reports need a frame of the addon to be about it
     env: { TSAN_OPTIONS: `halt_on_error=1:suppressions=${join(root, 'scripts/tsan.supp')}` },
     // its shadow memory wants addresses that are not drawn at random
@@ -89,8 +89,8 @@ run('cmake', ['--build', build, '--parallel', String(availableParallelism())]);
 symlinkSync(join(build, 'tp_run.node'), join(tree, 'build', 'tp_run.node'));
 
 const compiler = process.env.CXX ?? 'c++';
-const library = spawnSync(compiler, [`-print-file-name=${kind.library}`], { encoding: 'utf8' }).stdout.trim();
-if (!existsSync(library)) stop(`${compiler} has no ${kind.library}: install its sanitizer libraries`);
+const library = spawnSync(compiler, [`-print-file-name=${kind.runtime}`], { encoding: 'utf8' }).stdout.trim();
+if (!existsSync(library)) stop(`${compiler} has no ${kind.runtime}: install its sanitizer libraries`);
 const vitest = join(dirname(require.resolve('vitest/package.json')), 'vitest.mjs');
 const tests = words.length > 0 ? words : kind.tests;
 const program = kind.script

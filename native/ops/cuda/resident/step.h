@@ -32,7 +32,6 @@ constexpr int kAttentionChunk = 256;                      // elements of a row o
 constexpr int kAttentionPart = kAttentionChunk * kWarps;  // and all warps
 constexpr int kMostGroup = 8;                             // query heads of a KV head
 constexpr int kRowPieces = 3;                             // pieces of 4 that a thread keeps of a token's row
-constexpr int kMostHidden = kRowPieces * 4 * kThreads;
 
 /// Arrivals only ever grow, over all launches; the last block to leave notes where they stand.
 struct Counters {
