@@ -77,6 +77,8 @@ export interface EngineSpec {
   };
   /** Keep a hash of every stage's output, see `traceRows`. */
   trace: boolean;
+  /** Record no CUDA graph, false unless said: every kernel is launched by itself. */
+  eager?: boolean;
 }
 
 /** One step's input. T tokens, R rows (tokens whose logits are wanted), all of one rank's view, equal on every rank. */
@@ -145,6 +147,18 @@ export interface TraceEntry {
   hashes: BigUint64Array; // [T or R, parts] over the raw fp32 bytes of each row (and shard)
 }
 
+/**
+ * When the plan's steps ran in the last decoding step: ns of the host's monotonic clock, which `process.hrtime` reads too.
+ * NaN for a step that does not stand by itself: a sync that the stage behind it does, that the host does, or that has
+ * nobody to join.
+ */
+export interface StageTimes {
+  spans: Float64Array; // [steps, 3] begin, inputs there, end
+  bytes: Float64Array; // [steps] of weights and cache that it had to read
+  blocks: Int32Array; // [B] blocks of a GPU that `marks` tells of; none where every op is a launch
+  marks: Float64Array; // [B, steps, 3] the same of one block
+}
+
 export interface LoadProgress {
   bytes: number;
 }
@@ -192,6 +206,15 @@ export interface NativeEngine {
   trace(): TraceEntry[];
   plantFault(fault: Fault | null): void;
   stats(): EngineStats;
+  /** From now on `run` notes when every step of the plan runs, and records no graph; `decode` is refused meanwhile. */
+  timeStages(on: boolean): Promise<void>;
+  /** Of the last whole step. */
+  stageTimes(): StageTimes;
+  /**
+   * Fills all positions of a slot's cache with made-up keys and values, the same ones every time: to measure a long context
+   * without its prompt.
+   */
+  fillCache(slot: number): Promise<void>;
   /** Streams through this rank's own weights for about `seconds`; GB/s. */
   readBandwidth(seconds: number): Promise<number>;
   /**

@@ -101,6 +101,7 @@ EngineSpec to_spec(const Napi::Object& from) {
   spec.size = integer(from, "size");
   spec.device_index = integer(from, "deviceIndex");
   spec.trace = boolean(from, "trace");
+  spec.eager = from.Has("eager") && boolean(from, "eager");
   const Napi::Object model = object(from, "model");
   spec.model = {integer(model, "hidden"),          integer(model, "vocab"),   integer(model, "intermediate"),
                 integer(model, "moeIntermediate"), integer(model, "experts"), integer(model, "topK"),

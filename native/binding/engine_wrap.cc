@@ -81,6 +81,9 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
                            InstanceMethod<&EngineWrap::trace>("trace"),
                            InstanceMethod<&EngineWrap::plant_fault>("plantFault"),
                            InstanceMethod<&EngineWrap::stats>("stats"),
+                           InstanceMethod<&EngineWrap::time_stages>("timeStages"),
+                           InstanceMethod<&EngineWrap::stage_times>("stageTimes"),
+                           InstanceMethod<&EngineWrap::fill_cache>("fillCache"),
                            InstanceMethod<&EngineWrap::read_bandwidth>("readBandwidth"),
                            InstanceMethod<&EngineWrap::time_all_reduce>("timeAllReduce"),
                            InstanceMethod<&EngineWrap::abort>("abort"),
@@ -353,6 +356,36 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
     out.Set("readBytes", stats.read_bytes);
     out.Set("expertsRead", stats.experts_read);
     return out;
+  }
+
+  Napi::Value time_stages(const Napi::CallbackInfo& info) {
+    const bool on = info[0].As<Napi::Boolean>();
+    return submit(info.Env(), [this, on] {
+      engine_->time_stages(on);
+      return Task::Answer();
+    });
+  }
+
+  Napi::Value stage_times(const Napi::CallbackInfo& info) {
+    const Napi::Env env = info.Env();
+    idle(env);
+    return guarded(env, [&] {
+      const StageTimer::Times times = engine_->stage_times();
+      Napi::Object out = Napi::Object::New(env);
+      out.Set("spans", typed_array<Napi::Float64Array>(env, times.spans));
+      out.Set("bytes", typed_array<Napi::Float64Array>(env, engine_->call_bytes()));
+      out.Set("blocks", typed_array<Napi::Int32Array>(env, times.blocks));
+      out.Set("marks", typed_array<Napi::Float64Array>(env, times.marks));
+      return out;
+    });
+  }
+
+  Napi::Value fill_cache(const Napi::CallbackInfo& info) {
+    const int slot = info[0].As<Napi::Number>().Int32Value();
+    return submit(info.Env(), [this, slot] {
+      engine_->fill_cache(slot);
+      return Task::Answer();
+    });
   }
 
   Napi::Value read_bandwidth(const Napi::CallbackInfo& info) {

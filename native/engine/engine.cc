@@ -137,10 +137,7 @@ int Engine::run(int from) {
 
   size_t to = first;
   while (to < calls.size() && !(host && calls[to].sync != Program::Sync::none)) to++;
-  if (fault_ || spec_.trace)
-    start_step(first, to, false);
-  else
-    backend_->replay(replay_key(first, input_, false), [&] { start_step(first, to, false); });
+  start_or_replay(first, to, false);
   backend_->finish();
   require_joined();
   if (to == calls.size()) count_reads();
@@ -150,12 +147,12 @@ int Engine::run(int from) {
 Engine::Burst Engine::decode(int steps) {
   if (!program_) fail("TP_PLAN", "decode before prepare");
   check_burst(batch_, spec_, steps);
+  if (timer_) fail("TP_BATCH", "a burst while stages are timed");
   if (steps < 1 || steps > kHistory)
     fail("TP_BATCH", "a burst of %d steps; it takes 1 to %d", steps, kHistory);
   backend_->enter();
   const uint64_t first = *buffers_->fed_steps;
-  for (int s = 0; s < steps; s++)
-    backend_->replay(replay_key(0, input_, true), [&] { start_step(0, program_->calls().size(), true); });
+  for (int s = 0; s < steps; s++) start_or_replay(0, program_->calls().size(), true);
   backend_->finish();
   require_joined();
 
@@ -179,18 +176,27 @@ Engine::Burst Engine::decode(int steps) {
   return burst;
 }
 
+void Engine::start_or_replay(size_t from, size_t to, bool feed) {
+  if (fault_ || timer_ || spec_.trace || spec_.eager)
+    start_step(from, to, feed);
+  else
+    backend_->replay(replay_key(from, input_, feed), [&] { start_step(from, to, feed); });
+}
+
 void Engine::start_step(size_t from, size_t to, bool feed) {
   const auto& calls = program_->calls();
+  if (timer_) timer_->enter(from);
   if (from == 0)
     for (const AnglesArgs& rope : buffers_->ropes) backend_->ops().angles(rope, dims_, input_, *backend_);
   for (size_t i = from; i < to;) {
-    const size_t fused_to = start_fused(i, to);
+    const size_t first = i, fused_to = start_fused(i, to);
     if (fused_to > i) {
       i = fused_to;
     } else {
       start(calls[i]);
       i++;
     }
+    if (timer_ && (calls[first].run || collective_)) timer_->leave(first, i, fused_to > first);
     inspect(calls[i - 1]);
   }
   if (to < calls.size()) return;
@@ -246,19 +252,73 @@ void Engine::require_joined() const {
   if (!error.empty()) fail("TP_COLLECTIVE", "%s", error.c_str());
 }
 
-void Engine::count_reads() {
-  for (const Program::Call& call : program_->calls()) stats_.read_bytes += call.weight_bytes;
+void Engine::time_stages(bool on) {
+  if (!program_) fail("TP_PLAN", "times of stages before prepare");
+  backend_->enter();
+  timer_ = nullptr;  // its end stops what a new one starts
+  if (on) timer_ = std::make_unique<StageTimer>(*program_, *backend_, fused_.get());
+}
+
+StageTimer::Times Engine::stage_times() const {
+  if (!timer_) fail("TP_PLAN", "times of stages that were not asked for");
+  return timer_->times();
+}
+
+void Engine::fill_cache(int slot) {
+  if (slot < 0 || slot >= spec_.limits.sequences)
+    fail("TP_BATCH", "slot %d of %d", slot, spec_.limits.sequences);
+  backend_->enter();
+  const auto layers = static_cast<int>(spec_.layers.size());
+  backend_->parallel(2 * layers, [&](int i, int) {
+    const LayerSpec& layer = spec_.layers[static_cast<size_t>(i / 2)];
+    const Cache& cache = buffers_->caches[static_cast<size_t>(i / 2)];
+    // An fp32 number is two bfloat16 ones: the upper half decides, the lower are further digits.
+    const uint64_t halves = (dims_.bfloat16 ? 1u : 2u) * static_cast<uint64_t>(layer.kv_heads) *
+                            static_cast<uint64_t>(cache.capacity) * static_cast<uint64_t>(layer.head_dim);
+    const uint64_t start = static_cast<uint64_t>(slot) * halves;
+    const Synthetic source{{static_cast<uint32_t>(i), 0}, 1.0f / 65536, 0};
+    backend_->ops().synthesize(source, {start, halves, halves, 1},
+                               static_cast<Bf16*>(i % 2 == 0 ? cache.k : cache.v) + start, *backend_);
+  });
+  backend_->finish();
+}
+
+double Engine::cache_bytes_of(const Program::Call& call) const {
+  if (!call.reads_cache) return 0;
+  const LayerSpec& layer = spec_.layers[static_cast<size_t>(call.layer)];
   // Tokens of one sequence read the same keys: count the furthest of each slot once.
   std::vector<int> seen(static_cast<size_t>(spec_.limits.sequences), 0);
   for (size_t t = 0; t < batch_.tokens.size(); t++) {
     int& most = seen[static_cast<size_t>(batch_.slots[t])];
     most = std::max(most, batch_.positions[t] + 1);
   }
-  for (const LayerSpec& layer : spec_.layers)
-    for (int positions : seen)
-      stats_.read_bytes += 2.0 * (layer.window > 0 ? std::min(positions, layer.window) : positions) *
-                           layer.kv_heads * layer.head_dim *
-                           static_cast<double>(dims_.bfloat16 ? sizeof(Bf16) : sizeof(float));
+  double positions_read = 0;
+  for (int positions : seen)
+    positions_read += layer.window > 0 ? std::min(positions, layer.window) : positions;
+  return 2 * positions_read * layer.kv_heads * layer.head_dim *
+         static_cast<double>(dims_.bfloat16 ? sizeof(Bf16) : sizeof(float));
+}
+
+void Engine::count_reads() {
+  for (const Program::Call& call : program_->calls())
+    stats_.read_bytes += call.weight_bytes + cache_bytes_of(call);
+}
+
+std::vector<double> Engine::call_bytes() const {
+  if (!program_) fail("TP_PLAN", "bytes of calls before prepare");
+  const auto experts = static_cast<size_t>(dims_.experts);
+  std::vector<int> start(spec_.layers.size() * (experts + 1));  // (layers, E + 1)
+  backend_->read(start.data(), buffers_->expert_start, start.size() * sizeof(int));
+  std::vector<double> bytes;
+  for (const Program::Call& call : program_->calls()) {
+    int distinct = 0;
+    for (size_t e = 0; call.expert_bytes > 0 && e < experts; e++) {
+      const int* const of_expert = &start[static_cast<size_t>(call.layer) * (experts + 1) + e];
+      distinct += of_expert[1] > of_expert[0];
+    }
+    bytes.push_back(call.weight_bytes + cache_bytes_of(call) + distinct * call.expert_bytes);
+  }
+  return bytes;
 }
 
 void Engine::require_numbers(int token, float logprob, size_t row) const {

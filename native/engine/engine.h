@@ -11,6 +11,7 @@
 #include "engine/collective_bench.h"
 #include "engine/inspect.h"
 #include "engine/program.h"
+#include "engine/stage_timer.h"
 
 namespace tp {
 
@@ -46,6 +47,16 @@ class Engine {
   /// takes no part between them. The step's input is that of begin(): every token has a row, in order.
   Burst decode(int steps);
 
+  /// From now on run() notes when every call runs, and records nothing; decode() is refused meanwhile.
+  void time_stages(bool on);
+  /// Of the last whole step; TP_PLAN when nobody asked for times.
+  StageTimer::Times stage_times() const;
+  /// (calls) weight and cache bytes that each call of the last step had to read.
+  std::vector<double> call_bytes() const;
+  /// Fills all positions of a sequence's cache with made-up keys and values, the same ones every time:
+  /// numbers spread evenly over (-1/2, 1/2) that depend on layer, slot and place alone.
+  void fill_cache(int slot);
+
   struct SyncBuffers {
     float* send;
     int64_t send_floats;
@@ -78,10 +89,14 @@ class Engine {
   void upload();
   void start(const Program::Call& call);
   void start_step(size_t from, size_t to, bool feed);
+  /// As a recorded step where nobody looks between its calls.
+  void start_or_replay(size_t from, size_t to, bool feed);
   /// Starts stages from step `from` on in one launch, if they can be fused; returns the step after them.
   size_t start_fused(size_t from, size_t to);
   void inspect(const Program::Call& call);
   void count_reads();
+  /// What the last step had to read of the sequences' keys and values.
+  double cache_bytes_of(const Program::Call& call) const;
   void require_joined() const;
   void require_numbers(int token, float logprob, size_t row) const;
 
@@ -101,7 +116,8 @@ class Engine {
   std::unique_ptr<DeviceCollective> collective_;
   std::unique_ptr<CollectiveBench> collective_bench_;
   std::unique_ptr<Program> program_;
-  std::unique_ptr<Fused> fused_;  // null where the ops run one by one
+  std::unique_ptr<Fused> fused_;       // null where the ops run one by one
+  std::unique_ptr<StageTimer> timer_;  // null unless stages are timed
   std::unique_ptr<Inspector> inspector_;
 };
 

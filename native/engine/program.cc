@@ -104,6 +104,7 @@ Program::Program(const EngineSpec& spec, const Dims& d, const Input& in, const W
          const AttentionArgs a{b.q, b.attention, heads_of(l), b.caches[static_cast<size_t>(step.layer)]};
          c.run = call(ops.attention, a);
          layer_args(step).attention = a;
+         c.reads_cache = true;
          c.outputs = {{b.attention, l.heads * l.head_dim, false, true}};
        }},
       {"attnOut",

@@ -22,6 +22,7 @@ class Program {
     std::vector<View> outputs;  // what this stage leaves behind that is complete: for traces and faults
     double weight_bytes = 0;    // read whatever the input is
     double expert_bytes = 0;    // read for every distinct expert
+    bool reads_cache = false;   // and what the step's sequences hold of its layer
     int64_t floats_per_token = 0, floats_per_row = 0;  // of a sync's message
     int stage_number = -1;  // in decoder(); -1 for what is not a stage of a layer, nor the logits
   };

@@ -42,7 +42,7 @@ struct EngineSpec {
   struct Limits {
     int tokens, rows, sequences, positions, candidates;
   } limits;
-  bool trace;
+  bool trace, eager;
 };
 
 /// A box of a stored tensor: axes [start, stop) of shape.

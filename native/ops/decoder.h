@@ -34,6 +34,8 @@ class Fused {
   virtual ~Fused() = default;
   virtual bool takes(const Input& in) const = 0;
   virtual void run(int from, int to, const Input& in) = 0;
+  /// That run() starts at a time.
+  virtual int blocks() const = 0;
   /// From now on every block leaves the ns at which each stage began, had its inputs, had its later inputs
   /// and ended: (blocks, stages, 4). Null: no more.
   virtual void measure(uint64_t* marks) = 0;

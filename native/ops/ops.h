@@ -247,6 +247,9 @@ struct Ops {
   Op<LogitsArgs> logits;
   Op<SampleArgs> sample;
   Op<AdvanceArgs> advance;
+  /// *ns, in shared memory, becomes the time on the backend's own clock when all that was started before has
+  /// ended.
+  void (*note_time)(uint64_t* ns, Backend&);
   /// out[r * count + i] = element start + r * stride + i of a synthetic tensor.
   void (*synthesize)(const Synthetic&, const Stretch&, Bf16* out, Backend&);
   /// Streams through memory with plain wide loads; returns a value that depends on every byte. For bandwidth

@@ -42,6 +42,7 @@ const FLAGS = {
   dtype: choice(['bfloat16', 'float32'], RUN, 'activations and KV cache', 'bfloat16'),
   collective: choice(['auto', 'peer', 'nccl', 'zmq'], RUN, 'what joins the ranks', 'auto'),
   isa: choice(['auto', 'generic', 'avx2', 'avx512'], RUN, 'CPU instructions', 'auto'),
+  eager: toggle(RUN, 'launch every GPU kernel by itself, record no CUDA graph'),
   threads: whole(1, 1024, RUN, 'compute threads of a rank', null, 'cores / ranks'),
   batch: whole(1, 256, RUN, 'sequences decoded together', 8),
   prefillChunk: whole(1, 8192, RUN, 'prompt tokens processed together, at least the batch', 64),
@@ -75,8 +76,15 @@ const FLAGS = {
   repeats: whole(1, 1000, MEASURE, 'fresh runs to compare', 2),
   plantFault: faultPlace(),
   batchSize: wholes(1, 256, MEASURE, 'batch sizes to measure', [1]),
-  context: whole(1, 2 ** 31 - 1, MEASURE, 'tokens in the cache before the first measured one', 32),
+  context: wholes(1, 2 ** 31 - 1, MEASURE, 'tokens in the cache where the measured steps begin', [32]),
   steps: whole(1, 1_000_000, MEASURE, 'measured decode steps', 32),
+  stages: toggle(MEASURE, 'also time every stage of the step'),
+  trace: text(
+    MEASURE,
+    'a file for the first timed steps, to open in Perfetto; implies --stages',
+    null,
+    'none',
+  ),
   sizes: wholes(1, 2 ** 28, MEASURE, 'floats of a message', [2816, 5632, 11264, 22528, 45056]),
   variant: choice(
     ['all', 'published', 'grouped', 'auto'],
@@ -115,7 +123,7 @@ export interface Gpus {
 }
 
 const ENGINE = [
-  ...(['gpus', 'device', 'model', 'seed', 'dtype', 'collective', 'isa', 'threads'] as const),
+  ...(['gpus', 'device', 'model', 'seed', 'dtype', 'collective', 'isa', 'threads', 'eager'] as const),
   ...(['maxModelLen', 'initTimeout', 'stepTimeout', 'logDir', 'json'] as const),
   ...([
     'nnodes',
@@ -171,7 +179,10 @@ export const COMMANDS = {
   },
   'bench decode': {
     describe: 'time per token, bytes read and share of the memory bandwidth',
-    flags: [...ENGINE, 'batchSize', 'context', 'steps', 'warmup', 'prefillChunk', 'out'],
+    flags: [
+      ...ENGINE,
+      ...(['batchSize', 'context', 'steps', 'warmup', 'stages', 'trace', 'prefillChunk', 'out'] as const),
+    ],
   },
   'bench allreduce': {
     describe: 'time of the all-reduce at the sizes that decoding uses',

@@ -35,17 +35,18 @@ export function printJson(value: unknown): void {
   print(`${JSON.stringify(value)}\n`);
 }
 
-/** `--out`: refuses a place that cannot be written before the work begins. TP_FILE_UNWRITABLE. */
-export function requireOut({ out }: Pick<Options, 'out'>): void {
-  if (out !== null) writeOut(out, '', 'a');
+/** `--out` and `--trace`: refuses a place that cannot be written before the work begins. TP_FILE_UNWRITABLE. */
+export function requireOut({ out, trace }: Pick<Options, 'out' | 'trace'>): void {
+  for (const path of [out, trace]) if (path !== null) writeOut(path, '', 'a');
 }
 
 /** Writes the result to `--out`, if there is one. TP_FILE_UNWRITABLE. */
 export function writeResult({ out }: Pick<Options, 'out'>, value: unknown): void {
-  if (out !== null) writeOut(out, `${JSON.stringify(value, null, 1)}\n`, 'w');
+  if (out !== null) writeOut(out, `${JSON.stringify(value, null, 1)}\n`);
 }
 
-function writeOut(path: string, text: string, flag: 'a' | 'w'): void {
+/** TP_FILE_UNWRITABLE. */
+export function writeOut(path: string, text: string, flag: 'a' | 'w' = 'w'): void {
   try {
     writeFileSync(path, text, { flag });
   } catch (error) {

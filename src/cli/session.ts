@@ -42,6 +42,7 @@ function factsOf(spec: RunSpec, run: Run, loadS: number): RunFacts {
     weights_seed: model.kind === 'checkpoint' ? null : model.seed,
     threads: spec.threads,
     isa: spec.isa,
+    eager: spec.eager,
     sequences: spec.limits.sequences,
     load_s: loadS,
     stage_ms: slowest(run.ranks.map(({ stageMs }) => stageMs)),

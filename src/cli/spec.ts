@@ -43,6 +43,7 @@ export function runSpec(options: Options, model: NamedModel, chosen: ChosenDevic
       candidates: needs.candidates,
     },
     trace: needs.trace,
+    eager: options.eager,
     initTimeoutMs: options.initTimeout * 1000,
     stepTimeoutMs: options.stepTimeout * 1000,
     logDir: options.logDir,

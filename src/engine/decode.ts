@@ -4,6 +4,7 @@
 import type { Collective } from '../comm/collective.js';
 import type { CollectiveRing } from '../comm/ring.js';
 import { type Batch, fromNative, type NativeEngine, type NativeStep, type StepResult } from '../native.js';
+import type { StepTimes } from '../report/stages.js';
 import { benchAllReduce } from './bench-allreduce.js';
 import type {
   GenerateJob,
@@ -72,6 +73,7 @@ interface WantedRow {
 interface Outcome {
   result: StepResult;
   time: { computeMs: number; syncMs: number };
+  times: StepTimes | null;
 }
 
 /** Tokens of a burst come out together: this long is not seen, and hides the host's part. */
@@ -80,8 +82,20 @@ const MOST_BURST = 64;
 
 const GREEDY: Sampling = { temperature: 0, topK: 0, topP: 1, seed: 0 };
 
+function timesStages(job: GenerateJob | ScoreJob): boolean {
+  return job.kind === 'generate' && job.timeStages === true;
+}
+
 /** Runs a job to its end; one report a step. Returns the number of steps. */
 export async function decode(decoder: Decoder, job: GenerateJob | ScoreJob, report: Report): Promise<number> {
+  if (!timesStages(job)) return runSteps(decoder, job, report);
+  await decoder.engine.timeStages(true);
+  const steps = await runSteps(decoder, job, report);
+  await decoder.engine.timeStages(false);
+  return steps;
+}
+
+async function runSteps(decoder: Decoder, job: GenerateJob | ScoreJob, report: Report): Promise<number> {
   const waiting = job.sequences.filter((s) => job.kind === 'score' || s.maxTokens > 0);
   const slots: (Active | null)[] = Array(decoder.limits.sequences).fill(null);
   const pace = new Pace();
@@ -91,7 +105,7 @@ export async function decode(decoder: Decoder, job: GenerateJob | ScoreJob, repo
     for (const [slot, sequence] of slots.entries()) {
       if (sequence && !sequence.finished) continue;
       if (sequence && sequence.spec.sequence === job.fault?.sequence) decoder.engine.plantFault(null);
-      slots[slot] = waiting.length > 0 ? admit(decoder, waiting.shift()!, slot, job.fault) : null;
+      slots[slot] = waiting.length > 0 ? await admit(decoder, waiting.shift()!, slot, job.fault) : null;
     }
     const active = slots.filter((s) => s !== null);
     if (active.length === 0) return step;
@@ -99,11 +113,13 @@ export async function decode(decoder: Decoder, job: GenerateJob | ScoreJob, repo
     const first = nextBatch(decoder.limits, active, job);
     const burst = mayBurst(decoder, job, first.kind) ? pace.steps(active) : 1;
     const outcomes =
-      burst > 1 ? await runBurst(decoder, first.batch, burst) : [await runStep(decoder, first.batch)];
+      burst > 1
+        ? await runBurst(decoder, first.batch, burst)
+        : [await runStep(decoder, first.batch, timesStages(job))];
     pace.took(outcomes);
     const { readBytes, expertsRead } = decoder.engine.stats();
 
-    for (const [k, { result, time }] of outcomes.entries()) {
+    for (const [k, { result, time, times }] of outcomes.entries()) {
       // In a burst the next step follows from what this one sampled; a sequence that has ended has no part in it.
       const going = active.filter((s) => !s.finished);
       if (k > 0 && going.length === 0) break;
@@ -129,6 +145,7 @@ export async function decode(decoder: Decoder, job: GenerateJob | ScoreJob, repo
         expertsRead: expertsRead / outcomes.length,
         logits: job.keepLogits ? decoder.engine.logits() : null,
         trace: decoder.trace ? decoder.engine.trace() : null,
+        times,
       });
     }
     last = performance.now();
@@ -137,7 +154,8 @@ export async function decode(decoder: Decoder, job: GenerateJob | ScoreJob, repo
 
 /** Steps can follow each other on the device when nobody wants to see what is between them. */
 function mayBurst(decoder: Decoder, job: GenerateJob | ScoreJob, kind: StepReport['kind']): boolean {
-  return decoder.bursts && kind === 'decode' && !decoder.trace && !job.keepLogits && !job.fault;
+  const watched = decoder.trace || job.keepLogits || timesStages(job) || job.fault !== null;
+  return decoder.bursts && kind === 'decode' && !watched;
 }
 
 /** How many steps to run at a time: as many as a reader does not notice. Ranks may differ, their steps are the same. */
@@ -155,10 +173,17 @@ class Pace {
   }
 }
 
-function admit(decoder: Decoder, spec: SequenceSpec, slot: number, fault: PlantedFault | null): Active {
+async function admit(
+  decoder: Decoder,
+  spec: SequenceSpec,
+  slot: number,
+  fault: PlantedFault | null,
+): Promise<Active> {
+  const cached = spec.filled ?? 0;
+  if (cached > 0) await decoder.engine.fillCache(slot);
   if (fault && fault.sequence === spec.sequence && (fault.rank === decoder.rank || fault.rank < 0))
     decoder.engine.plantFault({ stage: fault.stage, layer: fault.layer, position: fault.position, slot });
-  return { spec, slot, tokens: [...spec.promptIds], cached: 0, finished: false };
+  return { spec, slot, tokens: [...spec.promptIds], cached, finished: false };
 }
 
 /** Tokens that go through the prompt path. */
@@ -215,9 +240,12 @@ function nextBatch(limits: RunSpec['limits'], active: Active[], job: GenerateJob
 }
 
 /** Runs the whole plan on one batch: native code up to a sync point, the collective there, on. */
-async function runStep(decoder: Decoder, batch: Batch): Promise<Outcome> {
+async function runStep(decoder: Decoder, batch: Batch, timed: boolean): Promise<Outcome> {
   const { engine, collective, ring, steps } = decoder;
   const time = { computeMs: 0, syncMs: 0 };
+  const clock = timed ? hostNs : () => 0;
+  const syncs: { at: number; span: number[] }[] = [];
+  const begin = clock();
   try {
     engine.begin(batch);
     for (let at = 0; ; at++) {
@@ -225,18 +253,31 @@ async function runStep(decoder: Decoder, batch: Batch): Promise<Outcome> {
       at = await engine.run(at);
       const computed = performance.now();
       time.computeMs += computed - start;
-      if (at === steps.length) return { result: engine.result(), time };
+      if (at === steps.length) {
+        const result = engine.result();
+        if (!timed) return { result, time, times: null };
+        const times = { begin, end: clock(), ...engine.stageTimes() };
+        for (const { at, span } of syncs) times.spans.set(span, 3 * at);
+        return { result, time, times };
+      }
       const { send, gathered } = engine.syncBuffers(at);
       const { op, layer, stage } = steps[at]!;
       const done = ring.begin(op, layer, stage, send.byteLength);
+      const began = clock(); // it has its inputs when it begins
       if (gathered) await collective.gather(send, gathered);
       else await collective.allReduce(send);
       done();
       time.syncMs += performance.now() - computed;
+      if (timed) syncs.push({ at, span: [began, began, clock()] });
     }
   } catch (error) {
     throw fromNative(error);
   }
+}
+
+/** The clock that the engine's times are of, in ns: exact for the first hundred days of a host's uptime. */
+function hostNs(): number {
+  return Number(process.hrtime.bigint());
 }
 
 /** Runs `steps` decode steps without the host; each is timed from the end of the one before it, on the device's clock. */
@@ -256,6 +297,7 @@ async function runBurst({ engine, ring }: Decoder, batch: Batch, steps: number):
         targetLogprobs: new Float32Array(rows).fill(Number.NaN),
       },
       time: { computeMs: k === 0 ? firstMs : endMs[k]! - endMs[k - 1]!, syncMs: 0 },
+      times: null,
     }));
   } catch (error) {
     throw fromNative(error);

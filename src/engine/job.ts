@@ -2,6 +2,7 @@
 // Plain data: jobs and reports cross processes as msgpack, arrays of numbers as raw frames.
 
 import type { Device, Dtype, Fault, Isa, TraceEntry } from '../native.js';
+import type { StepTimes } from '../report/stages.js';
 
 /** Where the weights come from. */
 export type ModelSource =
@@ -36,6 +37,8 @@ export interface RunSpec {
     candidates: number; // candidates per virtual vocabulary shard, see sampler.ts
   };
   trace: boolean;
+  /** No CUDA graphs: every kernel is launched by itself. */
+  eager: boolean;
   initTimeoutMs: number;
   stepTimeoutMs: number;
   logDir: string | null;
@@ -58,6 +61,11 @@ export interface SequenceSpec {
    * one at a time, because a GPU may round a prompt's chunk differently.
    */
   replay?: number | undefined;
+  /**
+   * How many of the first `promptIds` no step works on, 0 unless said: made-up keys and values stand in the cache for them.
+   * For measurements.
+   */
+  filled?: number | undefined;
 }
 
 /** A fault planted for check's negative control. */
@@ -75,6 +83,8 @@ export interface GenerateJob {
   stopTokenIds: number[];
   /** Send the logits row of every generated token. */
   keepLogits: boolean;
+  /** Time every stage of every step, false unless said; steps go one by one then. */
+  timeStages?: boolean | undefined;
   fault: PlantedFault | null;
 }
 
@@ -132,6 +142,8 @@ export interface StepReport {
   /** This rank's part of the logits, [rows, vocab / ranks]; null unless kept. */
   logits: Float32Array | null;
   trace: TraceEntry[] | null;
+  /** null unless timed. */
+  times: StepTimes | null;
 }
 
 export interface AllReduceReport {

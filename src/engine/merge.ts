@@ -7,7 +7,7 @@ import type { StepReport } from './job.js';
 /** Rank 0's report with the logits of all ranks, [rows, vocab], and the trace over all virtual shards. */
 export interface MergedStep extends StepReport {
   /** What is each rank's own, by rank. */
-  ranks: Pick<StepReport, 'time' | 'readBytes' | 'expertsRead'>[];
+  ranks: Pick<StepReport, 'time' | 'readBytes' | 'expertsRead' | 'times'>[];
 }
 
 const ROW = ['sequence', 'position', 'token', 'logprob', 'targetLogprob', 'finish'] as const;
@@ -34,7 +34,12 @@ export function mergeReports(reports: readonly StepReport[]): MergedStep {
     ...first,
     logits: first.logits && interleave(Float32Array, parts, first.rows.length),
     trace: first.trace?.map((_, i) => joinEntry(first.step, entries(i))) ?? null,
-    ranks: reports.map(({ time, readBytes, expertsRead }) => ({ time, readBytes, expertsRead })),
+    ranks: reports.map(({ time, readBytes, expertsRead, times }) => ({
+      time,
+      readBytes,
+      expertsRead,
+      times,
+    })),
   };
 }
 

@@ -153,7 +153,7 @@ async function serve(life: Life, collective: Collective, run: RunJob): Promise<v
 }
 
 function engineSpec(spec: SentSpec, plan: Plan, collective: Setup['collective']): EngineSpec {
-  const { device, dtype, isa, threads, limits, trace } = spec;
+  const { device, dtype, isa, threads, limits, trace, eager } = spec;
   const { rank, size, model, layers, steps } = plan;
   const tensors = plan.tensors.map(({ name, shape }) => ({ name, shape }));
   return {
@@ -171,5 +171,6 @@ function engineSpec(spec: SentSpec, plan: Plan, collective: Setup['collective'])
     steps,
     limits,
     trace,
+    eager,
   };
 }

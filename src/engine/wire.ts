@@ -6,6 +6,7 @@ import type { RankKeys } from '../comm/curve.js';
 import { parseBody } from '../comm/messages.js';
 import { fail } from '../errors.js';
 import type { TraceEntry } from '../native.js';
+import type { StepTimes } from '../report/stages.js';
 import type { Job, JobResult, ModelSource, RunSpec, StepReport } from './job.js';
 
 const count = z.number().int().nonnegative();
@@ -31,6 +32,7 @@ const spec: z.ZodType<SentSpec> = z.strictObject({
     candidates: count,
   }),
   trace: z.boolean(),
+  eager: z.boolean(),
   initTimeoutMs: real,
   stepTimeoutMs: real,
 });
@@ -64,7 +66,13 @@ const setup: z.ZodType<Setup> = z.strictObject({
 });
 
 const sequences = z.array(
-  z.strictObject({ promptIds: ids, maxTokens: count, sequence: count, replay: count.optional() }),
+  z.strictObject({
+    promptIds: ids,
+    maxTokens: count,
+    sequence: count,
+    replay: count.optional(),
+    filled: count.optional(),
+  }),
 );
 const fault = z
   .strictObject({
@@ -82,6 +90,7 @@ const job: z.ZodType<Job> = z.discriminatedUnion('kind', [
     sampling: z.strictObject({ temperature: real, topK: count, topP: real, seed: count }),
     stopTokenIds: ids,
     keepLogits: z.boolean(),
+    timeStages: z.boolean().optional(),
     fault,
   }),
   z.strictObject({ kind: z.literal('score'), sequences, keepLogits: z.boolean(), fault }),
@@ -143,7 +152,7 @@ const report = z.strictObject({
   expertsRead: real,
   /** true: the first frame holds them */
   logits: z.boolean(),
-  /** the last frame holds the hashes of all entries, one entry after another */
+  /** the next frame holds the hashes of all entries, one entry after another */
   trace: z
     .array(
       z.strictObject({
@@ -155,6 +164,8 @@ const report = z.strictObject({
       }),
     )
     .nullable(),
+  /** the last frame holds spans, bytes and marks, one behind the other */
+  times: z.strictObject({ begin: real, end: real, steps: count, blocks: ids }).nullable(),
 });
 
 /** TP_MESSAGE_BAD. */
@@ -171,11 +182,20 @@ export const parseResult = (body: unknown, rank: number): JobResult =>
 
 /** Splits a report into its words and its raw frames (no copies of the logits). */
 export function packReport(said: StepReport): { body: unknown; frames: Uint8Array[] } {
-  const frames = [said.logits, said.trace && joinHashes(said.trace)].filter((array) => array !== null);
+  const { times } = said;
+  const frames = [said.logits, said.trace && joinHashes(said.trace), times && joinTimes(times)].filter(
+    (array) => array !== null,
+  );
   const body: z.infer<typeof report> = {
     ...said,
     logits: said.logits !== null,
     trace: said.trace?.map((entry) => ({ ...entry, hashes: entry.hashes.length })) ?? null,
+    times: times && {
+      begin: times.begin,
+      end: times.end,
+      steps: times.bytes.length,
+      blocks: [...times.blocks],
+    },
   };
   return { body, frames: frames.map((a) => new Uint8Array(a.buffer, a.byteOffset, a.byteLength)) };
 }
@@ -184,13 +204,36 @@ export function packReport(said: StepReport): { body: unknown; frames: Uint8Arra
 export function unpackReport(body: unknown, frames: readonly Uint8Array[], rank: number): StepReport {
   const from = `rank ${rank}`;
   const said = parseBody(report, body, from);
-  const expected = Number(said.logits) + Number(said.trace !== null);
+  const expected = Number(said.logits) + Number(said.trace !== null) + Number(said.times !== null);
   if (frames.length !== expected) {
     throw fail('TP_MESSAGE_BAD', from, `report with ${frames.length} frames, not ${expected}`);
   }
   const logits = said.logits ? new Float32Array(aligned(frames[0]!, 4, from)) : null;
-  const trace = said.trace && splitHashes(said.trace, aligned(frames.at(-1)!, 8, from), from);
-  return { ...said, logits, trace };
+  const trace = said.trace && splitHashes(said.trace, aligned(frames[Number(said.logits)]!, 8, from), from);
+  const times = said.times && splitTimes(said.times, aligned(frames.at(-1)!, 8, from), from);
+  return { ...said, logits, trace, times };
+}
+
+function joinTimes({ spans, bytes, marks }: StepTimes): Float64Array {
+  return Float64Array.from([...spans, ...bytes, ...marks]);
+}
+
+function splitTimes(
+  { begin, end, steps, blocks }: NonNullable<z.infer<typeof report>['times']>,
+  bytes: ArrayBuffer,
+  from: string,
+): StepTimes {
+  const all = new Float64Array(bytes);
+  const expected = steps * (4 + 3 * blocks.length);
+  if (all.length !== expected) throw fail('TP_MESSAGE_BAD', from, `${all.length} times, not ${expected}`);
+  return {
+    begin,
+    end,
+    spans: all.subarray(0, 3 * steps),
+    bytes: all.subarray(3 * steps, 4 * steps),
+    blocks: Int32Array.from(blocks),
+    marks: all.subarray(4 * steps),
+  };
 }
 
 function joinHashes(trace: readonly TraceEntry[]): BigUint64Array {

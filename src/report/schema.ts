@@ -17,6 +17,8 @@ export const RunFacts = z.strictObject({
   weights_seed: count.nullable(),
   threads: count,
   isa: z.string(),
+  /** No CUDA graphs. */
+  eager: z.boolean(),
   sequences: count,
   load_s: real,
   /** Milliseconds of each stage up to readiness, on the rank that took longest. */
@@ -118,12 +120,49 @@ export const CheckResult = z.strictObject({
 });
 export type CheckResult = z.infer<typeof CheckResult>;
 
+/** Where an average decode step goes on one rank, in us: stages, gaps and what is outside make up the step. */
+export const StageReport = z.strictObject({
+  /** Timed ones, each rank's; decoded one by one, without a CUDA graph. */
+  steps: count,
+  rows: z.array(
+    z.strictObject({
+      stage: z.string(),
+      kind: z.enum(['sliding', 'full', 'head']),
+      /** Of the stage for one token of every sequence. */
+      calls: real,
+      /** Median of one call. */
+      us: real,
+      us_per_token: real,
+      /** From the end of the stage before until all inputs are there; only resident stages tell. */
+      wait_us_per_token: real,
+      /** Between the end of what ran before and the begin: the way to the host and back. */
+      gap_us_per_token: real,
+      read_bytes: real,
+      gb_per_s: real,
+      /** Of one rank's part of read_bandwidth_gb_per_s. */
+      share_of_bandwidth: real,
+      /** Of the step. */
+      share: real,
+    }),
+  ),
+  stages_us: real,
+  gaps_us: real,
+  /** Before the first stage, behind the last, and whatever nothing explains. */
+  outside_us: real,
+  step_us: real,
+  /** Sums and gathers between ranks, waiting for the other ranks included. */
+  sync_us: real,
+});
+export type StageReport = z.infer<typeof StageReport>;
+
 export const DecodeBench = z.strictObject({
-  schema: z.literal('tp-run/bench-decode/1'),
+  schema: z.literal('tp-run/bench-decode/2'),
   rows: z.array(
     z.strictObject({
       batch: count,
+      /** Position of the first measured token, and how many positions before it hold made-up keys and values. */
       context: count,
+      filled: count,
       steps: count,
       tpot_ms: z.strictObject({ median: real, p10: real, p90: real, p99: real, min: real, samples }),
       tokens_per_s: real,
@@ -134,6 +173,7 @@ export const DecodeBench = z.strictObject({
       gb_per_s: real,
       share_of_bandwidth: real,
       shares_ms: Shares,
+      stages: StageReport.nullable(),
     }),
   ),
   /** Streaming reads by all ranks at once, in the same processes, before and after. */

@@ -37,6 +37,7 @@ function step(
       stage(1, 'down', 1, 4),
       { stage: 'logits', layer: -1, parts: 1, sharded: false, hashes: hashes(5, 1, 1) },
     ],
+    times: null,
   };
   change(report);
   return report;

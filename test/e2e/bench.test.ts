@@ -4,8 +4,10 @@ import { describe, expect, it } from 'vitest';
 import { MOE_VARIANTS } from '../../src/native.js';
 import { gpuNames } from '../../src/report/machine.js';
 import { AllReduceBench, DecodeBench, DoctorResult, MoeBench } from '../../src/report/schema.js';
+import type { TraceEvent } from '../../src/report/trace.js';
 import { tempDir } from '../helpers/tempdir.js';
 import { tpRun, tpRunJson } from '../helpers/tp-run.js';
+import { expectNesting, inside, timedOf } from '../helpers/trace-events.js';
 
 const cpu = ['--device', 'cpu', '--threads', '1'];
 
@@ -29,12 +31,13 @@ describe('bench decode', () => {
     const { code, stdout } = await tpRun([...args, '--context', '5', '--out', out]);
     expect(code).toBe(0);
     expect(stdout).toMatch(
-      /^batch +TPOT ms +p10 +p90 +p99 +tokens\/s +GB\/step +GB\/s +of bandwidth +compute +sync +host$/m,
+      /^context +batch +TPOT ms +p10 +p90 +p99 +tokens\/s +GB\/step +GB\/s +of bandwidth +compute +sync +host$/m,
     );
     const { rows, read_bandwidth_gb_per_s, provenance, run } = DecodeBench.parse(
       JSON.parse(readFileSync(out, 'utf8')),
     );
     expect(rows.map(({ batch }) => batch)).toEqual([1, 3]);
+    expect(rows.map(({ stages }) => stages)).toEqual([null, null]);
     for (const row of rows) {
       expect(row.tpot_ms.samples).toHaveLength(8);
       expect(row.gb_per_s).toBeCloseTo((row.read_gb! * 1000) / row.tpot_ms.median!, 6);
@@ -47,6 +50,57 @@ describe('bench decode', () => {
     expect(rows[1]!.read_gb!).toBeGreaterThan(rows[0]!.read_gb!);
     expect(rows[0]!.experts_read).toBe(6 * 4);
     expect(provenance.node).toBe(process.version);
+  });
+
+  it('measures each context from the position that it names, filled beyond a chunk of its prompt', async () => {
+    const bench = DecodeBench.parse(
+      await tpRunJson([...args, '--context', '8,300', '--prefill-chunk', '16']),
+    );
+    const seen = bench.rows.map(({ context, batch, filled }) => ({ context, batch, filled }));
+    expect(seen).toEqual([
+      { context: 8, batch: 1, filled: 0 },
+      { context: 8, batch: 3, filled: 0 },
+      { context: 300, batch: 1, filled: 284 },
+      { context: 300, batch: 3, filled: 284 },
+    ]);
+    expect(bench.rows[2]!.read_gb!).toBeGreaterThan(bench.rows[0]!.read_gb!); // the cache is read
+  });
+
+  it('says where the time goes, stage by stage, and writes a trace of it', async () => {
+    const trace = join(tempDir(), 'trace.json');
+    const run = [...args, '--trace', trace];
+    const { rows } = DecodeBench.parse(await tpRunJson(run));
+    for (const { stages, read_gb } of rows) {
+      const { steps, stages_us, gaps_us, outside_us, step_us, sync_us } = stages!;
+      expect(steps).toBe(8);
+      expect(stages_us! + gaps_us! + outside_us!).toBeCloseTo(step_us!, 6);
+      expect(outside_us!).toBeGreaterThan(0);
+      expect(sync_us!).toBeGreaterThan(0);
+      const sum = (of: (row: NonNullable<typeof stages>['rows'][number]) => number) =>
+        stages!.rows.reduce((all, row) => all + of(row), 0);
+      expect(sum((row) => row.calls!)).toBe(6 * 9 + 4);
+      expect(sum((row) => row.us_per_token!)).toBeCloseTo(stages_us!, 6);
+      expect((2 * sum((row) => row.read_bytes!)) / 1e9).toBeCloseTo(read_gb!, 9);
+      expect(new Set(stages!.rows.map(({ kind }) => kind))).toEqual(new Set(['head', 'sliding', 'full']));
+    }
+    const { traceEvents } = JSON.parse(readFileSync(trace, 'utf8')) as { traceEvents: TraceEvent[] };
+    expectNesting(traceEvents);
+    const events = timedOf(traceEvents);
+    for (const pid of [0, 1]) {
+      const steps = events.filter((event) => event.pid === pid && event.name.startsWith('step'));
+      expect(steps).toHaveLength(5);
+      for (const step of steps) {
+        const within = events.filter((event) => event.pid === pid && event !== step && inside(event, step));
+        expect(within).toHaveLength(6 * 9 + 4);
+      }
+      expect(events.filter((event) => event.pid === pid)).toHaveLength(5 * (1 + 6 * 9 + 4));
+    }
+  });
+
+  it('refuses a place for the trace that cannot be written', async () => {
+    const { code, stderr } = await tpRun([...args, '--trace', '/nowhere/trace.json']);
+    expect(stderr).toMatch(/^TP_FILE_UNWRITABLE: \/nowhere\/trace.json/m);
+    expect(code).toBe(2);
   });
 
   it('refuses a context and steps beyond what the model can hold', async () => {

@@ -19,6 +19,7 @@ const SPEC: RunSpec = {
   threads: 1,
   limits: { tokens: 1, rows: 1, sequences: 1, positions: 1, candidates: 1 },
   trace: false,
+  eager: false,
   initTimeoutMs: 10_000,
   stepTimeoutMs: 10_000,
   logDir: null,

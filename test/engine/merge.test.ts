@@ -21,6 +21,7 @@ function report(rank: number, change: Partial<StepReport> = {}): StepReport {
     expertsRead: 5,
     logits: Float32Array.from([0, 1, 2, 10, 11, 12], (x) => x + 100 * rank),
     trace: null,
+    times: null,
     ...change,
   };
 }

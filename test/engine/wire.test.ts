@@ -16,6 +16,14 @@ const REPORT: StepReport = {
     { stage: 'qkv', layer: 0, parts: 2, sharded: true, hashes: BigUint64Array.of(1n, 2n ** 64n - 1n) },
     { stage: 'route', layer: -1, parts: 1, sharded: false, hashes: BigUint64Array.of(7n) },
   ],
+  times: {
+    begin: 1e15,
+    end: 1e15 + 9,
+    spans: Float64Array.of(1, 2, 3, Number.NaN, Number.NaN, Number.NaN),
+    bytes: Float64Array.of(2 ** 40, 0),
+    blocks: Int32Array.of(0, 131),
+    marks: Float64Array.from({ length: 12 }, (_, i) => i),
+  },
 };
 
 /** A report as it comes out at the other end; every frame at an odd address, as a socket may hand it over. */
@@ -39,7 +47,9 @@ describe('a report', () => {
   it.each([
     ['logits', { logits: null }],
     ['trace', { trace: null }],
+    ['times', { times: null }],
     ['logits and trace', { logits: null, trace: null }],
+    ['anything large', { logits: null, trace: null, times: null }],
   ])('arrives without %s', (_, change) => {
     expect(travel({ ...REPORT, ...change })).toEqual({ ...REPORT, ...change });
   });
@@ -51,11 +61,14 @@ describe('a report', () => {
 
   it('with a frame too few, too many or of an odd length is refused', () => {
     const { body, frames } = packReport(REPORT);
-    const [logits, hashes] = frames as [Uint8Array, Uint8Array];
-    expect(() => unpackReport(body, [logits], 1)).toThrow('rank 1 refused: report with 1 frames, not 2');
-    expect(() => unpackReport(body, [logits, hashes, hashes], 1)).toThrow('3 frames, not 2');
-    expect(() => unpackReport(body, [logits.subarray(1), hashes], 1)).toThrow('11 bytes, no multiple of 4');
-    expect(() => unpackReport(body, [logits, hashes.subarray(8)], 1)).toThrow('2 trace hashes, not 3');
+    const [logits, hashes, times] = frames as [Uint8Array, Uint8Array, Uint8Array];
+    expect(() => unpackReport(body, [logits], 1)).toThrow('rank 1 refused: report with 1 frames, not 3');
+    expect(() => unpackReport(body, [logits, hashes, times, times], 1)).toThrow('4 frames, not 3');
+    expect(() => unpackReport(body, [logits.subarray(1), hashes, times], 1)).toThrow(
+      '11 bytes, no multiple of 4',
+    );
+    expect(() => unpackReport(body, [logits, hashes.subarray(8), times], 1)).toThrow('2 trace hashes, not 3');
+    expect(() => unpackReport(body, [logits, hashes, times.subarray(8)], 1)).toThrow('19 times, not 20');
   });
 
   it('with a field missing or unknown is refused by name', () => {

@@ -4,7 +4,13 @@
 
 namespace tp::TP_ISA {
 
-void advance(const AdvanceArgs& a, const Dims& d, const Input& in, Backend&) {
+void note_time(uint64_t* ns, Backend&) {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  *ns = static_cast<uint64_t>(now.tv_sec) * 1000000000u + static_cast<uint64_t>(now.tv_nsec);
+}
+
+void advance(const AdvanceArgs& a, const Dims& d, const Input& in, Backend& backend) {
   for (int l = 0; l < a.layers; l++) {
     const int* start = a.expert_start + static_cast<int64_t>(l) * (d.experts + 1);
     for (int e = 0; e < d.experts; e++) *a.experts_read += start[e + 1] > start[e];
@@ -17,9 +23,7 @@ void advance(const AdvanceArgs& a, const Dims& d, const Input& in, Backend&) {
     a.history_logprob[entry * a.most_rows + r] = a.logprob[r];
     a.position[r]++;
   }
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  a.history_ns[entry] = static_cast<uint64_t>(now.tv_sec) * 1000000000u + static_cast<uint64_t>(now.tv_nsec);
+  note_time(a.history_ns + entry, backend);
   ++*a.steps;
 }
 

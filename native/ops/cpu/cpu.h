@@ -19,6 +19,7 @@ void ffn_out(const FfnOutArgs&, const Dims&, const Input&, Backend&);
 void logits(const LogitsArgs&, const Dims&, const Input&, Backend&);
 void sample(const SampleArgs&, const Dims&, const Input&, Backend&);
 void advance(const AdvanceArgs&, const Dims&, const Input&, Backend&);
+void note_time(uint64_t* ns, Backend&);
 void synthesize(const Synthetic&, const Stretch&, Bf16* out, Backend&);
 uint64_t stream(const void* memory, uint64_t bytes, Backend&);
 const Ops& ops();

@@ -46,8 +46,8 @@ uint64_t stream(const void* memory, uint64_t bytes, Backend&) {
 }
 
 const Ops& ops() {
-  static const Ops table = {angles, embed,   qkv,    attention, attn_out, route,      gate_up,
-                            down,   ffn_out, logits, sample,    advance,  synthesize, stream};
+  static const Ops table = {angles,  embed,  qkv,    attention, attn_out,  route,      gate_up, down,
+                            ffn_out, logits, sample, advance,   note_time, synthesize, stream};
   return table;
 }
 

@@ -39,7 +39,15 @@ __global__ void __launch_bounds__(kThreads) end_step(AdvanceArgs a, int experts,
   *static_cast<volatile uint64_t*>(a.steps) = step + 1;
 }
 
+__global__ void write_time(uint64_t* ns) {
+  let_next_start();  // the next op fetches its first weights as it would without this kernel
+  wait_for_inputs();
+  *ns = clock_ns();
+}
+
 }  // namespace
+
+void note_time(uint64_t* ns, Backend& backend) { of(backend).launch(write_time, dim3(1), 1, 0, ns); }
 
 void advance(const AdvanceArgs& a, const Dims& d, const Input& in, Backend& backend) {
   of(backend).launch(end_step, dim3(1), kThreads, 0, a, d.experts, d.vocab, in.rows);

@@ -136,6 +136,7 @@ void logits(const LogitsArgs&, const Dims&, const Input&, Backend&);
 void summarise_logits(const LogitsArgs&, const Dims&, const Input&, Backend&);
 void sample(const SampleArgs&, const Dims&, const Input&, Backend&);
 void advance(const AdvanceArgs&, const Dims&, const Input&, Backend&);
+void note_time(uint64_t* ns, Backend&);
 
 /// Tokens that one launch takes; longer steps are cut.
 constexpr int kChunk = 8;

@@ -57,8 +57,8 @@ void start_stream(const void* memory, uint64_t bytes, unsigned long long* sum, C
 }
 
 const Ops& ops() {
-  static const Ops table = {angles, embed,   qkv,    attention, attn_out, route,      gate_up,
-                            down,   ffn_out, logits, sample,    advance,  synthesize, stream};
+  static const Ops table = {angles,  embed,  qkv,    attention, attn_out,  route,      gate_up, down,
+                            ffn_out, logits, sample, advance,   note_time, synthesize, stream};
   return table;
 }
 

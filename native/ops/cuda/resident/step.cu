@@ -274,11 +274,12 @@ class Step final : public Fused {
     p.slots = slots_for(in.tokens);
     const size_t shared =
         static_cast<size_t>(p.slots * p.slot_bytes + p.act_bytes) + 2 * kRoomFloats * sizeof(float);
-    const dim3 grid(static_cast<unsigned>(cuda_.processors()));
+    const dim3 grid(static_cast<unsigned>(blocks()));
     cuda_.launch_together(run_stages, grid, kBlock, shared, p);
     if (to > p.layer_count * kStages) summarise_logits(p.logits, p.dims, in, cuda_);
   }
 
+  int blocks() const override { return cuda_.processors(); }
   void measure(uint64_t* marks) override { p_.marks = marks; }
 
  private:
