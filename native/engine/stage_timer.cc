@@ -90,8 +90,9 @@ StageTimer::Times StageTimer::times() const {
   return times;
 }
 
-/// A stage lasts from the last block's end of the stage before to the last block's end of it; its inputs are there when
-/// the last block has them. Blocks that had nothing to wait for leave an old mark, from before they began.
+/// A stage lasts from the last block's end of the stage before to the last block's end of it; its inputs are
+/// there when the last block has them. Blocks that had nothing to wait for leave an old mark, from before
+/// they began.
 void StageTimer::split(const Stretch& stretch, const std::vector<uint64_t>& marks, Times& times) const {
   const auto& calls = program_.calls();
   uint64_t begin = *stretch.began;

@@ -1,5 +1,5 @@
-// When every call of the program ran in one step: noted between the ops in the backend's own order, and taken from
-// the marks that fused stages leave. Exists only while somebody measures.
+// When every call of the program ran in one step: noted between the ops in the backend's own order, and taken
+// from the marks that fused stages leave. Exists only while somebody measures.
 #pragma once
 
 #include <vector>
@@ -13,8 +13,8 @@ class StageTimer {
   /// Blocks of a device whose marks are kept.
   static constexpr int kSampledBlocks = 3;
 
-  /// Times in ns on the host's monotonic clock. NaN for what does not stand by itself: a sync that a fused stage does,
-  /// or that has nobody to join.
+  /// Times in ns on the host's monotonic clock. NaN for what does not stand by itself: a sync that a fused
+  /// stage does, or that has nobody to join.
   struct Times {
     std::vector<double> spans;  // (calls, 3): begin, inputs there, end
     std::vector<int> blocks;    // (B) numbers of the sampled blocks; none where no stages were fused

@@ -70,7 +70,8 @@ function maxDifference(a: Float32Array, b: Float32Array): number {
   let worst = 0;
   for (let i = 0; i < a.length; i++) {
     const d = Math.abs(a[i]! - b[i]!);
-    if (!(d <= worst)) worst = d; // NaN counts as a difference
+    if (Number.isNaN(d)) return d; // no bound is above it
+    worst = Math.max(worst, d);
   }
   return worst;
 }

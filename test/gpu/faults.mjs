@@ -9,23 +9,38 @@ import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { good, isAlive, must, REAL_WIDTH, Running, run, sleep } from './harness.mjs';
 
-const TWO = ['--gpus', '2', '--device', 'cuda'];
-/** Goes on for a while if nothing happens to it. */
-const LONG = [
-  ...TWO,
-  '--model',
-  REAL_WIDTH,
-  '--prompt-ids',
-  '2,17,5',
-  '--max-tokens',
-  '50000',
-  '--ignore-eos',
-];
-const SHORT = [...TWO, '--prompt-ids', '2,17,5', '--max-tokens', '32', '--ignore-eos'];
 /** Memory in use is given back a moment after its process has gone; and time for a loaded host. */
 const END_S = 5;
 
-export async function faults(suite) {
+/** Goes on for a while if nothing happens to it. */
+const longRun = (on, model) => [
+  ...[...on, '--model', model, '--prompt-ids', '2,17,5'],
+  ...['--max-tokens', '50000', '--ignore-eos'],
+];
+
+/** Kills one of `ranks` workers while they decode; the seconds that the rest then takes to end as it should. */
+export async function killInMidDecode(on, model, ranks, victim) {
+  const long = new Running(longRun(on, model), { limitS: 120 });
+  const workers = await long.spawned(ranks);
+  await long.decoding();
+  await sleep(200 * Math.random());
+  const at = performance.now();
+  process.kill(workers[victim], 'SIGKILL');
+  const ended = await long.ended;
+  const took = (performance.now() - at) / 1000;
+  const words = `^TP_WORKER_DIED: rank ${victim} on \\S+: killed by SIGKILL in generate`;
+  expectEnd(ended, 4, new RegExp(words, 'm'));
+  must(took < END_S, `it took ${took.toFixed(1)} s to end`);
+  await gone(workers);
+  return took;
+}
+
+export async function faults(suite, gpus) {
+  const ranks = gpus.count;
+  const all = ['--gpus', gpus.flag(ranks), '--device', 'cuda'];
+  const LONG = longRun(all, REAL_WIDTH);
+  const SHORT = [...all, '--prompt-ids', '2,17,5', '--max-tokens', '32', '--ignore-eos'];
+  const last = ranks - 1;
   const reference = await good([...SHORT, '--json']).then(tokensOf, (error) => error);
 
   /** The GPUs work, and give the tokens that they gave before. */
@@ -36,54 +51,47 @@ export async function faults(suite) {
     return result;
   };
 
-  for (const collective of ['peer', 'nccl']) {
-    for (const victim of [0, 1]) {
-      await suite.test(`kill -9 of rank ${victim} in mid-decode, ${collective}`, async () => {
-        const long = new Running([...LONG, '--collective', collective], { limitS: 120 });
-        const workers = await long.spawned(2);
-        await long.decoding();
-        await sleep(200 * Math.random());
-        const at = performance.now();
-        process.kill(workers[victim], 'SIGKILL');
-        const ended = await long.ended;
-        const took = (performance.now() - at) / 1000;
-        expectEnd(
-          ended,
-          4,
-          new RegExp(`^TP_WORKER_DIED: rank ${victim} on \\S+: killed by SIGKILL in generate`, 'm'),
-        );
-        must(took < END_S, `it took ${took.toFixed(1)} s to end`);
-        await gone(workers);
-        await works(collective);
-        return `over after ${took.toFixed(2)} s, and the next run works`;
-      });
+  for (const collective of gpus.collectives) {
+    for (const victim of new Set([0, last])) {
+      await suite.test(
+        `faults: kill -9 of rank ${victim} of ${ranks} in mid-decode, ${collective}`,
+        async () => {
+          const took = await killInMidDecode([...all, '--collective', collective], REAL_WIDTH, ranks, victim);
+          await works(collective);
+          return `over after ${took.toFixed(2)} s, and the next run works`;
+        },
+      );
     }
 
-    await suite.test(`a rank that stops in mid-decode, ${collective}`, async () => {
+    await suite.test(`faults: a rank that stops in mid-decode, ${collective}`, async () => {
       const long = new Running([...LONG, '--collective', collective, '--step-timeout', '2'], { limitS: 120 });
-      const workers = await long.spawned(2);
+      const workers = await long.spawned(ranks);
       await long.decoding();
       const at = performance.now();
-      process.kill(workers[1], 'SIGSTOP');
+      process.kill(workers[last], 'SIGSTOP');
       const ended = await long.ended;
       const took = (performance.now() - at) / 1000;
-      expectEnd(ended, 4, /^TP_STEP_TIMEOUT: rank 1 on \S+/m);
+      expectEnd(ended, 4, new RegExp(`^TP_STEP_TIMEOUT: rank ${last} on \\S+`, 'm'));
       must(took < 2 + END_S, `it took ${took.toFixed(1)} s to end`); // its partner's kernels do not spin on
       await gone(workers);
       await works(collective);
       return `over after ${took.toFixed(2)} s with a step time-out of 2 s, and the next run works`;
     });
 
-    await suite.test(`a rank that never arrives, ${collective}`, async () => {
+    await suite.test(`faults: a rank that never arrives, ${collective}`, async () => {
       const start = new Running([...LONG, '--collective', collective, '--init-timeout', '5'], {
         limitS: 120,
       });
-      const workers = await start.spawned(2);
+      const workers = await start.spawned(ranks);
       const at = performance.now();
-      process.kill(workers[1], 'SIGSTOP');
+      process.kill(workers[last], 'SIGSTOP');
       const ended = await start.ended;
       const took = (performance.now() - at) / 1000;
-      expectEnd(ended, 4, /^TP_STAGE_TIMEOUT: rank 1 on \S+ did not get past stage \w+ within 5000 ms/m);
+      expectEnd(
+        ended,
+        4,
+        new RegExp(`^TP_STAGE_TIMEOUT: rank ${last} on \\S+ did not get past stage \\w+ within 5000 ms`, 'm'),
+      );
       must(took < 5 + 2 * END_S, `it took ${took.toFixed(1)} s to end`);
       await gone(workers);
       await works(collective);
@@ -91,7 +99,7 @@ export async function faults(suite) {
     });
   }
 
-  await suite.test('a GPU that is already full', async () => {
+  await suite.test('faults: a GPU that is already full', async () => {
     const hog = spawn(
       process.execPath,
       [join(dirname(fileURLToPath(import.meta.url)), 'hog.mjs'), '0', '3000000000'],
@@ -117,7 +125,27 @@ export async function faults(suite) {
     return 'asked and free bytes are named, and the next run works';
   });
 
-  await suite.test('no NCCL library', async () => {
+  await suite.test('faults: Ctrl-C in mid-decode', async () => {
+    const long = new Running(LONG, { limitS: 120 });
+    const workers = await long.spawned(ranks);
+    await long.decoding();
+    const at = performance.now();
+    long.child.kill('SIGINT');
+    const ended = await long.ended;
+    const took = (performance.now() - at) / 1000;
+    expectEnd(ended, 130, /TP_INTERRUPTED: stopped by SIGINT/);
+    must(took < END_S, `it took ${took.toFixed(1)} s to end`);
+    await gone(workers);
+    await works();
+    return `over after ${took.toFixed(2)} s, and the next run works`;
+  });
+
+  if (!gpus.collectives.includes('nccl')) {
+    for (const name of ['no NCCL library', 'P2P switched off by environment'])
+      suite.leaveOut(`faults: ${name}`, 'ranks share a card, which NCCL refuses');
+    return;
+  }
+  await suite.test('faults: no NCCL library', async () => {
     // the linker looks there first, and what it finds is no library
     const folder = mkdtempSync(join(tmpdir(), 'tp-run-gpu-'));
     try {
@@ -136,7 +164,7 @@ export async function faults(suite) {
     }
   });
 
-  await suite.test('P2P switched off by environment', async () => {
+  await suite.test('faults: P2P switched off by environment', async () => {
     const env = { NCCL_P2P_DISABLE: '1' };
     const ended = await run([...SHORT, '--collective', 'peer'], { env, limitS: 60 });
     expectEnd(
@@ -147,21 +175,6 @@ export async function faults(suite) {
     const { run: facts } = await works('auto', env);
     must(facts.collective === 'nccl', `auto took ${facts.collective_why}`);
     return `auto takes ${facts.collective_why}`;
-  });
-
-  await suite.test('Ctrl-C in mid-decode', async () => {
-    const long = new Running(LONG, { limitS: 120 });
-    const workers = await long.spawned(2);
-    await long.decoding();
-    const at = performance.now();
-    long.child.kill('SIGINT');
-    const ended = await long.ended;
-    const took = (performance.now() - at) / 1000;
-    expectEnd(ended, 130, /TP_INTERRUPTED: stopped by SIGINT/);
-    must(took < END_S, `it took ${took.toFixed(1)} s to end`);
-    await gone(workers);
-    await works();
-    return `over after ${took.toFixed(2)} s, and the next run works`;
   });
 }
 

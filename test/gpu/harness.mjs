@@ -117,28 +117,38 @@ export function isAlive(pid) {
 export class Suite {
   results = [];
   #only;
+  #onResult;
 
-  /** `only`: pieces of names with commas between them, to run what holds one of them. */
-  constructor(only = null) {
+  /** `only`: pieces of names with commas between them, to run what holds one of them. `onResult` hears of each piece. */
+  constructor(only = null, onResult = () => {}) {
     this.#only = only;
+    this.#onResult = onResult;
   }
 
+  /** Says why a piece of work cannot be done here. */
+  leaveOut(name, why) {
+    this.results.push({ name, outcome: 'left out', seconds: 0, said: why, data: null });
+  }
+
+  /** `work` returns what is to be said, or `said` and `data` for the results. */
   async test(name, work) {
-    if (this.#only !== null && !this.#only.split(',').some((piece) => name.includes(piece))) {
-      this.results.push({ name, outcome: 'left out', seconds: 0, said: `--only ${this.#only}` });
-      return;
-    }
+    if (this.#only !== null && !this.#only.split(',').some((piece) => name.includes(piece)))
+      return this.leaveOut(name, `--only ${this.#only}`);
     const start = performance.now();
     let outcome = 'passed';
     let said = '';
+    let data = null;
     try {
-      said = (await work()) ?? '';
+      const result = await work();
+      if (typeof result === 'object') ({ said, data } = result);
+      else said = result ?? '';
     } catch (error) {
       outcome = 'FAILED';
       said = error instanceof Error ? error.message : String(error);
     }
     const seconds = (performance.now() - start) / 1000;
-    this.results.push({ name, outcome, seconds, said });
+    this.results.push({ name, outcome, seconds, said, data });
+    this.#onResult();
     console.log(`${outcome}  ${name} (${seconds.toFixed(1)} s)${said ? `: ${said}` : ''}`);
   }
 
