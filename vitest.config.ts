@@ -2,6 +2,7 @@ import { defineConfig } from 'vitest/config';
 
 // Real processes that are held to a time, or that take every core: one file at a time.
 const ALONE = [
+  'test/bench/run.test.ts',
   'test/e2e/{bench,faults,fuzz,runs,terminal}.test.ts',
   'test/engine/launcher.test.ts',
   'test/comm/collective.test.ts',

@@ -2,93 +2,155 @@
 
 /** Published for TP=2 on two H200 (vLLM PR #41379), ms a token, by batch size. */
 const PUBLISHED = { 1: 2.82, 4: 3.28, 8: 3.65 };
+/** GB/s that a plain read kernel reaches on one H200: what floors are measured against. */
+const H200_GB_PER_S = 4550;
 
-export function markdown({ started, provenance, gpus, decode, allreduce, load, failed }, file) {
-  const parts = [
-    `# Bench of ${started.slice(0, 10)}\n\n${where(provenance, gpus)}\nRaw samples: \`${file}\`.\n`,
+export function markdown(result, file) {
+  const sections = [
+    [result.decode, byBatch],
+    [result.context, byContext],
+    [result.stages, stages],
+    [result.moe, experts],
+    [result.allreduce, sums],
+    [result.load, loading],
+    [result.checks, sameBits],
+    [result.kill, kills],
+    [result.failed, failures],
+    [result.left_out, leftOut],
   ];
-  if (decode.length) parts.push(byBatch(decode), byContext(decode));
-  if (allreduce.length) parts.push(sums(allreduce));
-  if (load.length) parts.push(loading(load));
-  if (failed.length)
-    parts.push(
-      `## Failed\n\n${failed.map(({ name, error }) => `- ${name}: ${error.split('\n')[0]}\n`).join('')}`,
-    );
-  return parts.join('\n');
+  return [
+    `# Bench of ${result.started.slice(0, 10)}\n\n${where(result)}\nRaw samples: \`${file}\`.\n`,
+    ...sections.flatMap(([list, section]) => (list.length > 0 ? [section(list, result)] : [])),
+  ].join('\n');
 }
 
-function where(provenance, gpus) {
-  const commit = provenance
-    ? `${provenance.commit ?? 'unknown'}${provenance.dirty ? ' with changes' : ''}`
-    : 'unknown';
-  const host = provenance
-    ? `${provenance.cpu}, ${provenance.cores} cores, ${provenance.os}, Node ${provenance.node}, CUDA ${provenance.cuda ?? 'not compiled in'}`
-    : 'host unknown';
+function where({ provenance, gpus, command }) {
+  const { cpu, cores, os, node, cuda } = provenance;
+  const commit = `${provenance.commit ?? 'unknown'}${provenance.dirty ? ' with changes' : ''}`;
   const devices = gpus
     ? `${gpus.devices.length} x ${gpus.devices[0].name}, driver ${gpus.driver ?? 'unknown'} (CUDA up to ${gpus.cuda ?? 'unknown'}), NCCL ${gpus.nccl ?? 'none'}`
     : 'no GPU';
-  return `${devices}; ${host}; commit ${commit}.`;
+  return (
+    `${devices}; ${cpu}, ${cores} cores, ${os}, Node ${node}, CUDA ${cuda ?? 'not compiled in'}; commit ${commit}; ` +
+    `\`${['npm run bench --', ...command].join(' ')}\`.`
+  );
 }
 
 const cell = (value, digits = 2) => (value === null || value === undefined ? '' : value.toFixed(digits));
+const share = (part) => (part === null || part === undefined ? '' : `${cell(part * 100, 0)} %`);
+const byDegree = (runs) => runs.toSorted((a, b) => a.run.tp - b.run.tp);
 
 function table(headings, rows) {
   const line = (cells) => `| ${cells.join(' | ')} |\n`;
   return line(headings) + line(headings.map(() => '--:')) + rows.map(line).join('');
 }
 
-const columnsOf = ({ tpot_ms, gb_per_s, share_of_bandwidth }) => [
-  `${cell(tpot_ms.median)} (${cell(tpot_ms.p90)})`,
-  cell(gb_per_s, 0),
-  `${cell(share_of_bandwidth === null ? null : share_of_bandwidth * 100, 0)} %`,
-];
+/** Ms that reading a step's bytes must take: at what an H200 gives, or what was measured on a CPU. */
+const floorOf = ({ run, read_bandwidth_gb_per_s }, { read_gb }) =>
+  (read_gb * 1000) / (run.device === 'cuda' ? H200_GB_PER_S * run.tp : read_bandwidth_gb_per_s);
 
-function byBatch(decode) {
-  const runs = firstOfEach(decode);
-  const batches = [...new Set(runs.flatMap(({ rows }) => rows.map(({ batch }) => batch)))];
-  const { model, dtype } = runs[0].run;
-  const context = runs[0].rows[0].context;
+/** Of a step, as the timed steps of the same shape have it; waiting for other ranks included. */
+function sumsShare({ run }, { batch }, stages) {
+  const timed = stages.find((other) => other.run.tp === run.tp)?.rows.find((row) => row.batch === batch);
+  return timed ? share(timed.stages.sync_us / timed.stages.step_us) : '';
+}
+
+function byBatch(decode, { stages }) {
+  const runs = byDegree(decode);
+  const { model, dtype, device } = runs[0].run;
+  const { context, steps } = runs[0].rows[0];
   const published = model.endsWith('gemma-4-26b-a4b.json');
-  const headings = runs.flatMap(({ run }) => [`TP=${run.tp}, median (p90)`, 'GB/s', 'of bandwidth']);
+  const columns = ['median', 'p10', 'p90', 'floor', 'x floor', 'GB/s', 'of bandwidth', 'sums'];
+  const rows = runs.flatMap((bench) =>
+    bench.rows.map((row) => {
+      const { median, p10, p90 } = row.tpot_ms;
+      const floor = floorOf(bench, row);
+      return [
+        ...[`${bench.run.tp}`, `${row.batch}`],
+        ...[median, p10, p90, floor, median / floor].map((x) => cell(x)),
+        ...[cell(row.gb_per_s, 0), share(row.share_of_bandwidth), sumsShare(bench, row, stages)],
+        ...(published ? [bench.run.tp === 2 ? cell(PUBLISHED[row.batch]) : ''] : []),
+      ];
+    }),
+  );
   return (
-    `## Time per output token, ms\n\n${model}, ${dtype}, context ${context}, ${runs[0].rows[0].steps} steps; ` +
-    `${runs.map(({ run }) => `TP=${run.tp}: ${run.collective_why}`).join('; ')}.\n\n` +
+    `## Time per output token, ms\n\n${model}, ${dtype}, context ${context}, ${steps} steps; ` +
+    `${runs.map(({ run }) => `TP=${run.tp}: ${run.collective_why}`).join('; ')}. ` +
+    `The floor reads the step's bytes at ${device === 'cuda' ? `${H200_GB_PER_S} GB/s a card` : 'the read bandwidth'}.\n\n` +
+    table(['TP', 'batch', ...columns, ...(published ? ['vLLM PR #41379, 2 x H200'] : [])], rows)
+  );
+}
+
+function byContext(contexts) {
+  const runs = byDegree(contexts);
+  const cells = runs.flatMap(({ run, rows }) => rows.map((row) => ({ tp: run.tp, ...row })));
+  const columns = [...new Set(cells.map(({ tp, batch }) => `TP=${tp}, batch ${batch}`))];
+  const lengths = [...new Set(cells.map(({ context }) => context))];
+  return (
+    '## Over context, ms, median (p90)\n\nPositions before the measured ones hold made-up keys and values but for the last ' +
+    'chunk of the prompt.\n\n' +
     table(
-      ['batch', ...headings, ...(published ? ['vLLM PR #41379, TP=2, 2 x H200'] : [])],
-      batches.map((batch) => [
-        `${batch}`,
-        ...runs.flatMap(({ rows }) => {
-          const row = rows.find((one) => one.batch === batch);
-          return row ? columnsOf(row) : ['', '', ''];
+      ['context', ...columns],
+      lengths.map((length) => [
+        `${length}`,
+        ...columns.map((column) => {
+          const one = cells.find(
+            ({ tp, batch, context }) => context === length && `TP=${tp}, batch ${batch}` === column,
+          );
+          return one ? `${cell(one.tpot_ms.median)} (${cell(one.tpot_ms.p90)})` : '';
         }),
-        ...(published ? [cell(PUBLISHED[batch])] : []),
       ]),
     )
   );
 }
 
-/** The run over all batch sizes of each TP degree. */
-function firstOfEach(decode) {
-  return decode.filter(({ run }, i) => decode.findIndex((other) => other.run.tp === run.tp) === i);
+function stages(runs) {
+  const one = ({ run }, { batch, context, tpot_ms, stages: report }) => {
+    const rows = report.rows.map((row) => [
+      ...[row.stage, row.kind, cell(row.calls, 0)],
+      ...[row.us, row.us_per_token, row.wait_us_per_token, row.gap_us_per_token].map((us) => cell(us, 1)),
+      ...(row.read_bytes > 0
+        ? [cell(row.read_bytes / 1e6, 1), cell(row.gb_per_s, 0), share(row.share_of_bandwidth)]
+        : ['', '', '']),
+      share(row.share),
+    ]);
+    const total = (name, us, part = share(us / report.step_us)) => [
+      ...[name, '', '', '', cell(us, 1), '', '', '', '', ''],
+      part,
+    ];
+    const headings = ['stage', 'layers', 'calls', 'us a call', 'us a token', 'of it waiting', 'gap before'];
+    return (
+      `### TP=${run.tp}, batch ${batch}, context ${context}\n\n` +
+      `Sums between ranks, waiting included: ${cell(report.sync_us, 1)} us, ${share(report.sync_us / report.step_us)} of the step.\n\n` +
+      table(
+        [...headings, 'MB', 'GB/s', 'of bandwidth', 'share'],
+        [
+          ...rows,
+          total('all stages', report.stages_us),
+          total('gaps between them', report.gaps_us),
+          total('before, behind and unexplained', report.outside_us),
+          total('step, stages timed', report.step_us),
+          total('step, nothing timed', tpot_ms.median * 1000, ''),
+        ],
+      )
+    );
+  };
+  const parts = byDegree(runs).flatMap((bench) => bench.rows.map((row) => one(bench, row)));
+  return `## Where a step goes, on one rank\n\n${parts.join('\n')}`;
 }
 
-function byContext(decode) {
-  const degrees = firstOfEach(decode).map(({ run }) => run.tp);
-  const ofDegree = (tp) => decode.filter(({ run }) => run.tp === tp).map(({ rows }) => rows[0]);
-  const contexts = [...new Set(decode.map(({ rows }) => rows[0].context))];
-  return (
-    '## Over context, batch 1, ms\n\n' +
-    table(
-      ['context', ...degrees.flatMap((tp) => [`TP=${tp}, median (p90)`, 'prompt, ms'])],
-      contexts.map((context) => [
-        `${context}`,
-        ...degrees.flatMap((tp) => {
-          const row = ofDegree(tp).find((one) => one.context === context);
-          return row ? [columnsOf(row)[0], cell(row.prefill_ms, 0)] : ['', ''];
-        }),
-      ]),
-    )
+function experts(runs) {
+  const rows = runs.flatMap(({ tp, rows }) =>
+    rows.map((row) => [
+      ...[`${tp}`, `${row.tokens}`, row.variant],
+      ...[row.time_us.median, row.time_us.p90, row.floor_us, row.time_us.median / row.floor_us].map((us) =>
+        cell(us),
+      ),
+      cell(row.gb_per_s, 0),
+    ]),
   );
+  const headings = ['TP', 'tokens', 'kernels', 'median us', 'p90', 'floor', 'x floor', 'GB/s'];
+  return `## The experts of one layer alone\n\n${table(headings, rows)}`;
 }
 
 function sums(allreduce) {
@@ -102,17 +164,8 @@ function sums(allreduce) {
       `${row.wrong}`,
     ]),
   );
-  const headings = [
-    'collective',
-    'launched',
-    'bytes',
-    'median us',
-    'p10',
-    'p90',
-    'p99',
-    'algbw GB/s',
-    '#wrong',
-  ];
+  const times = ['median us', 'p10', 'p90', 'p99'];
+  const headings = ['collective', 'launched', 'bytes', ...times, 'algbw GB/s', '#wrong'];
   return `## All-reduce, ${allreduce[0].run.tp} ranks\n\n${table(headings, rows)}`;
 }
 
@@ -123,16 +176,29 @@ function loading(load) {
     const others = Object.entries(stage_ms)
       .filter(([stage]) => stage !== 'weights')
       .map(([stage, ms]) => `${stage} ${(ms / 1000).toFixed(2)}`);
-    return [
-      what,
-      `${tp}`,
-      cell(load_s),
-      cell(gb, 1),
-      cell(weights),
-      cell(gb / weights, 1),
-      others.join(', '),
-    ];
+    const figures = [cell(load_s), cell(gb, 1), cell(weights), cell(gb / weights, 1)];
+    return [what, `${tp}`, ...figures, others.join(', ')];
   });
   const headings = ['weights', 'TP', 'ready after s', 'GB', 'weights s', 'GB/s', 'other stages, s'];
   return `## From the command to the first step\n\n${table(headings, rows)}`;
+}
+
+const list = (lines) => lines.map((line) => `- ${line}\n`).join('');
+
+function sameBits(checks) {
+  return `## The same bits\n\n${list(checks.map(({ tp, collective, line }) => `TP=${tp}, ${collective}: ${line}`))}`;
+}
+
+function kills(killed) {
+  const line = ({ ranks, victim, seconds }) =>
+    `kill -9 of rank ${victim} of ${ranks} in mid-decode: over after ${cell(seconds)} s with exit code 4, no worker left`;
+  return `## A rank that dies\n\n${list(killed.map(line))}`;
+}
+
+function failures(failed) {
+  return `## Failed\n\n${list(failed.map(({ name, error }) => `${name}: ${error.split('\n')[0]}`))}`;
+}
+
+function leftOut(names) {
+  return `## Left out by --only\n\n${names.join(', ')}\n`;
 }

@@ -3,7 +3,7 @@
 
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -12,11 +12,12 @@ import { good, isAlive, must, REAL_WIDTH, Running, run, sleep } from './harness.
 /** Memory in use is given back a moment after its process has gone; and time for a loaded host. */
 const END_S = 5;
 
-/** Goes on for a while if nothing happens to it. */
-const longRun = (on, model) => [
-  ...[...on, '--model', model, '--prompt-ids', '2,17,5'],
-  ...['--max-tokens', '50000', '--ignore-eos'],
-];
+/** Goes on for a while if nothing happens to it. `model`: a file of configs/. */
+function longRun(on, model) {
+  const { config } = JSON.parse(readFileSync(model, 'utf8'));
+  const tokens = Math.min(50_000, config.max_position_embeddings - 3);
+  return [...on, '--model', model, '--prompt-ids', '2,17,5', '--max-tokens', `${tokens}`, '--ignore-eos'];
+}
 
 /** Kills one of `ranks` workers while they decode; the seconds that the rest then takes to end as it should. */
 export async function killInMidDecode(on, model, ranks, victim) {

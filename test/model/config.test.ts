@@ -262,6 +262,12 @@ describe('a file of configs/', () => {
     expect(config).toEqual({ ...whole, layers: [whole.layers[0], whole.layers[1], whole.layers[5]] });
   });
 
+  it('holds six layers of the same width, one of them full', () => {
+    const whole = readConfigFile(shipped('gemma-4-26b-a4b')).config;
+    const { config } = readConfigFile(shipped('gemma-4-26b-a4b-6layers'));
+    expect(config).toEqual({ ...whole, layers: whole.layers.slice(0, 6) });
+  });
+
   it('holds a tiny model that splits over 1, 2, 4 and 8 ranks', async () => {
     const { leavesOf } = await import('../../src/model/shard.js');
     expect(leavesOf(readConfigFile(shipped('tiny')).config)).toBe(8);
