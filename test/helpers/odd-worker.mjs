@@ -23,6 +23,7 @@ const report = (step, token) => ({
   expertsRead: 0,
   logits: false,
   trace: null,
+  times: null,
 });
 
 if (odd('ignores SIGTERM')) process.on('SIGTERM', () => {});
