@@ -34,7 +34,6 @@ def main():
     with open(prompts_file) as file:
         prompts = json.load(file)
     torch.set_float32_matmul_precision("highest")  # no TF32
-    torch.backends.cuda.matmul.allow_tf32 = False
     said = {"torch": torch.__version__, "transformers": transformers.__version__}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         start = time.time()
