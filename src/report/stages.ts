@@ -118,9 +118,8 @@ function tallyOf(tallies: Map<string, Tally>, place: StagePlace): Tally {
   return tally;
 }
 
-/** `untimedUs`: median of the step while nothing inside it is timed. */
-export function stageTable(report: StageReport, untimedUs: number): string {
-  const ofStep = (us: number) => percent(us / report.step_us!);
+/** The report as headings and cells; `untimedUs`: median of the step while nothing inside it is timed. */
+export function stageCells(report: StageReport, untimedUs: number): { headings: string[]; rows: string[][] } {
   const stages = report.rows.map((row) => [
     row.stage,
     row.kind,
@@ -132,16 +131,17 @@ export function stageTable(report: StageReport, untimedUs: number): string {
       : ['', '', '']),
     percent(row.share!),
   ]);
+  const ofStep = (us: number) => percent(us / report.step_us!);
   const total = (name: string, us: number, share = ofStep(us)) => [
     ...[name, '', '', '', short(us), '', '', '', '', ''],
     share,
   ];
-  return table(
-    [
+  return {
+    headings: [
       ...['stage', 'layers', 'calls', 'us a call', 'us a token', 'of it waiting', 'gap before'],
       ...['MB', 'GB/s', 'of bandwidth', 'share'],
     ],
-    [
+    rows: [
       ...stages,
       total('all stages', report.stages_us!),
       total('gaps between them', report.gaps_us!),
@@ -149,5 +149,10 @@ export function stageTable(report: StageReport, untimedUs: number): string {
       total('step, stages timed', report.step_us!),
       total('step, nothing timed', untimedUs, ''),
     ],
-  );
+  };
+}
+
+export function stageTable(report: StageReport, untimedUs: number): string {
+  const { headings, rows } = stageCells(report, untimedUs);
+  return table(headings, rows);
 }

@@ -1,12 +1,11 @@
 // A few decode steps as Chrome trace events, which Perfetto and chrome://tracing open: a process for each rank, in it a
-// thread for the stages, one for the syncs that the host does, and one for each sampled block of a GPU.
+// thread for the stages, one for the syncs that stand by themselves, and one for each sampled block of a GPU.
 //
 // One clock for all: ranks of one host share its monotonic clock (a GPU's own is tied to it, see
 // native/engine/stage_timer.h). A rank on another host is shifted so that its syncs end when rank 0's do, by the median:
 // nobody leaves a sum before everybody has come.
 
-import type { StagePlace, StepTimes } from './stages.js';
-import { spanAt } from './stages.js';
+import { type StagePlace, type StepTimes, spanAt } from './stages.js';
 import { quantile } from './stats.js';
 
 /** One rank's steps, by its own clock. */

@@ -1,5 +1,7 @@
 // The page that people read of one bench result.
 
+import { stageCells } from '../../dist/report/stages.js';
+
 /** Published for TP=2 on two H200 (vLLM PR #41379), ms a token, by batch size. */
 const PUBLISHED = { 1: 2.82, 4: 3.28, 8: 3.65 };
 /** GB/s that a plain read kernel reaches on one H200: what floors are measured against. */
@@ -106,33 +108,11 @@ function byContext(contexts) {
 
 function stages(runs) {
   const one = ({ run }, { batch, context, tpot_ms, stages: report }) => {
-    const rows = report.rows.map((row) => [
-      ...[row.stage, row.kind, cell(row.calls, 0)],
-      ...[row.us, row.us_per_token, row.wait_us_per_token, row.gap_us_per_token].map((us) => cell(us, 1)),
-      ...(row.read_bytes > 0
-        ? [cell(row.read_bytes / 1e6, 1), cell(row.gb_per_s, 0), share(row.share_of_bandwidth)]
-        : ['', '', '']),
-      share(row.share),
-    ]);
-    const total = (name, us, part = share(us / report.step_us)) => [
-      ...[name, '', '', '', cell(us, 1), '', '', '', '', ''],
-      part,
-    ];
-    const headings = ['stage', 'layers', 'calls', 'us a call', 'us a token', 'of it waiting', 'gap before'];
+    const { headings, rows } = stageCells(report, tpot_ms.median * 1000);
     return (
       `### TP=${run.tp}, batch ${batch}, context ${context}\n\n` +
       `Sums between ranks, waiting included: ${cell(report.sync_us, 1)} us, ${share(report.sync_us / report.step_us)} of the step.\n\n` +
-      table(
-        [...headings, 'MB', 'GB/s', 'of bandwidth', 'share'],
-        [
-          ...rows,
-          total('all stages', report.stages_us),
-          total('gaps between them', report.gaps_us),
-          total('before, behind and unexplained', report.outside_us),
-          total('step, stages timed', report.step_us),
-          total('step, nothing timed', tpot_ms.median * 1000, ''),
-        ],
-      )
+      table(headings, rows)
     );
   };
   const parts = byDegree(runs).flatMap((bench) => bench.rows.map((row) => one(bench, row)));

@@ -54,8 +54,9 @@ describe('bench decode', () => {
 
   it('measures each context from the position that it names, filled beyond a chunk of its prompt', async () => {
     const bench = DecodeBench.parse(
-      await tpRunJson([...args, '--context', '8,300', '--prefill-chunk', '16']),
+      await tpRunJson([...args, '--context', '8,300', '--prefill-chunk', '16', '--eager']),
     );
+    expect(bench.run.eager).toBe(true);
     const seen = bench.rows.map(({ context, batch, filled }) => ({ context, batch, filled }));
     expect(seen).toEqual([
       { context: 8, batch: 1, filled: 0 },
