@@ -31,7 +31,7 @@ constexpr unsigned char kCanary = 0xa5;     // behind dynamic shared memory
 constexpr int kMostWarps = 32, kBarriers = 16;
 /// When nobody gets on, this much time passes at once, so that kernels that have patience lose it.
 constexpr uint64_t kLeapNs = 10'000'000;
-constexpr int kMostLeaps = 1'000'000;
+constexpr int kMostLeaps = 100'000;
 constexpr double kMostSeconds = 300;  // of one wait of the host for the device
 
 }  // namespace
@@ -125,6 +125,8 @@ struct Late {
 std::vector<Late> late_;
 std::unordered_set<const void*> late_places_;
 
+char* room_at(uint32_t address, int bytes);
+
 // ---- fibers
 
 extern "C" void simt_switch(void** save, void* load);
@@ -215,7 +217,9 @@ void enter(Block* block) {
 std::string source_of(const void* address, bool function) {
   char command[256], line[512];
   std::snprintf(command, sizeof command, "addr2line -Cs%s -e /proc/%d/exe %p 2>/dev/null",
-                function ? "f" : "i", static_cast<int>(getpid()), address);
+                function ? "f" : "i", static_cast<int>(getpid()),
+                // A return address belongs to what comes after the call.
+                static_cast<const void*>(static_cast<const char*>(address) - (function ? 0 : 1)));
   std::string out;
   if (std::FILE* pipe = popen(command, "r")) {
     while (std::fgets(line, sizeof line, pipe)) {
@@ -296,7 +300,7 @@ Fiber* pick(Block& block, Warp* warp) {
   const uint64_t chance = draw() >> 32;
   if (chance % 64 == 0) land_one(block);
   if (!block.ready) return nullptr;
-  if (!warp || !warp->ready || chance % 31 == 0) warp = &block.warps[static_cast<size_t>(pick_bit(block.ready))];
+  if (!warp || !warp->ready || (chance & 0x7c0) == 0) warp = &block.warps[static_cast<size_t>(pick_bit(block.ready))];
   const int lane = pick_bit(warp->ready);
   warp->ready &= ~(1u << lane);
   if (!warp->ready) block.ready &= ~(1u << (warp - block.warps.data()));
@@ -313,8 +317,8 @@ void leave() {
   simt_switch(&me->stack_pointer, to ? to->stack_pointer : main_stack_);
 }
 
-void wait_in(const char* what, const void* where) {
-  self->waits = what, self->where = where;
+void wait_in(const char* what) {
+  self->waits = what;
   leave();
 }
 
@@ -349,7 +353,8 @@ void begin(Grid& grid, unsigned number) {
     fiber.block = block.get(), fiber.warp = &warp, fiber.lane = lane;
     fiber.waits = "not begun";
     fiber.stack = take_stack();
-    void** top = reinterpret_cast<void**>(fiber.stack + kStack + kPage);
+    // Not all stacks begin in the same sets of the cache.
+    void** top = reinterpret_cast<void**>(fiber.stack + kStack + kPage - t * 37 % 64 * 64);
     *--top = nullptr;
     *--top = reinterpret_cast<void*>(thread_main);
     for (int i = 0; i < 6; i++) *--top = nullptr;  // registers
@@ -415,7 +420,7 @@ void end_thread() {
   const uint32_t bit = 1u << me->lane;
   for (uint32_t others = warp.offered; others; others &= others - 1)
     if (const int lane = __builtin_ctz(others); warp.mask[lane] & bit)
-      fault("this thread ends, and lane %d waits for it in a warp's collective of mask %08x", lane,
+      fault("lane %d waits in a warp's collective of mask %08x for lanes that have ended, this one", lane,
             warp.mask[lane]);
   warp.ended |= bit;
   block.live--;
@@ -588,7 +593,7 @@ struct Mbarrier {
 Mbarrier& mbarrier_at(Block& block, uint32_t address) {
   (void)block;
   if (address % 8) fault("mbarrier at %08x: not at a multiple of 8", address);
-  auto& barrier = *reinterpret_cast<Mbarrier*>(shared_memory(address, 8));
+  auto& barrier = *reinterpret_cast<Mbarrier*>(room_at(address, 8));
   if (barrier.arrivals == 0 || barrier.arrivals == 0xffff) fault("mbarrier at %08x: not initialised", address);
   return barrier;
 }
@@ -645,7 +650,7 @@ void land(Block& block, size_t i) {
   block.bulk[i] = block.bulk.back();
   block.bulk.pop_back();
   if (!bulk.box) {
-    std::memcpy(shared_memory(bulk.to, bulk.bytes), bulk.from, static_cast<size_t>(bulk.bytes));
+    std::memcpy(room_at(bulk.to, bulk.bytes), bulk.from, static_cast<size_t>(bulk.bytes));
   } else {
     const CUtensorMap& map = bulk.map;
     const int row_bytes = static_cast<int>(map.box[0]) * 2;
@@ -658,7 +663,7 @@ void land(Block& block, size_t i) {
                               (map.dimensions < 3 || plane < static_cast<int64_t>(map.sizes[2]));
           uint32_t place = to + static_cast<uint32_t>(at);
           if (map.swizzled) place ^= (place >> 7 & 7) << 4;
-          char* const piece = shared_memory(place, 16);
+          char* const piece = room_at(place, 16);
           for (int i = 0; i < 8; i++) {
             uint16_t element = 0;
             if (inside && x + i >= 0 && x + i < static_cast<int64_t>(map.sizes[0]))
@@ -837,7 +842,8 @@ void start(std::shared_ptr<Grid> grid) {
   for (const unsigned cluster : order)
     for (unsigned i = 0; i < launch.cluster; i++) grid->order.push_back(cluster * launch.cluster + i);
   grid->clusters.resize(clusters);
-  grid->most = launch.together ? blocks : 1 + draw(static_cast<uint64_t>(2 * processors_));
+  // A kernel has at least a block on every processor at once, as long as it has that many.
+  grid->most = launch.together ? blocks : static_cast<size_t>(processors_) + draw(static_cast<uint64_t>(processors_));
   grids_.push_back(std::move(grid));
   changed();
 }
@@ -932,7 +938,7 @@ void fault(const char* text, ...) {
     Grid& grid = *self->block->grid;
     std::string others;
     if (what.find("__trap") != std::string::npos) others = waits_of(grid);
-    fail(grid, "  " + place_of(*self) + ": " + what + "\n  at " + source_of(__builtin_return_address(0), false) +
+    fail(grid, "  " + place_of(*self) + ": " + what + "\n  at " + source_of(what.find("__trap") != std::string::npos || !self->where ? __builtin_return_address(0) : self->where, false) +
                    "\n" + others);
     void* nowhere;
     self = nullptr;
@@ -961,7 +967,7 @@ uint64_t collective(Op op, uint32_t mask, uint64_t value, int argument) {
   warp.op[lane] = op, warp.mask[lane] = mask, warp.value[lane] = value, warp.argument[lane] = argument;
   warp.offered |= bit;
   if ((warp.offered & mask) != mask) {
-    wait_in(kOpNames[int(op)], self->where);
+    wait_in(kOpNames[int(op)]);
     return warp.result[lane];
   }
   warp.offered &= ~mask;
@@ -976,15 +982,19 @@ void barrier_wait(int id, int threads) {
                                        "barrier 4",     "barrier 5",  "barrier 6",  "barrier 7",
                                        "barrier 8",     "barrier 9",  "barrier 10", "barrier 11",
                                        "barrier 12",    "barrier 13", "barrier 14", "barrier 15"};
-  if (!come(id, threads, true)) wait_in(kNames[id], __builtin_return_address(0));
+  self->where = __builtin_return_address(0);
+  if (!come(id, threads, true)) wait_in(kNames[id]);
 }
-void barrier_arrive(int id, int threads) { come(id, threads, false); }
+void barrier_arrive(int id, int threads) {
+  self->where = __builtin_return_address(0);
+ come(id, threads, false); }
 
 void cluster_wait() {
+  self->where = __builtin_return_address(0);
   Grid::Cluster& cluster = self->block->grid->clusters[self->block->cluster];
   cluster.came.push_back(self);
   if (static_cast<int>(cluster.came.size()) < cluster.live) {
-    wait_in("the cluster's barrier", __builtin_return_address(0));
+    wait_in("the cluster's barrier");
     return;
   }
   for (Fiber* fiber : cluster.came)
@@ -997,6 +1007,7 @@ int cluster_rank() { return static_cast<int>(self->block->number % self->block->
 char* dynamic_shared(int) { return self->block->dynamic; }
 
 uint32_t shared_address(const void* p) {
+  self->where = __builtin_return_address(0);
   const auto* const at = static_cast<const char*>(p);
   const Block& block = *self->block;
   if (at >= block.dynamic && at <= block.dynamic + block.grid->launch.shared)
@@ -1005,7 +1016,9 @@ uint32_t shared_address(const void* p) {
   fault("%p is not in the block's shared memory", p);
 }
 
-char* shared_memory(uint32_t address, int bytes) {
+namespace {
+
+char* room_at(uint32_t address, int bytes) {
   const auto end = int64_t{address} + bytes;
   if (address >= kDynamicBase) {
     if (end > kDynamicBase + static_cast<int64_t>(current_->grid->launch.shared))
@@ -1017,40 +1030,51 @@ char* shared_memory(uint32_t address, int bytes) {
   return statics_ + address;
 }
 
+}  // namespace
+
+char* shared_memory(uint32_t address, int bytes) {
+  self->where = __builtin_return_address(0);
+  return room_at(address, bytes);
+}
+
 void mbarrier_init(uint32_t barrier, int arrivals) {
+  self->where = __builtin_return_address(0);
   if (barrier % 8) fault("mbarrier at %08x: not at a multiple of 8", barrier);
   if (arrivals <= 0 || arrivals >= 0xffff) fault("mbarrier of %d arrivals", arrivals);
-  *reinterpret_cast<Mbarrier*>(shared_memory(barrier, 8)) = {static_cast<uint16_t>(arrivals),
+  *reinterpret_cast<Mbarrier*>(room_at(barrier, 8)) = {static_cast<uint16_t>(arrivals),
                                                              static_cast<uint16_t>(arrivals), 0};
 }
 void mbarrier_arrive(uint32_t barrier, int bytes) {
+  self->where = __builtin_return_address(0);
   maybe_pause();
   arrive(*self->block, barrier, bytes);
 }
 bool mbarrier_try_wait(uint32_t address, uint32_t parity) {
+  self->where = __builtin_return_address(0);
   const Mbarrier& barrier = mbarrier_at(*self->block, address);
   const auto over = [&] { return static_cast<uint32_t>(barrier.bytes_and_phase & 1) != (parity & 1); };
   if (over()) return true;
-  self->where = __builtin_return_address(0);
   if (draw(16) == 0) {
     pause();
   } else {
     self->block->sleepers.push_back({self, address, parity});
-    wait_in("an mbarrier", self->where);
+    wait_in("an mbarrier");
   }
   return over();
 }
 
 void copy_async(uint32_t to, const void* from, int bytes, int room) {
+  self->where = __builtin_return_address(0);
   if (to % static_cast<uint32_t>(room) || reinterpret_cast<uintptr_t>(from) % static_cast<unsigned>(room))
     fault("cp.async of %d bytes from %p to %08x: not at a multiple of that", room, from, to);
   if (bytes < 0 || bytes > room) fault("cp.async of %d of %d bytes", bytes, room);
-  char* const place = shared_memory(to, room);
+  char* const place = room_at(to, room);
   std::memset(place, kPoison, static_cast<size_t>(room));
   begin_copy({self->group, place, static_cast<const char*>(from), bytes, room, 0});
 }
 void copy_async_commit() { self->group++; }
 void copy_async_wait(int pending) {
+  self->where = __builtin_return_address(0);
   auto& copies = self->warp->copies[self->lane];
   for (size_t i = copies.size(); i-- > 0;)
     if (i < copies.size() && copies[i].group < self->group - pending) land(*self, i);
@@ -1063,18 +1087,20 @@ void copy_async_wait_all() {
 void copy_async_arrive(uint32_t barrier) { begin_copy({self->group, nullptr, nullptr, 0, 0, barrier}); }
 
 void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  self->where = __builtin_return_address(0);
   if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16 || bytes <= 0)
     fault("cp.async.bulk of %d bytes from %p to %08x: not multiples of 16", bytes, from, to);
-  std::memset(shared_memory(to, bytes), kPoison, static_cast<size_t>(bytes));
+  std::memset(room_at(to, bytes), kPoison, static_cast<size_t>(bytes));
   mbarrier_at(*self->block, barrier);
   self->block->bulk.push_back({to, barrier, static_cast<const char*>(from), bytes, false, {}, {}});
   maybe_pause();
 }
 void copy_box(uint32_t to, const void* map, int x, int y, int z, uint32_t barrier) {
+  self->where = __builtin_return_address(0);
   const CUtensorMap& m = *static_cast<const CUtensorMap*>(map);
   const int bytes = static_cast<int>(m.box[0] * m.box[1] * (m.dimensions > 2 ? m.box[2] : 1)) * 2;
   if (to % 128) fault("a box to %08x: not at a multiple of 128", to);
-  std::memset(shared_memory(to, bytes), kPoison, static_cast<size_t>(bytes));
+  std::memset(room_at(to, bytes), kPoison, static_cast<size_t>(bytes));
   mbarrier_at(*self->block, barrier);
   self->block->bulk.push_back({to, barrier, nullptr, bytes, true, m, {x, y, z}});
   maybe_pause();
@@ -1123,7 +1149,8 @@ void grid_wait() {
   Grid& grid = *self->block->grid;
   while (grid.before && !grid.before->done) {
     grid.waiting.push_back(self);
-    wait_in("the kernel before", __builtin_return_address(0));
+    self->where = __builtin_return_address(0);
+    wait_in("the kernel before");
   }
 }
 void grid_launch_dependents() {

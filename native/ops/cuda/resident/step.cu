@@ -261,7 +261,9 @@ class Step final : public Fused {
   }
 
   bool takes(const Input& in) const override {
-    return in.tokens <= kMostTokens && in.rows <= in.tokens && slots_for(in.tokens) >= kUnitSlots;
+    // A token's row is one block's work.
+    return in.tokens <= std::min(kMostTokens, cuda_.processors()) && in.rows <= in.tokens &&
+           slots_for(in.tokens) >= kUnitSlots;
   }
 
   void run(int from, int to, const Input& in) override {
