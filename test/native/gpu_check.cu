@@ -19,7 +19,7 @@ int main(int argc, char** argv) {
     if (argc > 1 && asked("quick")) check_quick();
     const std::vector<std::vector<int>> steps = {{0}, {5, 63, 64, 100}, {1023, 1050, 700, 3}};
     if (asked("fused")) {
-      test_fused(kReal, 6, 1100, steps, {1, 2, 5, 8});
+      test_fused(kReal, 6, 1100, steps, {1, 2, 5, 8}, 3);
       test_stretches(kReal, 6, 1100, {0, 70}, {1, 2, 8}, 4, 1);
       test_replay(kReal, 6, 1100, 2);
     }
