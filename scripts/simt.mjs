@@ -24,11 +24,18 @@ export function obstacle() {
 export function build({ undefinedBehaviour = false } = {}) {
   const folder = join(root, undefinedBehaviour ? 'build-simt-undefined' : 'build-simt');
   for (const args of [
-    ['-S', join(root, 'test/native/simt'), '-B', folder, `-DSIMT_UNDEFINED=${undefinedBehaviour ? 'ON' : 'OFF'}`],
+    [
+      '-S',
+      join(root, 'test/native/simt'),
+      '-B',
+      folder,
+      `-DSIMT_UNDEFINED=${undefinedBehaviour ? 'ON' : 'OFF'}`,
+    ],
     ['--build', folder, '--parallel', String(availableParallelism())],
   ]) {
     const done = spawnSync('cmake', args, { encoding: 'utf8', maxBuffer: 1 << 28 });
-    if (done.status !== 0) throw new Error(`cmake ${args.join(' ')}\n${done.error ?? ''}${done.stdout}${done.stderr}`);
+    if (done.status !== 0)
+      throw new Error(`cmake ${args.join(' ')}\n${done.error ?? ''}${done.stdout}${done.stderr}`);
   }
   return folder;
 }
@@ -78,7 +85,9 @@ if (process.argv[1] && import.meta.url === pathToFileURL(process.argv[1]).href) 
     jobs.map(([program, args]) => async () => {
       const { status, output } = await run(join(folder, program), args);
       if (status !== 0) failed++;
-      console.log(status === 0 ? output.trim().split('\n').at(-1) : `${output}\n${args.join(' ')}: ${status}`);
+      console.log(
+        status === 0 ? output.trim().split('\n').at(-1) : `${output}\n${args.join(' ')}: ${status}`,
+      );
     }),
     availableParallelism(),
   );

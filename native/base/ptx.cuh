@@ -1,9 +1,9 @@
-// Every PTX instruction that the kernels use, each under its own name: nothing else in native/ holds assembly.
-// test/native/simt has a twin of this file for the host, so whoever adds an instruction here gives it a
-// meaning there.
+// Every PTX instruction that the kernels use, each under its own name: nothing else in native/ holds
+// assembly. test/native/simt has a twin of this file for the host, so whoever adds an instruction here gives
+// it a meaning there.
 //
-// Shared memory goes by its 32-bit address (shared_address), barriers in it are mbarriers of 8 bytes. Operands
-// that the instruction takes as an immediate are template parameters.
+// Shared memory goes by its 32-bit address (shared_address), barriers in it are mbarriers of 8 bytes.
+// Operands that the instruction takes as an immediate are template parameters.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,9 @@ namespace tp::ptx {
 // ---- shared memory
 
 /// Declares `name`: the kernel's dynamic shared memory, elements of `type`, at a multiple of `align` bytes.
-#define TP_DYNAMIC_SHARED(type, name, align) extern __shared__ __align__(align) type name[]
+#define TP_DYNAMIC_SHARED(type, name, align) \
+  extern __shared__ __align__(align)         \
+  type name[]
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -129,7 +131,8 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
 __device__ __forceinline__ void cp_async_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier,
                                               uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+      "[%3], "
       "%4;" ::"r"(to),
       "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");

@@ -1,5 +1,6 @@
-// The checks of the CUDA kernels, on a GPU: gpu_check [check | small | quick] [many] [fused] [ranks]; exit code 1
-// when a comparison fails. Built with nvcc from this file, ops_check.cu, resident_check.cu and the addon's objects.
+// The checks of the CUDA kernels, on a GPU: gpu_check [check | small | quick] [many] [fused] [ranks]; exit
+// code 1 when a comparison fails. Built with nvcc from this file, ops_check.cu, resident_check.cu and the
+// addon's objects.
 #include "test/native/resident_check.h"
 
 using namespace tp;

@@ -100,7 +100,6 @@ void equal_bits(const char* what, const std::vector<T>& a, const std::vector<T>&
   expect(a.size() == b.size() && differ == 0, what, static_cast<double>(differ));
 }
 
-
 struct Step {  // input arrays
   Ints token, position, slot, row, target, top_k, sequence;
   Floats temperature, top_p;
@@ -151,7 +150,8 @@ struct Step {  // input arrays
   }
 };
 
-/// A model as the whole-step tests need it: the widths of the 26B shape, which the resident kernel is made for.
+/// A model as the whole-step tests need it: the widths of the 26B shape, which the resident kernel is made
+/// for.
 struct ModelShape {
   int leaves, heads, kv_heads, kv_heads_full, experts, top_k, vocab, window;
   int period;  // the last of so many layers sees all positions
@@ -245,9 +245,9 @@ struct Model {
       a.gate_up.dense_in = dense_in, a.gate_up.expert_in = expert_in;
       a.gate_up.gate = rows(rank * d.inter, d.inter, rh), a.gate_up.up = rows(rank * d.inter, d.inter, rh);
       // Of every expert the gate rows, then the up rows.
-      a.gate_up.expert_gate_up = synthetic({uint64_t(rank) * d.moe_inter * H, uint64_t(d.moe_inter) * H,
-                                            uint64_t(moe) * H, uint64_t(E) * 2},
-                                           rh);
+      a.gate_up.expert_gate_up = synthetic(
+          {uint64_t(rank) * d.moe_inter * H, uint64_t(d.moe_inter) * H, uint64_t(moe) * H, uint64_t(E) * 2},
+          rh);
       a.gate_up.expert_start = start, a.gate_up.assignment = assignment;
       a.gate_up.dense_act = dense_act, a.gate_up.expert_act = expert_act;
       a.down = {dense_act,

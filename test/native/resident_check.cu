@@ -138,7 +138,7 @@ void test_stretches(const ModelShape& shape, int layer_count, int positions, con
       const float* const from[] = {l.qkv.q,         l.attention.attention, l.attn_out.sum,
                                    l.route.hidden,  l.gate_up.expert_act,  l.down.sum,
                                    l.ffn_out.hidden};
-      const int width[] = {l.attn_out.columns,         l.attn_out.columns, kHidden, kHidden,
+      const int width[] = {l.attn_out.columns,        l.attn_out.columns, kHidden, kHidden,
                            m.d.top_k * m.d.moe_inter, 2 * kHidden,        kHidden};
       std::vector<float> out(static_cast<size_t>(T) * width[step % 7]);
       gpu->read(out.data(), from[step % 7], out.size() * sizeof(float));
@@ -195,10 +195,12 @@ void test_ranks(const ModelShape& shape, int size, int layer_count, int position
   join(ranks);
   for (const std::vector<int>& at : steps)
     for (const int T : batches) {
-      where = std::to_string(size) + " ranks at position " + std::to_string(at[0]) + " T=" + std::to_string(T);
+      where =
+          std::to_string(size) + " ranks at position " + std::to_string(at[0]) + " T=" + std::to_string(T);
       const int before = failures;
       Step in(8, 8);
       set_step(in, at, shape.vocab);
+      gpu->enter();
       gpu->ops().embed(whole.embed, whole.d, in.device(T, T), *gpu);
       fused->run(0, stages, in.device(T, T));
       const std::vector<float> expected = logits_of(whole, T), hidden = hidden_of(whole, T);
@@ -225,6 +227,7 @@ void test_ranks(const ModelShape& shape, int size, int layer_count, int position
 void test_replay(const ModelShape& shape, int layer_count, int positions, int T) {
   where = "replay T=" + std::to_string(T);
   const int before = failures, stages = layer_count * 7 + 1;
+  gpu->enter();
   Model m(1, layer_count, 8, positions, 8, shape);
   set_angles(m);
   const auto fused = gpu->fuse(decoder_of(m), m.d, nullptr);

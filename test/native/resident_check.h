@@ -30,6 +30,7 @@ struct Rank {
   /// Starts a whole step; `in` lies where this rank's device reaches it.
   void start(const Step& in, int T, int stages) {
     const Input input = in.device(T, T);
+    backend.enter();
     backend.ops().embed(model.embed, model.d, input, backend);
     fused->run(0, stages, input);
   }

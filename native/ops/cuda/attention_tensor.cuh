@@ -28,9 +28,7 @@ inline __host__ __device__ TensorRoom tensor_room(int dim, int chunks) {
   return r;
 }
 
-__device__ inline void copy_16(void* to, const void* from) {
-  ptx::cp_async_16(shared_address(to), from);
-}
+__device__ inline void copy_16(void* to, const void* from) { ptx::cp_async_16(shared_address(to), from); }
 
 /// Adds p[j][head] * v[j][2 pair ..] for every `parts`th position; p holds kGroup floats a position.
 template <int Heads>

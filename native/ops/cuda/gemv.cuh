@@ -471,8 +471,7 @@ __global__ void __launch_bounds__(kGemvThreads, 1)
   wait_for_inputs();
   let_next_start();
   work.list();
-  if ((Fast || s.aligned) && !work.all_known())
-    ptx::bar_arrive<kListed, kGemvThreads>();
+  if ((Fast || s.aligned) && !work.all_known()) ptx::bar_arrive<kListed, kGemvThreads>();
   work.load();
   meet_block();
   const int tiles = work.tiles(), parts = work.parts();

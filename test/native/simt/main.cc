@@ -1,11 +1,11 @@
-// The checks of the CUDA kernels, emulated: simt_check PART [SEED]. Prints "seed ..., N comparisons, N failures, N
-// faults"; exit code 1 when there is any.
+// The checks of the CUDA kernels, emulated: simt_check PART [SEED]. Prints "seed ..., N comparisons, N
+// failures, N faults"; exit code 1 when there is any.
 #include <chrono>
 #include <cstdlib>
 
 #include "comm/collective.h"
-#include "test/native/simt/simt.h"
 #include "test/native/resident_check.h"
+#include "test/native/simt/simt.h"
 
 using namespace tp;
 using namespace tp::test;
@@ -44,6 +44,7 @@ void test_peer(int size) {
       sum.push_back(tree_sum(leaves, size));
     }
     for (size_t r = 0; r < values.size(); r++) {
+      cudaSetDevice(static_cast<int>(r));
       cudaMemcpyAsync(memory[r], values[r].data(), values[r].size() * sizeof(float), cudaMemcpyHostToDevice,
                       streams[r]);
       ranks[r]->all_gather(memory[r], all[r], floats, streams[r]);
@@ -56,6 +57,7 @@ void test_peer(int size) {
     }
   }
   // One rank alone: told to stop, it ends.
+  cudaSetDevice(0);
   ranks[0]->all_reduce(memory[0], kMost, streams[0]);
   simt::when_stuck([&] { ranks[0]->abort(); });
   cudaStreamSynchronize(streams[0]);
@@ -100,6 +102,7 @@ int main(int argc, char** argv) {
   const auto asked = [&](const char* name) { return part == "all" || part == name; };
   simt::seed(seed);
   random_state = static_cast<uint32_t>(seed);
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
   const auto since = std::chrono::steady_clock::now();
   int expected_faults = 0;
   try {
@@ -107,11 +110,15 @@ int main(int argc, char** argv) {
     simt::processors(part == "ops" ? 2 + static_cast<int>(seed % 5) : 8 + static_cast<int>(seed % 4));
     cpu = make_cpu_backend("generic", 1);
     gpu = std::make_unique<cuda::CudaBackend>(0);
-    const auto of_seed = [&](const std::vector<int>& list, size_t i) { return list[(seed + i) % list.size()]; };
+    const auto of_seed = [&](const std::vector<int>& list, size_t i) {
+      return list[(seed + i) % list.size()];
+    };
     if (asked("ops")) check_quick();
     if (asked("stages")) {
-      // Chunks are 32 positions of a sliding layer and 16 of a full one; the window is 40, its ring at most 47.
-      const std::vector<std::vector<int>> steps = {{0}, {5, 31, 32, 64, 100}, {95, 47, 39, 3}, {40, 79, 80, 15}};
+      // Chunks are 32 positions of a sliding layer and 16 of a full one; the window is 40, its ring at
+      // most 47.
+      const std::vector<std::vector<int>> steps = {
+          {0}, {5, 31, 32, 64, 100}, {95, 47, 39, 3}, {40, 79, 80, 15}};
       for (size_t i = 0; i < steps.size(); i++)
         test_fused(kSmall, 2, 120, {steps[i]}, {of_seed({1, 2, 5, 8}, i)}, 1);
     }
@@ -126,10 +133,10 @@ int main(int argc, char** argv) {
       test_absent(true), test_absent(false);
       expected_faults = 2;
     }
-    gpu.reset();
   } catch (const Error& error) {
     expect(false, error.what(), 0);
   }
+  gpu.reset();
   const int faults = simt::faults() - expected_faults;
   std::printf("seed %llu, %s: %d comparisons, %d failures, %d faults; %.1f million switches, %.1f s\n",
               static_cast<unsigned long long>(seed), part.c_str(), comparisons, failures, faults,

@@ -42,7 +42,7 @@ int device_ = 0;
 cudaError_t broken_[kDevices] = {};  // by a kernel that faulted
 cudaError_t last_ = cudaSuccess;
 std::vector<Stream*> streams_;
-std::unordered_map<const void*, size_t> asked_;  // dynamic shared memory, by kernel
+std::map<std::pair<int, const void*>, size_t> asked_;         // dynamic shared memory, by device and kernel
 std::unordered_map<void*, std::pair<char*, size_t>> blocks_;  // what was mapped, by address given out
 
 cudaError_t say(cudaError_t status) {
@@ -130,6 +130,8 @@ const char* cudaGetErrorString(cudaError_t status) {
       return "out of memory";
     case cudaErrorCooperativeLaunchTooLarge:
       return "too many blocks in cooperative launch";
+    case cudaErrorInvalidResourceHandle:
+      return "invalid resource handle";
     case cudaErrorInvalidDevice:
       return "invalid device ordinal";
     default:
@@ -212,7 +214,8 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_
 /// The end lies at the end of mapped memory, as near as 256 bytes: what is past it is not there.
 cudaError_t simt_allocate(void** memory, size_t bytes) {
   constexpr size_t kPage = 4096;
-  const size_t room = (std::max(bytes, size_t{1}) + 255) / 256 * 256, all = (room + kPage - 1) / kPage * kPage + kPage;
+  const size_t room = (std::max(bytes, size_t{1}) + 255) / 256 * 256,
+               all = (room + kPage - 1) / kPage * kPage + kPage;
   void* const mapped = mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) return say(cudaErrorMemoryAllocation);
   auto* const begin = static_cast<char*>(mapped);
@@ -326,14 +329,17 @@ cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t from, cudaEvent_t to) {
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (static_cast<size_t>(value) > kMostShared) return say(cudaErrorInvalidValue);
-  asked_[kernel] = static_cast<size_t>(value);
+  asked_[{device_, kernel}] = static_cast<size_t>(value);
   return cudaSuccess;
 }
-cudaError_t simt_function_attributes(cudaFuncAttributes* out) {
+cudaError_t simt_function_attributes(cudaFuncAttributes* out, const void* kernel) {
+  const auto asked = asked_.find({device_, kernel});
   out->sharedSizeBytes = static_shared_bytes();
+  out->maxDynamicSharedSizeBytes = static_cast<int>(asked == asked_.end() ? kSharedUnasked : asked->second);
   return cudaSuccess;
 }
 cudaError_t simt_launch(const cudaLaunchConfig_t* config, const void* kernel, std::function<void()> body) {
+  if (config->stream->device != device_) return say(cudaErrorInvalidResourceHandle);
   Launch launch;
   launch.kernel = kernel;
   launch.body = std::move(body);
@@ -349,8 +355,8 @@ cudaError_t simt_launch(const cudaLaunchConfig_t* config, const void* kernel, st
   }
   const size_t blocks = size_t{launch.grid.x} * launch.grid.y * launch.grid.z,
                threads = size_t{launch.block.x} * launch.block.y * launch.block.z;
-  const auto asked = asked_.find(kernel);
-  const size_t most = asked == asked_.end() ? kSharedUnasked : std::max(asked->second, kSharedUnasked);
+  const auto asked = asked_.find({config->stream->device, kernel});
+  const size_t most = asked == asked_.end() ? kSharedUnasked : asked->second;
   if (blocks == 0 || threads == 0 || threads > 1024 || launch.shared > most || launch.cluster == 0 ||
       launch.grid.x % launch.cluster)
     return say(cudaErrorInvalidValue);

@@ -109,9 +109,9 @@ std::vector<std::shared_ptr<Grid>> grids_;
 Block* current_ = nullptr;  // whose static shared memory is in place; null: the host's own
 std::vector<char> host_statics_;
 void* main_stack_ = nullptr;
-int budget_ = 0;          // switches until other blocks get a turn
+int budget_ = 0;           // switches until other blocks get a turn
 uint64_t idle_turns_ = 0;  // pauses since something last changed
-bool told_ = false;       // when_stuck_ was called in this stillness
+bool told_ = false;        // when_stuck_ was called in this stillness
 std::vector<char*> free_stacks_, free_dynamics_;
 char* statics_ = nullptr;  // thread-local memory of this program
 size_t static_bytes_ = 0;
@@ -152,8 +152,8 @@ simt_switch:
 )");
 
 char* map_with_guard(size_t bytes) {
-  void* memory = mmap(nullptr, bytes + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                      -1, 0);
+  void* memory = mmap(nullptr, bytes + kPage, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) {
     std::perror("simt: mmap");
     std::abort();
@@ -300,7 +300,8 @@ Fiber* pick(Block& block, Warp* warp) {
   const uint64_t chance = draw() >> 32;
   if (chance % 64 == 0) land_one(block);
   if (!block.ready) return nullptr;
-  if (!warp || !warp->ready || (chance & 0x7c0) == 0) warp = &block.warps[static_cast<size_t>(pick_bit(block.ready))];
+  if (!warp || !warp->ready || (chance & 0x7c0) == 0)
+    warp = &block.warps[static_cast<size_t>(pick_bit(block.ready))];
   const int lane = pick_bit(warp->ready);
   warp->ready &= ~(1u << lane);
   if (!warp->ready) block.ready &= ~(1u << (warp - block.warps.data()));
@@ -570,7 +571,8 @@ void complete(Warp& warp, Op op, uint32_t mask) {
     }
     first = false;
     if (op >= Op::shfl && op <= Op::shfl_xor) {
-      if (!(mask >> from & 1)) fault("lane %d shuffles from lane %d, which mask %08x leaves out", lane, from, mask);
+      if (!(mask >> from & 1))
+        fault("lane %d shuffles from lane %d, which mask %08x leaves out", lane, from, mask);
       warp.result[lane] = warp.value[from];
     }
   }
@@ -578,10 +580,11 @@ void complete(Warp& warp, Op op, uint32_t mask) {
     for (uint32_t lanes = mask; lanes; lanes &= lanes - 1) warp.result[__builtin_ctz(lanes)] = joined;
 }
 
-const char* const kOpNames[] = {"__syncwarp",   "__shfl_sync",    "__shfl_up_sync",    "__shfl_down_sync",
-                                "__shfl_xor_sync", "__ballot_sync", "__all_sync",       "__any_sync",
-                                "__reduce_add_sync", "__reduce_min_sync", "__reduce_max_sync", "__match_any_sync",
-                                "mma.m16n8k16", "mma.m16n8k8",    "ldmatrix",          "ldmatrix.trans"};
+const char* const kOpNames[] = {
+    "__syncwarp",        "__shfl_sync",       "__shfl_up_sync",    "__shfl_down_sync",
+    "__shfl_xor_sync",   "__ballot_sync",     "__all_sync",        "__any_sync",
+    "__reduce_add_sync", "__reduce_min_sync", "__reduce_max_sync", "__match_any_sync",
+    "mma.m16n8k16",      "mma.m16n8k8",       "ldmatrix",          "ldmatrix.trans"};
 
 // ---- copies
 
@@ -594,7 +597,8 @@ Mbarrier& mbarrier_at(Block& block, uint32_t address) {
   (void)block;
   if (address % 8) fault("mbarrier at %08x: not at a multiple of 8", address);
   auto& barrier = *reinterpret_cast<Mbarrier*>(room_at(address, 8));
-  if (barrier.arrivals == 0 || barrier.arrivals == 0xffff) fault("mbarrier at %08x: not initialised", address);
+  if (barrier.arrivals == 0 || barrier.arrivals == 0xffff)
+    fault("mbarrier at %08x: not initialised", address);
   return barrier;
 }
 
@@ -658,7 +662,8 @@ void land(Block& block, size_t i) {
     for (uint32_t z = 0; z < (map.dimensions > 2 ? map.box[2] : 1); z++)
       for (uint32_t y = 0; y < map.box[1]; y++, to += static_cast<uint32_t>(row_bytes))
         for (int at = 0; at < row_bytes; at += 16) {
-          const int64_t x = bulk.at[0] + at / 2, row = bulk.at[1] + int64_t{y}, plane = bulk.at[2] + int64_t{z};
+          const int64_t x = bulk.at[0] + at / 2, row = bulk.at[1] + int64_t{y},
+                        plane = bulk.at[2] + int64_t{z};
           const bool inside = row >= 0 && row < static_cast<int64_t>(map.sizes[1]) && plane >= 0 &&
                               (map.dimensions < 3 || plane < static_cast<int64_t>(map.sizes[2]));
           uint32_t place = to + static_cast<uint32_t>(at);
@@ -801,7 +806,7 @@ void catch_signals() {
   stack_t other{};
   other.ss_sp = stack, other.ss_size = sizeof stack;
   sigaltstack(&other, nullptr);
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_sigaction = on_signal;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK;
   for (const int number : {SIGSEGV, SIGBUS, SIGFPE}) sigaction(number, &action, nullptr);
@@ -835,7 +840,8 @@ void start(std::shared_ptr<Grid> grid) {
   find_statics();
   catch_signals();
   const Launch& launch = grid->launch;
-  const size_t blocks = size_t{launch.grid.x} * launch.grid.y * launch.grid.z, clusters = blocks / launch.cluster;
+  const size_t blocks = size_t{launch.grid.x} * launch.grid.y * launch.grid.z,
+               clusters = blocks / launch.cluster;
   std::vector<unsigned> order(clusters);
   for (size_t i = 0; i < clusters; i++) order[i] = static_cast<unsigned>(i);
   for (size_t i = clusters; i > 1; i--) std::swap(order[i - 1], order[draw(i)]);
@@ -843,7 +849,8 @@ void start(std::shared_ptr<Grid> grid) {
     for (unsigned i = 0; i < launch.cluster; i++) grid->order.push_back(cluster * launch.cluster + i);
   grid->clusters.resize(clusters);
   // A kernel has at least a block on every processor at once, as long as it has that many.
-  grid->most = launch.together ? blocks : static_cast<size_t>(processors_) + draw(static_cast<uint64_t>(processors_));
+  grid->most =
+      launch.together ? blocks : static_cast<size_t>(processors_) + draw(static_cast<uint64_t>(processors_));
   grids_.push_back(std::move(grid));
   changed();
 }
@@ -938,8 +945,12 @@ void fault(const char* text, ...) {
     Grid& grid = *self->block->grid;
     std::string others;
     if (what.find("__trap") != std::string::npos) others = waits_of(grid);
-    fail(grid, "  " + place_of(*self) + ": " + what + "\n  at " + source_of(what.find("__trap") != std::string::npos || !self->where ? __builtin_return_address(0) : self->where, false) +
-                   "\n" + others);
+    fail(grid,
+         "  " + place_of(*self) + ": " + what + "\n  at " +
+             source_of(what.find("__trap") != std::string::npos || !self->where ? __builtin_return_address(0)
+                                                                                : self->where,
+                       false) +
+             "\n" + others);
     void* nowhere;
     self = nullptr;
     simt_switch(&nowhere, main_stack_);
@@ -987,7 +998,8 @@ void barrier_wait(int id, int threads) {
 }
 void barrier_arrive(int id, int threads) {
   self->where = __builtin_return_address(0);
- come(id, threads, false); }
+  come(id, threads, false);
+}
 
 void cluster_wait() {
   self->where = __builtin_return_address(0);
@@ -1042,7 +1054,7 @@ void mbarrier_init(uint32_t barrier, int arrivals) {
   if (barrier % 8) fault("mbarrier at %08x: not at a multiple of 8", barrier);
   if (arrivals <= 0 || arrivals >= 0xffff) fault("mbarrier of %d arrivals", arrivals);
   *reinterpret_cast<Mbarrier*>(room_at(barrier, 8)) = {static_cast<uint16_t>(arrivals),
-                                                             static_cast<uint16_t>(arrivals), 0};
+                                                       static_cast<uint16_t>(arrivals), 0};
 }
 void mbarrier_arrive(uint32_t barrier, int bytes) {
   self->where = __builtin_return_address(0);

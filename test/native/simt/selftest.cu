@@ -1,5 +1,5 @@
-// Kernels that are wrong on purpose: the emulator must say so, and must say nothing of the same kernels done right.
-// Prints a line a case; exit code 1 when one is not as expected.
+// Kernels that are wrong on purpose: the emulator must say so, and must say nothing of the same kernels done
+// right. Prints a line a case; exit code 1 when one is not as expected.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -47,7 +47,8 @@ __global__ void rotate_twice(const int* in, int* out, bool right) {
 
 __global__ void copy_by_thread(const int* in, int* out, bool right) {
   TP_DYNAMIC_SHARED(int, room, 16);  // (kThreads)
-  if (threadIdx.x < kThreads / 4) ptx::cp_async_16(ptx::shared_address(room + threadIdx.x * 4), in + threadIdx.x * 4);
+  if (threadIdx.x < kThreads / 4)
+    ptx::cp_async_16(ptx::shared_address(room + threadIdx.x * 4), in + threadIdx.x * 4);
   ptx::cp_async_commit();
   if (right)
     ptx::cp_async_wait<0>();
@@ -197,7 +198,8 @@ __global__ void wrong(Fault fault, const int* in, int* out) {
     case kLeftBehind:
       if (threadIdx.x == 0) {
         ptx::mbarrier_arrive_expect_tx(at, 512);
-        for (int i = 0; i < 32; i++) ptx::cp_async_bulk(ptx::shared_address(room + i * 4), in + i * 4, 16, at, 0);
+        for (int i = 0; i < 32; i++)
+          ptx::cp_async_bulk(ptx::shared_address(room + i * 4), in + i * 4, 16, at, 0);
       }
       return;
     case kTrap:
@@ -224,7 +226,8 @@ struct Memory {
 
 cudaStream_t stream;
 
-void launch(void (*kernel)(const int*, int*, bool), const int* in, int* out, bool right, unsigned blocks = 1) {
+void launch(void (*kernel)(const int*, int*, bool), const int* in, int* out, bool right,
+            unsigned blocks = 1) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks), config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kThreads * sizeof(int);
@@ -244,7 +247,8 @@ void race(const char* name, Run&& run) {
       (right ? wrong_right : wrong_wrong) += !run(right);
     }
   char what[128];
-  std::snprintf(what, sizeof what, "seen with %d of %d seeds, done right %d", wrong_wrong, kSeeds, wrong_right);
+  std::snprintf(what, sizeof what, "seen with %d of %d seeds, done right %d", wrong_wrong, kSeeds,
+                wrong_right);
   say(wrong_right == 0 && wrong_wrong > 0 && simt::faults() == faults, name, what);
 }
 
@@ -264,7 +268,8 @@ void race(const char* name, void (*kernel)(const int*, int*, bool), Expect&& exp
 void races() {
   race("a missing __syncthreads", reverse, [](int i) { return kThreads - 1 - i; });
   race("a missing __syncwarp", reverse_warp, [](int i) { return i ^ 31; });
-  race("a missing __syncthreads before the next round", rotate_twice, [](int i) { return (i + 2) % kThreads; });
+  race("a missing __syncthreads before the next round", rotate_twice,
+       [](int i) { return (i + 2) % kThreads; });
   race("a missing wait for cp.async", copy_by_thread, [](int i) { return i; });
   race("a missing wait for a bulk copy", copy_by_engine, [](int i) { return i; });
   race("a flag before its value", [](bool right) {

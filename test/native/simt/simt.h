@@ -1,5 +1,6 @@
 // A small emulator of CUDA's execution model on the host: every CUDA thread is a fiber, one runs at a time,
-// and what runs next is drawn from a seed, so a run that fails fails again. docs/simt.md says what is modelled.
+// and what runs next is drawn from a seed, so a run that fails fails again. docs/simt.md says what is
+// modelled.
 //
 // Kernels see include/cuda_runtime.h and include/base/ptx.cuh, which end here; tests see the few functions at
 // the end of this file.
@@ -27,10 +28,10 @@ struct Fiber {
   int lane = 0;
   void* stack_pointer = nullptr;
   char* stack = nullptr;
-  const char* waits = "";          // for what, while it does
-  const void* where = nullptr;     // the caller of what it waits in
-  const void* polled = nullptr;    // first address of the loop of loads that it may be in
-  int group = 0;                   // of cp.async copies, the open one
+  const char* waits = "";        // for what, while it does
+  const void* where = nullptr;   // the caller of what it waits in
+  const void* polled = nullptr;  // first address of the loop of loads that it may be in
+  int group = 0;                 // of cp.async copies, the open one
 };
 
 /// The running thread.

@@ -57,15 +57,15 @@ __device__ void bring_weights(const Parameters& p, const Units<S>& units, char* 
         if (++slot > p.stages) slot = 0;
         __syncwarp();
       }
-      if (lane == 0)
-        ptx::mbarrier_arrive_expect_tx(full, pieces * copies * box_bytes);
+      if (lane == 0) ptx::mbarrier_arrive_expect_tx(full, pieces * copies * box_bytes);
       __syncwarp();
       const uint32_t to = shared_address(stages) + walk.at * R::kStage + offset;
 #pragma unroll
       for (int w = 0; w < S::kWide; w++)
         if (lane < copies && w < pieces) {
           if constexpr (kDealt)
-            ptx::cp_async_bulk_tensor_3d(to + w * R::kPiece, map, (c + w) * Chunk, lane, x.weight_row / 4, full);
+            ptx::cp_async_bulk_tensor_3d(to + w * R::kPiece, map, (c + w) * Chunk, lane, x.weight_row / 4,
+                                         full);
           else if (p.once)  // nobody else will want them: they need not stay in the second-level cache
             ptx::cp_async_bulk_tensor(to + w * R::kPiece, map, (c + w) * Chunk, row, full, kEvictFirst);
           else

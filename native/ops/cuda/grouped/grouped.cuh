@@ -64,7 +64,7 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
     for (int pair = 0; pair < kN / 2; pair++)
       if (Full || pair < pairs)
         ptx::ldmatrix_x4(to.b[pair],
-                      b_row + stage + pair * 16 * R::kPitch + at(2 * step + (half ? 0 : b_piece)));
+                         b_row + stage + pair * 16 * R::kPitch + at(2 * step + (half ? 0 : b_piece)));
   };
   Walk walk;
   int slot = 0;

@@ -91,8 +91,8 @@ class Ring {
         asked_++;
       }
       if (r == 0)
-        ptx::mbarrier_arrive_expect_tx(
-            full, row_bytes * __popc(rows >> i * kSlotRows & ((1 << kSlotRows) - 1)));
+        ptx::mbarrier_arrive_expect_tx(full,
+                                       row_bytes * __popc(rows >> i * kSlotRows & ((1 << kSlotRows) - 1)));
       __syncwarp();
       if (r >= 0 && r < (adjacent ? 1 : kSlotRows) && (rows >> lane & 1))
         ptx::cp_async_bulk(data_ + s.slot * bytes_ + r * row_bytes, from,

@@ -199,10 +199,16 @@ enum cudaError_t {
   cudaErrorMemoryAllocation = 2,
   cudaErrorCooperativeLaunchTooLarge = 82,
   cudaErrorInvalidDevice = 101,
+  cudaErrorInvalidResourceHandle = 400,
   cudaErrorLaunchFailure = 719,
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
-enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocMapped = 2, cudaHostAllocPortable = 1 };
+enum {
+  cudaStreamNonBlocking = 1,
+  cudaEventDisableTiming = 2,
+  cudaHostAllocMapped = 2,
+  cudaHostAllocPortable = 1
+};
 enum { cudaIpcMemLazyEnablePeerAccess = 1, cudaSharedmemCarveoutMaxShared = 100, cudaEnableDefault = 0 };
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
@@ -252,6 +258,7 @@ struct cudaDeviceProp {
 };
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
+  int maxDynamicSharedSizeBytes;
 };
 struct cudaIpcMemHandle_t {
   char reserved[64];
@@ -316,10 +323,10 @@ cudaError_t cudaEventSynchronize(cudaEvent_t);
 cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t);
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value);
-cudaError_t simt_function_attributes(cudaFuncAttributes*);
+cudaError_t simt_function_attributes(cudaFuncAttributes*, const void* kernel);
 template <class Function>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, Function*) {
-  return simt_function_attributes(out);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, Function* kernel) {
+  return simt_function_attributes(out, reinterpret_cast<const void*>(kernel));
 }
 cudaError_t simt_launch(const cudaLaunchConfig_t*, const void* kernel, std::function<void()> body);
 template <class... Parameters, class... Arguments>
