@@ -593,8 +593,8 @@ struct Mbarrier {
   int32_t bytes_and_phase;  // bytes to come * 2 + parity of the phase under way
 };
 
-Mbarrier& mbarrier_at(Block& block, uint32_t address) {
-  (void)block;
+/// Of the block whose shared memory is in place.
+Mbarrier& mbarrier_at(uint32_t address) {
   if (address % 8) fault("mbarrier at %08x: not at a multiple of 8", address);
   auto& barrier = *reinterpret_cast<Mbarrier*>(room_at(address, 8));
   if (barrier.arrivals == 0 || barrier.arrivals == 0xffff)
@@ -619,7 +619,7 @@ void look_whether_over(Block& block, uint32_t address, Mbarrier& barrier) {
 }
 
 void arrive(Block& block, uint32_t address, int bytes) {
-  Mbarrier& barrier = mbarrier_at(block, address);
+  Mbarrier& barrier = mbarrier_at(address);
   if (barrier.pending == 0) fault("mbarrier at %08x: more than its %d arrivals", address, barrier.arrivals);
   barrier.pending--;
   barrier.bytes_and_phase += 2 * bytes;
@@ -680,7 +680,7 @@ void land(Block& block, size_t i) {
           }
         }
   }
-  Mbarrier& barrier = mbarrier_at(block, bulk.barrier);
+  Mbarrier& barrier = mbarrier_at(bulk.barrier);
   barrier.bytes_and_phase -= 2 * bulk.bytes;
   look_whether_over(block, bulk.barrier, barrier);
 }
@@ -1063,7 +1063,7 @@ void mbarrier_arrive(uint32_t barrier, int bytes) {
 }
 bool mbarrier_try_wait(uint32_t address, uint32_t parity) {
   self->where = __builtin_return_address(0);
-  const Mbarrier& barrier = mbarrier_at(*self->block, address);
+  const Mbarrier& barrier = mbarrier_at(address);
   const auto over = [&] { return static_cast<uint32_t>(barrier.bytes_and_phase & 1) != (parity & 1); };
   if (over()) return true;
   if (draw(16) == 0) {
@@ -1103,7 +1103,7 @@ void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
   if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16 || bytes <= 0)
     fault("cp.async.bulk of %d bytes from %p to %08x: not multiples of 16", bytes, from, to);
   std::memset(room_at(to, bytes), kPoison, static_cast<size_t>(bytes));
-  mbarrier_at(*self->block, barrier);
+  mbarrier_at(barrier);
   self->block->bulk.push_back({to, barrier, static_cast<const char*>(from), bytes, false, {}, {}});
   maybe_pause();
 }
@@ -1113,7 +1113,7 @@ void copy_box(uint32_t to, const void* map, int x, int y, int z, uint32_t barrie
   const int bytes = static_cast<int>(m.box[0] * m.box[1] * (m.dimensions > 2 ? m.box[2] : 1)) * 2;
   if (to % 128) fault("a box to %08x: not at a multiple of 128", to);
   std::memset(room_at(to, bytes), kPoison, static_cast<size_t>(bytes));
-  mbarrier_at(*self->block, barrier);
+  mbarrier_at(barrier);
   self->block->bulk.push_back({to, barrier, nullptr, bytes, true, m, {x, y, z}});
   maybe_pause();
 }
