@@ -215,6 +215,7 @@ void enter(Block* block) {
 
 /// The source behind a code address, by addr2line; functions: its function's name alone.
 std::string source_of(const void* address, bool function) {
+  if (!address) return "?";
   char command[256], line[512];
   std::snprintf(command, sizeof command, "addr2line -Cs%s -e /proc/%d/exe %p 2>/dev/null",
                 function ? "f" : "i", static_cast<int>(getpid()),
