@@ -5,6 +5,9 @@
 #include <cstring>
 
 #include "base/inline.h"
+#ifdef __CUDACC__
+#include "base/ptx.cuh"
+#endif
 
 namespace tp {
 
@@ -27,9 +30,7 @@ TP_INLINE float to_float(Bf16 bits) { return float_of(static_cast<uint32_t>(bits
 /// Rounds to bfloat16. NaN stays NaN (quiet), infinities stay.
 TP_INLINE Bf16 to_bf16(float value) {
 #ifdef __CUDA_ARCH__
-  Bf16 out;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out) : "f"(value));
-  return out;
+  return ptx::cvt_rn_bf16(value);
 #else
   const uint32_t bits = bits_of(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;

@@ -10,6 +10,7 @@
 #include <mutex>
 
 #include "base/check.h"
+#include "base/launch.cuh"
 #include "base/tree.h"
 #include "comm/collective.h"
 
@@ -127,9 +128,10 @@ class Nccl final : public DeviceCollective {
       fail("TP_COLLECTIVE", "nccl: %lld floats, room for %lld", static_cast<long long>(floats),
            static_cast<long long>(max_floats_));
     settle("all-gather", lib_.AllGather(buffer, parts_, floats, kFloat32, comm_, stream), 10);
-    const int blocks = static_cast<int>((floats + 255) / 256);
-    if (size_ == 4) tree_kernel<4><<<blocks, 256, 0, stream>>>(parts_, buffer, floats);
-    if (size_ == 8) tree_kernel<8><<<blocks, 256, 0, stream>>>(parts_, buffer, floats);
+    const cudaError_t status =
+        launch_kernel(size_ == 4 ? tree_kernel<4> : tree_kernel<8>,
+                      dim3(static_cast<unsigned>((floats + 255) / 256)), 256, stream, parts_, buffer, floats);
+    if (status != cudaSuccess) fail("TP_COLLECTIVE", "nccl: adding: %s", cudaGetErrorString(status));
   }
 
   void all_gather(const float* send, float* gathered, int64_t floats, Stream on) override {

@@ -11,6 +11,8 @@
 #include <cstring>
 
 #include "base/check.h"
+#include "base/launch.cuh"
+#include "base/ptx.cuh"
 #include "base/tree.h"
 #include "comm/collective.h"
 
@@ -46,25 +48,14 @@ struct Inboxes {
 __device__ __forceinline__ void push_line(uint4* to, uint4 line) {
   const uint64_t low = line.x | static_cast<uint64_t>(line.y) << 32,
                  high = line.z | static_cast<uint64_t>(line.w) << 32;
-  asm volatile("{ .reg .b128 v; mov.b128 v, {%1, %2}; st.relaxed.sys.global.b128 [%0], v; }" ::"l"(to),
-               "l"(low), "l"(high)
-               : "memory");
+  ptx::st_relaxed_sys_b128(to, low, high);
 }
 
 __device__ __forceinline__ uint4 peek_line(const uint4* from) {
   uint64_t low, high;
-  asm volatile("{ .reg .b128 v; ld.relaxed.sys.global.b128 v, [%2]; mov.b128 {%0, %1}, v; }"
-               : "=l"(low), "=l"(high)
-               : "l"(from)
-               : "memory");
+  ptx::ld_relaxed_sys_b128(low, high, from);
   return {static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high),
           static_cast<uint32_t>(high >> 32)};
-}
-
-__device__ __forceinline__ uint64_t now_ns() {
-  uint64_t t;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
-  return t;
 }
 
 /// Waits for the line of operation `epoch`. Gives up when told to, or when its patience ends: a GPU that
@@ -72,13 +63,13 @@ __device__ __forceinline__ uint64_t now_ns() {
 __device__ __forceinline__ uint4 await_line(const Inboxes& in, const uint4* from, uint32_t epoch, int peer) {
   uint4 line = peek_line(from);
   if (line.w == epoch) return line;
-  const uint64_t start = now_ns();
+  const uint64_t start = ptx::globaltimer();
   for (uint32_t tries = 1;; tries++) {
     line = peek_line(from);
     if (line.w == epoch) return line;
     if (tries % kTriesBetweenLooks) continue;
     if (in.shared->abort || in.shared->late) return line;
-    if (now_ns() - start > kPatienceNs) {
+    if (ptx::globaltimer() - start > kPatienceNs) {
       in.shared->late = 1 + static_cast<uint32_t>(peer);
       return line;
     }
@@ -248,18 +239,20 @@ class Peer final : public DeviceCollective {
     const auto stream = static_cast<cudaStream_t>(on);
     const int blocks = blocks_for(floats);
     if (blocks == 0) return;
-    if (in_.size == 2) all_reduce_kernel<2><<<blocks, kThreads, 0, stream>>>(in_, buffer, floats);
-    if (in_.size == 4) all_reduce_kernel<4><<<blocks, kThreads, 0, stream>>>(in_, buffer, floats);
-    if (in_.size == 8) all_reduce_kernel<8><<<blocks, kThreads, 0, stream>>>(in_, buffer, floats);
-    check(cudaGetLastError(), "all-reduce");
+    const auto kernel = in_.size == 2   ? all_reduce_kernel<2>
+                        : in_.size == 4 ? all_reduce_kernel<4>
+                                        : all_reduce_kernel<8>;
+    check(launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, stream, in_, buffer, floats),
+          "all-reduce");
   }
 
   void all_gather(const float* send, float* gathered, int64_t floats, Stream on) override {
     const auto stream = static_cast<cudaStream_t>(on);
     const int blocks = blocks_for(floats);
     if (blocks == 0) return;
-    all_gather_kernel<<<blocks, kThreads, 0, stream>>>(in_, send, gathered, floats);
-    check(cudaGetLastError(), "all-gather");
+    check(launch_kernel(all_gather_kernel, dim3(static_cast<unsigned>(blocks)), kThreads, stream, in_, send,
+                        gathered, floats),
+          "all-gather");
   }
 
   void abort() override { shared_->abort = 1; }

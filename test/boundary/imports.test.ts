@@ -139,6 +139,13 @@ describe('the rooms of native', () => {
     expect([...new Set(users.map(({ name }) => roomOf(name)))]).toEqual(['binding']);
   });
 
+  it('keeps assembly, and what only nvcc can parse, in base/ptx.cuh', () => {
+    const users = natives.filter(({ text }) =>
+      /\basm\b\s*(volatile)?\s*\(|<<<|extern\s+__shared__/.test(text.replace(/\/\/.*$/gm, '')),
+    );
+    expect(users.map(({ name }) => name)).toEqual(['base/ptx.cuh']);
+  });
+
   it('has no sockets', () => {
     const users = natives.filter(({ text }) => /#\s*include\s*<(sys\/socket|netinet|zmq)/.test(text));
     expect(users.map(({ name }) => name)).toEqual([]);

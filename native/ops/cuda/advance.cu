@@ -4,12 +4,6 @@ namespace tp::cuda {
 
 namespace {
 
-__device__ uint64_t clock_ns() {
-  uint64_t t;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
-  return t;
-}
-
 // One block: a thread a row, and all of them count experts.
 __global__ void __launch_bounds__(kThreads) end_step(AdvanceArgs a, int experts, int vocab, int rows) {
   __shared__ float room[kWarps];
@@ -34,7 +28,7 @@ __global__ void __launch_bounds__(kThreads) end_step(AdvanceArgs a, int experts,
   __threadfence_system();
   __syncthreads();
   if (threadIdx.x > 0) return;
-  a.history_ns[entry] = clock_ns();
+  a.history_ns[entry] = ptx::globaltimer();
   __threadfence_system();
   *static_cast<volatile uint64_t*>(a.steps) = step + 1;
 }

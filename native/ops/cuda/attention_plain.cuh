@@ -18,7 +18,7 @@ __device__ inline float2 two(const Bf16* from) {
 template <class Element>
 __global__ void __launch_bounds__(kAttentionThreads)
     attend_plain(const __grid_constant__ AttentionParameters p) {
-  extern __shared__ __align__(1024) char shared[];
+  TP_DYNAMIC_SHARED(char, shared, 1024);
   __shared__ float maximum[kGroup], total[kGroup];
   wait_for_inputs();
   let_next_start();

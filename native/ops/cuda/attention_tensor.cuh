@@ -28,9 +28,7 @@ inline __host__ __device__ TensorRoom tensor_room(int dim, int chunks) {
   return r;
 }
 
-__device__ inline void copy_16(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
+__device__ inline void copy_16(void* to, const void* from) { ptx::cp_async_16(shared_address(to), from); }
 
 /// Adds p[j][head] * v[j][2 pair ..] for every `parts`th position; p holds kGroup floats a position.
 template <int Heads>
@@ -54,7 +52,7 @@ __device__ inline void weighted(float2 (&out)[kGroup], const float* p, const Bf1
 
 __global__ void __launch_bounds__(kAttentionThreads)
     attend_tensor(const __grid_constant__ AttentionParameters p) {
-  extern __shared__ __align__(1024) char shared[];
+  TP_DYNAMIC_SHARED(char, shared, 1024);
   __shared__ float maximum[kGroup], total[kGroup];
   wait_for_inputs();
   let_next_start();
@@ -87,7 +85,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
 #pragma unroll 1
         for (int i = lane * 8; i < dim; i += 256) copy_16(to + j * pitch + i, row + i);
       }
-      asm volatile("cp.async.commit_group;" ::: "memory");
+      ptx::cp_async_commit();
     };
     bring(keys, k, row_of_keys);
     bring(values, v, dim);
@@ -101,7 +99,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
         *reinterpret_cast<uint4*>(queries + warp * row_of_keys + i) = pack(x);
       }
     }
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    ptx::cp_async_wait<1>();
     __syncthreads();
 
     // A warp takes 16 positions; where there are but four times as many, two warps take a half of the head
@@ -152,7 +150,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
       sum = warp_sum(sum);
       if (lane == 0) maximum[head] = max, total[head] = sum;
     }
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    ptx::cp_async_wait<0>();
     __syncthreads();
 
     const int pairs = dim / 2, parts = kAttentionThreads / pairs;

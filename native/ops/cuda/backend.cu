@@ -145,7 +145,10 @@ void CudaBackend::prepare(const void* kernel, size_t shared) {
   if (shared > static_cast<size_t>(shared_memory_))
     fail("TP_LIMIT", "a kernel needs %zu bytes of shared memory for this model, the GPU gives %d", shared,
          shared_memory_);
-  if (shared > 40 << 10)  // with a kernel's fixed part more than what needs no asking
+  // The limit is the device's, and another backend on it may have asked for more.
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "asking for a kernel's needs");
+  if (attributes.maxDynamicSharedSizeBytes < static_cast<int>(shared))
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
           "setting a kernel up");
   found->second = shared;

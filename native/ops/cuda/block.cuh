@@ -2,6 +2,7 @@
 // threads, in orders that depend on nothing but the number of elements.
 #pragma once
 
+#include "base/ptx.cuh"
 #include "base/tree.h"
 #include "ops/cuda/cuda.h"
 
@@ -10,18 +11,16 @@ namespace tp::cuda {
 constexpr int kThreads = 512, kWarps = kThreads / 32;
 
 /// Blocks until the kernels before this one are done and what they wrote is visible.
-__device__ inline void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ inline void wait_for_inputs() { ptx::griddepcontrol_wait(); }
 
 /// Lets the next kernel start as blocks of this one end.
-__device__ inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ inline void let_next_start() { ptx::griddepcontrol_launch_dependents(); }
 
 // Named barriers: 0 is __syncthreads, 1 to 8 are a matrix op's groups.
 constexpr int kListed = 14, kBlock = 15;
 
 /// Waits for kThreads threads; a block may have more that do not take part.
-__device__ inline void meet_block() {
-  asm volatile("bar.sync %0, %1;" ::"n"(kBlock), "n"(kThreads) : "memory");
-}
+__device__ inline void meet_block() { ptx::bar_sync<kBlock, kThreads>(); }
 
 __device__ inline float warp_sum(float x) {
   for (int span = 16; span > 0; span /= 2) x += __shfl_xor_sync(~0u, x, span);
@@ -73,7 +72,7 @@ inline Divider divider(int divisor) {
 /// Asks for memory that no kernel writes to come near, so that it is there when the inputs are.
 __device__ inline void prefetch(const void* memory, int bytes) {
   for (int i = threadIdx.x * 128; i < bytes; i += kThreads * 128)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(memory) + i));
+    ptx::prefetch_l2(static_cast<const char*>(memory) + i);
 }
 
 __device__ inline void eight(const float* from, float (&x)[8]) {

@@ -109,7 +109,7 @@ struct Place {
     if (threads == 32)
       __syncwarp();
     else
-      asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "r"(threads) : "memory");
+      ptx::bar_sync(group + 1, threads);
   }
   /// How many of `tiles` tiles this group takes: its own number, then every `groups`th.
   __device__ int share(int tiles) const {
@@ -138,24 +138,16 @@ struct Cursor {
   }
 };
 
-__device__ inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+using ptx::shared_address;
 
 /// Waits until the phase of a barrier in shared memory with that parity is over. Gives up after minutes: what
 /// it waits for will not come, and a kernel that hangs would take the GPU with it.
 __device__ inline void wait_for(uint32_t barrier, uint32_t parity) {
-  uint32_t over = 0;
   uint64_t begin = 0;
   for (int tries = 0;; tries++) {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(over)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-    if (over) return;
+    if (ptx::mbarrier_try_wait(barrier, parity)) return;
     if (tries % 4096 != 4095) continue;
-    uint64_t now;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    const uint64_t now = ptx::globaltimer();
     if (begin == 0) begin = now;
     if (now - begin > 200'000'000'000ull) __trap();
   }
@@ -173,9 +165,8 @@ class Ring {
 
   /// By one thread, before others use the ring.
   __device__ void prepare() const {
-    for (int i = 0; i < 2 * slots_; i++)
-      asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barriers_ + i * 8) : "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    for (int i = 0; i < 2 * slots_; i++) ptx::mbarrier_init<1>(barriers_ + i * 8);
+    ptx::fence_proxy_async();
   }
   __device__ void advance() {
     if (++at_ == slots_) at_ = 0, phase_ ^= 1;
@@ -184,7 +175,7 @@ class Ring {
   __device__ void ask(const Tile& tile, int k, int bytes) {
     const uint32_t arrived = barriers_ + at_ * 16, slot = shared_address(data_) + at_ * bytes_;
     wait_for(arrived + 8, phase_ ^ 1);
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(arrived), "r"(bytes) : "memory");
+    ptx::mbarrier_arrive_expect_tx(arrived, bytes);
     copy(slot, tile.low, k, arrived);
     if (tile.high.matrix) copy(slot + bytes / 2, tile.high, k, arrived);
     advance();
@@ -196,8 +187,7 @@ class Ring {
   }
   __device__ void release() {
     __syncwarp();
-    if (threadIdx.x % 32 == 0)
-      asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barriers_ + at_ * 16 + 8) : "memory");
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barriers_ + at_ * 16 + 8);
     advance();
   }
   /// Fills the first slot element by element, where the copy engine cannot: rows that do not begin at 16
@@ -220,11 +210,7 @@ class Ring {
 
  private:
   static __device__ void copy(uint32_t to, const Rows& from, int k, uint32_t arrived) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
-        "[%4];" ::"r"(to),
-        "l"(&from.matrix->map), "r"(k), "r"(from.first), "r"(arrived)
-        : "memory");
+    ptx::cp_async_bulk_tensor(to, &from.matrix->map, k, from.first, arrived);
   }
 
   int slots_, bytes_, at_ = 0;
@@ -236,11 +222,7 @@ constexpr int kBarrierBytes = kWarps * kMostSlots * 16;
 /// acc += 16 rows x 16 elements of weights times 16 elements x 8 columns.
 __device__ inline void multiply(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                 uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  ptx::mma_m16n8k16(acc, a0, a1, a2, a3, b0, b1);
 }
 
 /// A lane's sums of a unit: (row, column 2 quarter), (row, 2 quarter + 1) and the same of row + 8. Two of
@@ -451,7 +433,7 @@ template <template <bool> class WorkOf, bool Fast>
 __global__ void __launch_bounds__(kGemvThreads, 1)
     gemv(const __grid_constant__ typename WorkOf<Fast>::Parameters p, int slots) {
   using Work = WorkOf<Fast>;
-  extern __shared__ __align__(1024) char shared[];
+  TP_DYNAMIC_SHARED(char, shared, 1024);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool fills = warp >= kWarps;
   // Lane i of filling warp j stands for warp j + kFillers * i.
@@ -482,15 +464,14 @@ __global__ void __launch_bounds__(kGemvThreads, 1)
         }
       __syncwarp();
       if (work.all_known()) return;
-      if (round == 0) asm volatile("bar.sync %0, %1;" ::"n"(kListed), "n"(kGemvThreads) : "memory");
+      if (round == 0) ptx::bar_sync<kListed, kGemvThreads>();
     }
     return;
   }
   wait_for_inputs();
   let_next_start();
   work.list();
-  if ((Fast || s.aligned) && !work.all_known())
-    asm volatile("bar.arrive %0, %1;" ::"n"(kListed), "n"(kGemvThreads) : "memory");
+  if ((Fast || s.aligned) && !work.all_known()) ptx::bar_arrive<kListed, kGemvThreads>();
   work.load();
   meet_block();
   const int tiles = work.tiles(), parts = work.parts();

@@ -1,3 +1,4 @@
+#include "base/launch.cuh"
 #include "ops/cuda/block.cuh"
 #include "ops/cuda/stream.h"
 
@@ -34,9 +35,9 @@ void synthesize(const Synthetic& source, const Stretch& stretch, Bf16* out, Back
   CudaBackend& cuda = of(backend);
   const uint64_t blocks = (stretch.count * stretch.rows + kThreads - 1) / kThreads,
                  most = static_cast<uint64_t>(cuda.processors()) * 4;
-  make_elements<<<dim3(static_cast<unsigned>(blocks < most ? blocks : most)), kThreads, 0, cuda.stream()>>>(
-      source, stretch, out);
-  check(cudaGetLastError(), "making synthetic weights");
+  check(launch_kernel(make_elements, dim3(static_cast<unsigned>(blocks < most ? blocks : most)), kThreads,
+                      cuda.stream(), source, stretch, out),
+        "making synthetic weights");
 }
 
 uint64_t stream(const void* memory, uint64_t bytes, Backend& backend) {
@@ -51,9 +52,9 @@ uint64_t stream(const void* memory, uint64_t bytes, Backend& backend) {
 }  // namespace
 
 void start_stream(const void* memory, uint64_t bytes, unsigned long long* sum, CudaBackend& cuda) {
-  read_all<<<dim3(static_cast<unsigned>(cuda.processors() * 8)), 256, 0, cuda.stream()>>>(
-      static_cast<const uint4*>(memory), bytes / sizeof(uint4), sum);
-  check(cudaGetLastError(), "reading memory");
+  check(launch_kernel(read_all, dim3(static_cast<unsigned>(cuda.processors() * 8)), 256, cuda.stream(),
+                      static_cast<const uint4*>(memory), bytes / sizeof(uint4), sum),
+        "reading memory");
 }
 
 const Ops& ops() {

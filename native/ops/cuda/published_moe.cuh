@@ -4,6 +4,7 @@
 // up by atomics, so they differ from run to run.
 #pragma once
 
+#include "base/launch.cuh"
 #include "ops/cuda/block.cuh"
 
 namespace tp::cuda {
@@ -86,13 +87,15 @@ __global__ void __launch_bounds__(kThreads) finish(PublishedMoe p) {
 inline void run(const PublishedMoe& p, cudaStream_t stream) {
   const auto blocks = [](int count) { return static_cast<unsigned>((count + kThreads - 1) / kThreads); };
   const auto all = static_cast<unsigned>(p.tokens * p.top_k);
-  project<<<dim3(static_cast<unsigned>(2 * p.width / kColumns), all), kThreads, 0, stream>>>(p);
-  activate<<<dim3(blocks(p.tokens * p.top_k * p.width)), kThreads, 0, stream>>>(p);
+  const auto start = [&](void (*kernel)(PublishedMoe), dim3 grid) {
+    check(launch_kernel(kernel, grid, kThreads, stream, p), "launching the published kernels");
+  };
+  start(project, dim3(static_cast<unsigned>(2 * p.width / kColumns), all));
+  start(activate, dim3(blocks(p.tokens * p.top_k * p.width)));
   check(cudaMemsetAsync(p.sum, 0, sizeof(float) * static_cast<size_t>(p.tokens * p.hidden), stream),
         "clearing sums");
-  accumulate<<<dim3(static_cast<unsigned>(p.hidden / kColumns), all), kThreads, 0, stream>>>(p);
-  finish<<<dim3(blocks(p.tokens * p.hidden)), kThreads, 0, stream>>>(p);
-  check(cudaGetLastError(), "launching the published kernels");
+  start(accumulate, dim3(static_cast<unsigned>(p.hidden / kColumns), all));
+  start(finish, dim3(blocks(p.tokens * p.hidden)));
 }
 
 }  // namespace published

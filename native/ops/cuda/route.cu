@@ -35,7 +35,7 @@ __device__ void sort_by_expert(const RouteArgs& a, const int* index, int count, 
 template <int Per, bool Aligned>
 __global__ void __launch_bounds__(kThreads, 1) route_tokens(const __grid_constant__ RouteParameters p) {
   namespace cg = cooperative_groups;
-  extern __shared__ __align__(1024) char shared[];
+  TP_DYNAMIC_SHARED(char, shared, 1024);
   __shared__ float room[kWarps];
   const cg::cluster_group cluster = cg::this_cluster();
   const int rank = static_cast<int>(cluster.block_rank());

@@ -57,17 +57,6 @@ __device__ int list_leaders(const TileParameters& p, uint16_t* leaders) {
   return done;
 }
 
-__device__ inline void four_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ inline float power_of_two(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 __device__ inline uint32_t two_rounded(float low, float high) {
   return to_bf16(low) | static_cast<uint32_t>(to_bf16(high)) << 16;
 }
@@ -85,7 +74,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) attend_tiles(const __grid_con
   using C = Cut<Dim>;
   constexpr int kPieces = Dim / 8;  // of 16 bytes in a row; piece i of row r lies where i ^ r % 8 would
   constexpr int kScores = C::kPositions / 8, kOut = 32;
-  extern __shared__ __align__(1024) char shared[];
+  TP_DYNAMIC_SHARED(char, shared, 1024);
   wait_for_inputs();
   let_next_start();
   auto* const leaders = reinterpret_cast<uint16_t*>(shared + C::kQueries + 4 * C::kPieceBytes);
@@ -112,12 +101,10 @@ __global__ void __launch_bounds__(kTileThreads, 1) attend_tiles(const __grid_con
                   ring = at + row < capacity ? at + row : at + row - capacity;
         // What no row sees becomes zero.
         const int bytes = start + row >= first && start + row <= last ? 16 : 0;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + row * C::kRowBytes +
-                                                                           (column ^ row % 8) * 16),
-                     "l"(rows + (bytes ? static_cast<int64_t>(ring) * Dim : 0) + column * 8), "r"(bytes)
-                     : "memory");
+        ptx::cp_async_16(to + row * C::kRowBytes + (column ^ row % 8) * 16,
+                         rows + (bytes ? static_cast<int64_t>(ring) * Dim : 0) + column * 8, bytes);
       }
-      asm volatile("cp.async.commit_group;" ::: "memory");
+      ptx::cp_async_commit();
     };
     const int begin = first / C::kPositions, end = last / C::kPositions;
     __syncthreads();  // the last tile's pieces have been read
@@ -150,9 +137,9 @@ __global__ void __launch_bounds__(kTileThreads, 1) attend_tiles(const __grid_con
       if (piece < end) {
         bring(keys + next, p.args.cache.k, piece + 1);
         bring(values + next, p.args.cache.v, piece + 1);
-        asm volatile("cp.async.wait_group 2;" ::: "memory");
+        ptx::cp_async_wait<2>();
       } else {
-        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        ptx::cp_async_wait<0>();
       }
       __syncthreads();
       float score[kScores][4] = {};
@@ -163,11 +150,11 @@ __global__ void __launch_bounds__(kTileThreads, 1) attend_tiles(const __grid_con
 #pragma unroll 4
         for (int step = 0; step < Dim / 16; step++) {
           uint32_t x[4];
-          four_matrices(x, a_row + ((2 * step + lane / 16) ^ lane % 8) * 16);
+          ptx::ldmatrix_x4(x, a_row + ((2 * step + lane / 16) ^ lane % 8) * 16);
 #pragma unroll
           for (int n = 0; n < kScores / 2; n++) {
             uint32_t y[4];
-            four_matrices(y, b_row + n * 16 * C::kRowBytes + ((2 * step + lane / 8 % 2) ^ lane % 8) * 16);
+            ptx::ldmatrix_x4(y, b_row + n * 16 * C::kRowBytes + ((2 * step + lane / 8 % 2) ^ lane % 8) * 16);
             multiply(score[2 * n], x[0], x[1], x[2], x[3], y[0], y[1]);
             multiply(score[2 * n + 1], x[0], x[1], x[2], x[3], y[2], y[3]);
           }
@@ -190,7 +177,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) attend_tiles(const __grid_con
         most = fmaxf(maximum[i], quad_max(most));
         const float base = most == -INFINITY ? 0 : most;
         constexpr float kLog2e = 1.44269504f;
-        scale[i] = power_of_two((maximum[i] - base) * kLog2e);
+        scale[i] = ptx::ex2_approx((maximum[i] - base) * kLog2e);
         maximum[i] = most;
         float sum = 0;
 #pragma unroll
@@ -198,7 +185,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) attend_tiles(const __grid_con
 #pragma unroll
           for (int j = 0; j < 2; j++) {
             float& s = score[n][2 * i + j];
-            s = power_of_two((s - base) * kLog2e);
+            s = ptx::ex2_approx((s - base) * kLog2e);
             sum += s;
           }
         total[i] = fused(total[i], scale[i], sum);
@@ -218,7 +205,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) attend_tiles(const __grid_con
 #pragma unroll
         for (int n = 0; n < kOut / 2; n++) {
           uint32_t y[4];
-          four_transposed(
+          ptx::ldmatrix_x4_trans(
               y, v_row + step * 16 * C::kRowBytes + ((half * 32 + 2 * n + lane / 16) ^ lane % 8) * 16);
           multiply(out[2 * n], x[0], x[1], x[2], x[3], y[0], y[1]);
           multiply(out[2 * n + 1], x[0], x[1], x[2], x[3], y[2], y[3]);

@@ -57,33 +57,19 @@ __device__ void bring_weights(const Parameters& p, const Units<S>& units, char* 
         if (++slot > p.stages) slot = 0;
         __syncwarp();
       }
-      if (lane == 0)
-        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(full),
-                     "r"(pieces * copies * box_bytes)
-                     : "memory");
+      if (lane == 0) ptx::mbarrier_arrive_expect_tx(full, pieces * copies * box_bytes);
       __syncwarp();
       const uint32_t to = shared_address(stages) + walk.at * R::kStage + offset;
 #pragma unroll
       for (int w = 0; w < S::kWide; w++)
         if (lane < copies && w < pieces) {
           if constexpr (kDealt)
-            asm volatile(
-                "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
-                "%3, %4}], [%5];" ::"r"(to + w * R::kPiece),
-                "l"(map), "r"((c + w) * Chunk), "r"(lane), "r"(x.weight_row / 4), "r"(full)
-                : "memory");
+            ptx::cp_async_bulk_tensor_3d(to + w * R::kPiece, map, (c + w) * Chunk, lane, x.weight_row / 4,
+                                         full);
           else if (p.once)  // nobody else will want them: they need not stay in the second-level cache
-            asm volatile(
-                "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to + w * R::kPiece),
-                "l"(map), "r"((c + w) * Chunk), "r"(row), "r"(full), "l"(kEvictFirst)
-                : "memory");
+            ptx::cp_async_bulk_tensor(to + w * R::kPiece, map, (c + w) * Chunk, row, full, kEvictFirst);
           else
-            asm volatile(
-                "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
-                "%3}], [%4];" ::"r"(to + w * R::kPiece),
-                "l"(map), "r"((c + w) * Chunk), "r"(row), "r"(full)
-                : "memory");
+            ptx::cp_async_bulk_tensor(to + w * R::kPiece, map, (c + w) * Chunk, row, full);
         }
       if (c == 0) look(u + gridDim.x);
       walk.advance(p.stages);
@@ -126,7 +112,7 @@ __device__ void bring_tokens(const Parameters& p, const Units<S>& units, char* s
       const int column = thread + i * S::kGivers;
       if (column < columns) table[column] = part.columns > 0 ? rows[i] : p.token_of.of(rows[i]);
     }
-    asm volatile("bar.sync 1, %0;" ::"n"(S::kGivers) : "memory");
+    ptx::bar_sync<1, S::kGivers>();
     look(u + gridDim.x);
     const int chunks = part.leaves * part.chunks;
 #pragma unroll 1
@@ -142,12 +128,9 @@ __device__ void bring_tokens(const Parameters& p, const Units<S>& units, char* s
         const Bf16* const from =
             part.tokens + static_cast<int64_t>(table[row]) * part.width + c * Chunk + all * 8;
         const int place = Chunk == 64 ? piece ^ row % 8 : piece;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + w * R::kPiece + row * R::kPitch +
-                                                                       place * 16),
-                     "l"(from)
-                     : "memory");
+        ptx::cp_async_16(to + w * R::kPiece + row * R::kPitch + place * 16, from);
       }
-      asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full) : "memory");
+      ptx::cp_async_mbarrier_arrive(full);
       walk.advance(p.stages);
     }
   }

@@ -12,24 +12,6 @@
 
 namespace tp::cuda::grouped {
 
-__device__ inline void four_matrices(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-/// acc += 16 rows x 8 elements times 8 elements x 8 columns.
-__device__ inline void multiply_half(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-      : "r"(a0), "r"(a1), "r"(b0));
-}
-__device__ inline void arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 /// Adds a level of the stack to the sums, or moves the sums there. A thread has places of its own.
 template <class S, int M, int N>
 __device__ inline void join_level(float (&acc)[M][N][4], float* stack, int level, bool keep) {
@@ -77,12 +59,12 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
     const bool half = step * 16 + 8 == Chunk;
 #pragma unroll
     for (int m = 0; m < kM; m++)
-      four_matrices(to.a[m], a_row[m] + stage + at(2 * step + (half ? 0 : a_piece)));
+      ptx::ldmatrix_x4(to.a[m], a_row[m] + stage + at(2 * step + (half ? 0 : a_piece)));
 #pragma unroll
     for (int pair = 0; pair < kN / 2; pair++)
       if (Full || pair < pairs)
-        four_matrices(to.b[pair],
-                      b_row + stage + pair * 16 * R::kPitch + at(2 * step + (half ? 0 : b_piece)));
+        ptx::ldmatrix_x4(to.b[pair],
+                         b_row + stage + pair * 16 * R::kPitch + at(2 * step + (half ? 0 : b_piece)));
   };
   Walk walk;
   int slot = 0;
@@ -183,8 +165,8 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
               for (int m = 0; m < kM; m++) {
                 const auto& a = now.a[m];
                 if (half) {
-                  multiply_half(acc[m][2 * pair], a[0], a[1], b[0]);
-                  multiply_half(acc[m][2 * pair + 1], a[0], a[1], b[2]);
+                  ptx::mma_m16n8k8(acc[m][2 * pair], a[0], a[1], b[0]);
+                  ptx::mma_m16n8k8(acc[m][2 * pair + 1], a[0], a[1], b[2]);
                 } else {
                   multiply(acc[m][2 * pair], a[0], a[1], a[2], a[3], b[0], b[1]);
                   multiply(acc[m][2 * pair + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
@@ -194,7 +176,7 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
           }
           if (w + 1 == S::kWide || c + w + 1 == all_chunks) {
             __syncwarp();
-            if (lane == 0) arrive(done);
+            if (lane == 0) ptx::mbarrier_arrive(done);
           }
           if (--left == 0) end_leaf(leaf++), left = chunks;
         }
@@ -208,7 +190,7 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
 #pragma unroll 1
       for (int c = 0; c < all_chunks; c += S::kWide) {
         wait_for(barriers + walk.at * 16, walk.phase);
-        if (lane == 0) arrive(barriers + walk.at * 16 + 8);
+        if (lane == 0) ptx::mbarrier_arrive(barriers + walk.at * 16 + 8);
         walk.advance(p.stages);
       }
     }
@@ -219,17 +201,17 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
 template <class S, int Chunk, Finish F>
 __global__ void __launch_bounds__(S::kThreads, 1)
     multiply_grouped(const __grid_constant__ Parameters p, int levels) {
-  extern __shared__ __align__(1024) char shared[];
+  TP_DYNAMIC_SHARED(char, shared, 1024);
   const Room<S, Chunk> room(p.stages, levels, p.experts);
   const uint32_t barriers = shared_address(shared + room.barriers);
   const Units<S> units(p, reinterpret_cast<int*>(shared + room.first_units));
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.stages; i++) {
-      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barriers + i * 16), "n"(S::kGivers + 1));
-      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barriers + i * 16 + 8), "n"(S::kWarps));
+      ptx::mbarrier_init<S::kGivers + 1>(barriers + i * 16);
+      ptx::mbarrier_init<S::kWarps>(barriers + i * 16 + 8);
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    ptx::fence_proxy_async();
   }
   // The kernel before this one rounds activations, and the experts' lists were made before that one, so they
   // may be read at once (rows.h says when that one may let this one start), and weights may come.

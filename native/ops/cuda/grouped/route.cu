@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads) choose_experts(const __grid_constant__ RouteParameters p) {
-  extern __shared__ float probability[];  // (warps, experts) where there are many
+  TP_DYNAMIC_SHARED(float, probability, 4);  // (warps, experts) where there are many
   wait_for_inputs();
   let_next_start();
   const int warp = threadIdx.x / 32, t = blockIdx.x * (blockDim.x / 32) + warp;

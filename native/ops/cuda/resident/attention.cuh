@@ -120,10 +120,6 @@ struct AttentionRoom {
   float2 scale[kMostGroup];             // maximum, sum
 };
 
-__device__ inline void copy_16(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_of(to)), "l"(from) : "memory");
-}
-
 template <int D>
 __device__ __forceinline__ void attend(Context& c, const LayerArgs& layer, const AttentionTask& task,
                                        bool& waited) {
@@ -153,8 +149,8 @@ __device__ __forceinline__ void attend(Context& c, const LayerArgs& layer, const
     const Bf16 *const k = cached(a.cache.k, begin + i), *const v = cached(a.cache.v, begin + i);
 #pragma unroll
     for (int at = 0; at < D; at += 256) {
-      copy_16(room.key + i * Room::kStride + (at + c.lane * 8) * 2, k + at + c.lane * 8);
-      copy_16(&room.value[i][at + c.lane * 8], v + at + c.lane * 8);
+      ptx::cp_async_16(shared_of(room.key + i * Room::kStride + (at + c.lane * 8) * 2), k + at + c.lane * 8);
+      ptx::cp_async_16(shared_of(&room.value[i][at + c.lane * 8]), v + at + c.lane * 8);
     }
   }
   if (!waited) c.grid.await(c.wires);
@@ -178,7 +174,7 @@ __device__ __forceinline__ void attend(Context& c, const LayerArgs& layer, const
                   h.rotary_pairs, c.p.dims.eps, reinterpret_cast<Bf16*>(room.key + fresh * Room::kStride),
                   cache_of(a.cache.k));
   }
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  ptx::cp_async_wait_all();
   meet();
 
   // Scores: a warp takes 8 positions.

@@ -12,19 +12,13 @@ constexpr uint64_t kPatienceNs = 25'000'000'000;
 constexpr int kTriesBetweenLooks = 1 << 14;  // at the host's memory, which lies behind a slow bus
 
 /// The computing threads of the block meet.
-__device__ inline void meet() { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
-
-__device__ inline uint64_t now_ns() {
-  uint64_t t;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
-  return t;
-}
+__device__ inline void meet() { ptx::bar_sync<1, kThreads>(); }
 
 /// Ends the kernel when a wait that began at `begin` has lasted too long or was called off. Kept out of line:
 /// the code of every step should stay in the instruction cache.
 __device__ __noinline__ inline void lose_patience(const Wires& wires, uint64_t& begin, uint64_t limit,
                                                   int peer) {
-  const uint64_t now = now_ns();
+  const uint64_t now = ptx::globaltimer();
   if (begin == 0) begin = now;
   const bool off = wires.abort && *wires.abort;
   if (!off && now - begin < limit) return;
@@ -52,18 +46,13 @@ class Counter {
   /// The block is done; what its threads wrote is visible to whoever awaits it.
   __device__ void arrive() const {
     meet();
-    if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived_) : "memory");
+    if (threadIdx.x == 0) ptx::red_release_gpu_add<1>(arrived_);
   }
   __device__ void expect(int blocks) { due_ += static_cast<uint32_t>(blocks); }
   __device__ void await(const Wires& wires) const {
     if (threadIdx.x == 0) {
       Patience patience;
-      uint32_t now;
-      for (;;) {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived_) : "memory");
-        if (static_cast<int>(now - due_) >= 0) break;
-        patience.lose(wires, kPatienceNs);
-      }
+      while (static_cast<int>(ptx::ld_acquire_gpu(arrived_) - due_) < 0) patience.lose(wires, kPatienceNs);
     }
     meet();
   }
@@ -79,8 +68,7 @@ __device__ inline void push(const Wires& w, uint32_t epoch, int64_t at, float va
   const uint64_t line = static_cast<uint64_t>(epoch) << 32 | bits_of(value);
   const int64_t to = ((epoch & 1) * w.size + w.rank) * w.floats + at;
 #pragma unroll 1
-  for (int r = 0; r < w.size; r++)
-    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(w.inbox[r] + to), "l"(line) : "memory");
+  for (int r = 0; r < w.size; r++) ptx::st_relaxed_sys(w.inbox[r] + to, line);
 }
 
 }  // namespace tp::cuda::resident

@@ -41,7 +41,7 @@ struct Context {
   uint64_t* marks;   // (4) of the stage, null = this block does not measure
 
   __device__ void mark(int i) const {
-    if (marks && threadIdx.x == 0) marks[i] = now_ns();
+    if (marks && threadIdx.x == 0) marks[i] = ptx::globaltimer();
   }
   __device__ bool owner() const { return static_cast<int>(blockIdx.x) < tokens; }
   __device__ float* next_room() {
@@ -51,12 +51,7 @@ struct Context {
 };
 
 __device__ inline void multiply(float (&acc)[4], uint32_t a0, uint32_t a2, uint32_t b0, uint32_t b1) {
-  // volatile: every lane takes part, also those whose sums nobody wants
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %5}, {%7, %8}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-      : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
+  ptx::mma_m16n8k16(acc, a0, 0, a2, 0, b0, b1);
 }
 
 /// sums[i] = products of the lane's token with the weight rows that lanes of column 2 * quarter + i hold,
@@ -75,7 +70,7 @@ __device__ __forceinline__ void product(uint32_t weights, uint32_t act, bool hel
       if (i >= kSteps) continue;
       w[k] = x[k] = make_uint4(0, 0, 0, 0);
       if (i * 4 + 3 < Pieces || i * 4 + quarter < Pieces)
-        w[k] = load_shared(weights + i * 64), x[k] = load_shared(act + i * 64, held);
+        w[k] = ptx::ld_shared_v4(weights + i * 64), x[k] = ptx::ld_shared_v4(act + i * 64, held);
     }
 #pragma unroll
     for (int k = 0; k < kAhead; k++) {

@@ -7,49 +7,16 @@
 
 namespace tp::cuda::resident {
 
-__device__ inline uint32_t shared_of(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+__device__ inline uint32_t shared_of(const void* p) { return ptx::shared_address(p); }
 
-__device__ inline void prepare_barrier(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ inline void arrive_at(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
 /// A warp waits until the phase with that parity is over.
 __device__ __forceinline__ void await_phase(uint32_t barrier, uint32_t parity, const Wires& wires) {
   Patience patience;
   for (;;) {
-    uint32_t over;
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(over)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-    if (__all_sync(~0u, over)) return;
+    if (__all_sync(~0u, ptx::mbarrier_try_wait(barrier, parity))) return;
     __nanosleep(32);
     patience.lose(wires, kPatienceNs);
   }
-}
-
-/// Sixteen bytes of shared memory, at a 32-bit address and an offset known when compiling.
-__device__ __forceinline__ uint4 load_shared(uint32_t at) {
-  uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(at));
-  return x;
-}
-
-/// The same, or zeros: lanes without a token ask for nothing.
-__device__ __forceinline__ uint4 load_shared(uint32_t at, bool held) {
-  uint4 x;
-  asm volatile(
-      "{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0; "
-      "@p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4]; }"
-      : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
-      : "r"(at), "r"(static_cast<uint32_t>(held)));
-  return x;
 }
 
 /// Bytes from one to the next: 64 past a multiple of 128, so that neighbours lie on other banks.
@@ -79,10 +46,10 @@ class Ring {
   __device__ void prepare() const {
 #pragma unroll 1
     for (uint32_t i = 0; i < slots_; i++) {
-      prepare_barrier(barriers_ + i * 16, 1);
-      prepare_barrier(barriers_ + i * 16 + 8, kWarps);
+      ptx::mbarrier_init<1>(barriers_ + i * 16);
+      ptx::mbarrier_init<kWarps>(barriers_ + i * 16 + 8);
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    ptx::fence_proxy_async();
   }
   /// Shared address of row `row` of the next portion, when all of the portion is there.
   __device__ __forceinline__ uint32_t take(int row, int row_bytes, const Wires& wires) const {
@@ -90,14 +57,14 @@ class Ring {
     if (threadIdx.x < 32)
 #pragma unroll
       for (int i = 0; i < kUnitSlots; i++) await_phase(barriers_ + spot(i).slot * 16, spot(i).phase, wires);
-    asm volatile("bar.sync 2, %0;" ::"n"(kThreads) : "memory");
+    ptx::bar_sync<2, kThreads>();
     return data_ + spot(row / kSlotRows).slot * bytes_ + row % kSlotRows * row_bytes;
   }
   /// The warp is done with the next portion, and goes on to the one behind it.
   __device__ __forceinline__ void release() {
     __syncwarp();
     const int lane = threadIdx.x % 32;
-    if (lane < kUnitSlots) arrive_at(barriers_ + spot(lane).slot * 16 + 8);
+    if (lane < kUnitSlots) ptx::mbarrier_arrive(barriers_ + spot(lane).slot * 16 + 8);
     advance();
   }
   __device__ __forceinline__ void advance() {
@@ -124,17 +91,12 @@ class Ring {
         asked_++;
       }
       if (r == 0)
-        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(full),
-                     "r"(row_bytes * __popc(rows >> i * kSlotRows & ((1 << kSlotRows) - 1)))
-                     : "memory");
+        ptx::mbarrier_arrive_expect_tx(full,
+                                       row_bytes * __popc(rows >> i * kSlotRows & ((1 << kSlotRows) - 1)));
       __syncwarp();
       if (r >= 0 && r < (adjacent ? 1 : kSlotRows) && (rows >> lane & 1))
-        asm volatile(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], "
-            "%2, [%3], "
-            "%4;" ::"r"(data_ + s.slot * bytes_ + r * row_bytes),
-            "l"(from), "r"(adjacent ? kSlotRows * row_bytes : row_bytes), "r"(full), "l"(policy)
-            : "memory");
+        ptx::cp_async_bulk(data_ + s.slot * bytes_ + r * row_bytes, from,
+                           adjacent ? kSlotRows * row_bytes : row_bytes, full, policy);
     }
     advance();
   }

@@ -114,7 +114,7 @@ __device__ __forceinline__ void choose(Context& c, const RouteArgs& a, bool stor
   if (e == 0) c.chosen->count = all;
   if (store && e <= experts) a.expert_start[e] = before;
   meet();
-  if (e == 0) arrive_at(c.listed);
+  if (e == 0) ptx::mbarrier_arrive(c.listed);
 }
 
 __device__ __forceinline__ void route(Context& c, const LayerArgs& layer) {

@@ -45,10 +45,7 @@ struct NormWeights {
 #pragma unroll
     for (int p = 0; p < kRowPieces; p++) {
       raw[p] = make_uint2(0, 0);
-      if (piece_at(p) < n)
-        asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];"
-                     : "=r"(raw[p].x), "=r"(raw[p].y)
-                     : "l"(from + piece_at(p)));
+      if (piece_at(p) < n) raw[p] = ptx::ld_global_nc_v2(from + piece_at(p));
     }
   }
   __device__ float at(int p, int j) const {
@@ -137,14 +134,8 @@ __device__ __forceinline__ Row gather(const Wires& w, uint32_t epoch, int64_t at
             continue;
           }
           uint64_t v[4];
-          asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];"
-                       : "=l"(v[0]), "=l"(v[1])
-                       : "l"(from + piece_at(p))
-                       : "memory");
-          asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];"
-                       : "=l"(v[2]), "=l"(v[3])
-                       : "l"(from + piece_at(p) + 2)
-                       : "memory");
+          ptx::ld_relaxed_sys_v2(v[0], v[1], from + piece_at(p));
+          ptx::ld_relaxed_sys_v2(v[2], v[3], from + piece_at(p) + 2);
 #pragma unroll
           for (int j = 0; j < 4; j++) {
             there &= static_cast<uint32_t>(v[j] >> 32) == epoch;

@@ -18,8 +18,8 @@ namespace resident {
 /// What the ninth warp does: portions in the order in which the stages take them.
 __device__ void fill_ring(const Parameters& p, Ring& ring, const Chosen& chosen, uint32_t listed) {
   const Dims& d = p.dims;
-  uint64_t policy;  // weights are read once a step: let them not drive out what is read again
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  // Weights are read once a step: let them not drive out what is read again.
+  const uint64_t policy = ptx::evict_first_policy();
   uint32_t lists = 0;
   const auto await_list = [&] { await_phase(listed, lists++ & 1, p.wires); };
   const int r = threadIdx.x % kUnitRows;
@@ -103,17 +103,15 @@ __device__ __forceinline__ void run_stage(Context& c, int stage, const LayerArgs
 __device__ inline void fetch(LayerArgs* to, const LayerArgs* from) {
   static_assert(sizeof(LayerArgs) % 8 == 0);
   for (int i = threadIdx.x * 8; i < static_cast<int>(sizeof(LayerArgs)); i += kThreads * 8)
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_of(to) + i),
-                 "l"(reinterpret_cast<const char*>(from) + i)
-                 : "memory");
+    ptx::cp_async_8(shared_of(to) + i, reinterpret_cast<const char*>(from) + i);
 }
 __device__ inline void await_fetched() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  ptx::cp_async_wait_all();
   meet();
 }
 
 __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ Parameters p) {
-  extern __shared__ __align__(128) char memory[];  // ring, activations, exchange
+  TP_DYNAMIC_SHARED(char, memory, 128);  // ring, activations, exchange
   __shared__ uint64_t barriers[2 * kMostSlots], listed;
   __shared__ Chosen chosen;
   __shared__ float room[2 * kMostTokens * kWarps];
@@ -123,8 +121,8 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
   const int tokens = p.in.tokens;
   if (threadIdx.x == 0) {
     ring.prepare();
-    prepare_barrier(shared_of(&listed), 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    ptx::mbarrier_init<1>(shared_of(&listed));
+    ptx::fence_mbarrier_init();
   }
   if (static_cast<int>(threadIdx.x) < tokens) {
     position[threadIdx.x] = p.in.position[threadIdx.x];
@@ -263,7 +261,9 @@ class Step final : public Fused {
   }
 
   bool takes(const Input& in) const override {
-    return in.tokens <= kMostTokens && in.rows <= in.tokens && slots_for(in.tokens) >= kUnitSlots;
+    // A token's row is one block's work.
+    return in.tokens <= std::min(kMostTokens, cuda_.processors()) && in.rows <= in.tokens &&
+           slots_for(in.tokens) >= kUnitSlots;
   }
 
   void run(int from, int to, const Input& in) override {

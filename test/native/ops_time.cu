@@ -1,0 +1,375 @@
+// Times the CUDA ops and the whole step at the real shape, on a GPU: ops_time [time [many]] [time-fused]
+// [moe] [profile] [profile-fused].
+#include "ops/bench_moe.h"
+#include "test/native/ops_support.h"
+
+using namespace tp;
+using namespace tp::test;
+
+namespace {
+
+constexpr double kReachable = 4550;  // GB/s of a plain read kernel
+
+/// Microseconds of `work`, recorded as a graph: the median of several replays of `inner` runs each.
+double microseconds(const std::function<void()>& work, int inner, int repeats = 15) {
+  work();
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  cuda::check(cudaStreamBeginCapture(gpu->stream(), cudaStreamCaptureModeThreadLocal), "capture");
+  work();
+  cuda::check(cudaStreamEndCapture(gpu->stream(), &graph), "capture");
+  cuda::check(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
+  cudaEvent_t start, stop;
+  cudaEventCreate(&start), cudaEventCreate(&stop);
+  std::vector<float> times;
+  for (int i = 0; i < repeats + 3; i++) {
+    cudaEventRecord(start, gpu->stream());
+    cuda::check(cudaGraphLaunch(exec, gpu->stream()), "launch");
+    cudaEventRecord(stop, gpu->stream());
+    cuda::check(cudaEventSynchronize(stop), "a timed run");
+    float ms;
+    cudaEventElapsedTime(&ms, start, stop);
+    if (i >= 3) times.push_back(ms);
+  }
+  cudaGraphExecDestroy(exec), cudaGraphDestroy(graph), cudaEventDestroy(start), cudaEventDestroy(stop);
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2] * 1000.0 / inner;
+}
+
+void report(const char* name, int size, int T, double us, double bytes) {
+  std::printf("%-12s TP=%d T=%d  %9.2f us  %8.1f MB  %7.0f GB/s  %5.1f %%\n", name, size, T, us, bytes / 1e6,
+              bytes / us / 1e3, bytes / us / 1e3 / kReachable * 100);
+  std::fflush(stdout);
+}
+
+void time_all(int layer_count, const std::vector<int>& batches, const std::vector<int>& sizes) {
+  const int most = batches.back();
+  for (const int size : sizes) {
+    gpu.reset();
+    gpu = std::make_unique<cuda::CudaBackend>(0);
+    const int positions = 1100;
+    Model m(size, layer_count, most, positions, most);
+    if (size == 1) {
+      const void* memory = m.layers[0].gate_up.expert_gate_up;
+      const uint64_t bytes = size_t(128) * 1408 * 2816 * 2;
+      cudaEvent_t a, b;
+      cudaEventCreate(&a), cudaEventCreate(&b);
+      gpu->ops().stream(memory, bytes, *gpu);
+      cudaEventRecord(a, gpu->stream());
+      gpu->ops().stream(memory, bytes, *gpu);
+      cudaEventRecord(b, gpu->stream());
+      cudaEventSynchronize(b);
+      float ms;
+      cudaEventElapsedTime(&ms, a, b);
+      std::printf("read kernel with its result fetched: %.0f GB/s\n", static_cast<double>(bytes) / ms / 1e6);
+    }
+    for (const int T : batches) {
+      Step in(most, most);
+      for (int t = 0; t < most; t++) {
+        in.token.host[t] = static_cast<int>(random_bits() % 262144), in.position.host[t] = 100,
+        in.slot.host[t] = t, in.row.host[t] = t;
+        in.target.host[t] = -1, in.temperature.host[t] = 0, in.top_k.host[t] = 0, in.top_p.host[t] = 1,
+        in.seed.host[t] = 1;
+        in.sequence.host[t] = t;
+      }
+      in.upload();
+      const Input input = in.device(T, T);
+      const Ops& ops = gpu->ops();
+      ops.embed(m.embed, m.d, input, *gpu);
+      double expert_bytes = 0, fixed = 0, experts = 0;
+      const double expert = 3.0 * 2 * 2816 * m.d.moe_inter, mlp = 3.0 * 2 * 2816 * m.d.inter;
+      for (const Layer& l : m.layers) {
+        m.layer(l, input);
+        const int n = m.distinct(l);
+        experts += n;
+        expert_bytes += n * expert;
+        fixed += l.qkv_bytes + l.out_bytes + mlp + 2.0 * 128 * 2816;
+      }
+      std::vector<float> hidden(T * 2816);
+      gpu->read(hidden.data(), m.layers[0].qkv.hidden, hidden.size() * sizeof(float));
+      double square = 0;
+      for (const float x : hidden) square += double(x) * x;
+      const double head_bytes = 2.0 * 2816 * m.d.local_vocab;
+      std::printf("-- TP=%d T=%d: %.1f distinct experts a layer, hidden rms %.3f\n", size, T,
+                  experts / m.layers.size(), std::sqrt(square / hidden.size()));
+      // Ops one by one: 5 sliding layers in turn, so that no weights stay in the cache. Routing is the last
+      // layer's.
+      const double routed = m.distinct(m.layers.back());
+      const auto each = [&](const char* name, double bytes, const std::function<void(const Layer&)>& op,
+                            bool full = false) {
+        std::vector<const Layer*> some;
+        for (int l = 0; l < static_cast<int>(m.layers.size()); l++)
+          if ((l % 6 == 5) == full && some.size() < 5) some.push_back(&m.layers[static_cast<size_t>(l)]);
+        const double us = microseconds(
+            [&] {
+              for (int r = 0; r < 4; r++)
+                for (const Layer* l : some) op(*l);
+            },
+            4 * static_cast<int>(some.size()));
+        report(name, size, T, us, bytes);
+      };
+      each("qkv", m.layers[0].qkv_bytes, [&](const Layer& l) { ops.qkv(l.qkv, m.d, input, *gpu); });
+      each(
+          "qkv full", m.layers[5].qkv_bytes, [&](const Layer& l) { ops.qkv(l.qkv, m.d, input, *gpu); }, true);
+      each("attention", 0, [&](const Layer& l) { ops.attention(l.attention, m.d, input, *gpu); });
+      each("attn full", 0, [&](const Layer& l) { ops.attention(l.attention, m.d, input, *gpu); }, true);
+      each("attn_out", m.layers[0].out_bytes,
+           [&](const Layer& l) { ops.attn_out(l.attn_out, m.d, input, *gpu); });
+      each(
+          "out full", m.layers[5].out_bytes,
+          [&](const Layer& l) { ops.attn_out(l.attn_out, m.d, input, *gpu); }, true);
+      each("gate_up", mlp * 2 / 3 + routed * expert * 2 / 3,
+           [&](const Layer& l) { ops.gate_up(l.gate_up, m.d, input, *gpu); });
+      each("down", mlp / 3 + routed * expert / 3,
+           [&](const Layer& l) { ops.down(l.down, m.d, input, *gpu); });
+      each("moe pair", mlp + routed * expert, [&](const Layer& l) {
+        ops.gate_up(l.gate_up, m.d, input, *gpu);
+        ops.down(l.down, m.d, input, *gpu);
+      });
+      each("ffn_out", 0, [&](const Layer& l) { ops.ffn_out(l.ffn_out, m.d, input, *gpu); });
+      each("route", 2.0 * 128 * 2816, [&](const Layer& l) { ops.route(l.route, m.d, input, *gpu); });
+      report("logits", size, T, microseconds([&] { ops.logits(m.logits, m.d, input, *gpu); }, 1), head_bytes);
+      if (size == 1)
+        report("sample", size, T, microseconds([&] { ops.sample(m.sample, m.d, input, *gpu); }, 1), 0);
+      const auto step = [&] {
+        ops.embed(m.embed, m.d, input, *gpu);
+        for (const Layer& l : m.layers) m.layer(l, input);
+        ops.logits(m.logits, m.d, input, *gpu);
+        if (size == 1) ops.sample(m.sample, m.d, input, *gpu);
+      };
+      for (const bool overlap : {true, false}) {
+        gpu->overlap = overlap;
+        report(overlap ? "STEP" : "step, no PDL", size, T, microseconds(step, 1, 31),
+               fixed + expert_bytes + head_bytes);
+      }
+      gpu->overlap = true;
+    }
+  }
+}
+
+/// A few short steps, for a profiler.
+void profile_fused() {
+  Model m(2, 6, 8, 1100, 8);
+  set_angles(m);
+  const auto fused = gpu->fuse(decoder_of(m), m.d, nullptr);
+  Step in(8, 8);
+  set_step(in, {100});
+  for (int i = 0; i < 3; i++) fused->run(0, 6 * 7 + 1, in.device(1, 1));
+  gpu->finish();
+}
+
+void time_fused(int layer_count) {
+  const int stages = layer_count * 7 + 1;
+  static const char* const kNames[] = {"qkv", "attention", "attn_out", "route", "gate_up", "down", "ffn_out"};
+  for (const int size : {1, 2}) {
+    gpu.reset();
+    gpu = std::make_unique<cuda::CudaBackend>(0);
+    Model m(size, layer_count, 8, 1100, 8);
+    set_angles(m);
+    // As one rank: what it would add to its peers' sums it adds to nothing.
+    const auto fused = gpu->fuse(decoder_of(m), m.d, nullptr);
+    Step in(8, 8);
+    for (const int T : {1, 2, 4, 8}) {
+      set_step(in, {100});
+      const Input input = in.device(T, T);
+      gpu->ops().embed(m.embed, m.d, input, *gpu);
+      fused->run(0, stages, input);
+      double bytes = 2.0 * 2816 * m.d.local_vocab;
+      for (const Layer& l : m.layers) {
+        fused->run(0, 7, input);
+        bytes += l.qkv_bytes + l.out_bytes + 2.0 * 128 * 2816 +
+                 (m.d.inter + m.distinct(l) * static_cast<double>(m.d.moe_inter)) * 3.0 * 2 * 2816;
+      }
+      const double us = microseconds([&] { fused->run(0, stages, input); }, 1, 31);
+      report("FUSED", size, T, us, bytes);
+      const auto blocks = static_cast<size_t>(gpu->processors());
+      auto* const marks = static_cast<uint64_t*>(gpu->allocate(blocks * stages * 4 * sizeof(uint64_t)));
+      fused->measure(marks);
+      for (int i = 0; i < 2; i++) fused->run(0, stages, input);
+      fused->measure(nullptr);
+      std::vector<uint64_t> seen(blocks * stages * 4);
+      gpu->read(seen.data(), marks, seen.size() * sizeof(uint64_t));
+      // Of every stage: from the first block's begin to the last block's, the inputs' and the end, and how
+      // long blocks take from their inputs to their end: least, median, most. Medians over the layers, the
+      // tenth layer on.
+      for (const bool full : {false, true}) {
+        std::printf(
+            "%s layers: us until inputs (first, last block), later inputs, end (first, last); longest "
+            "block\n",
+            full ? "full" : "sliding");
+        double layer_us = 0;
+        for (int s = 0; s < 7; s++) {
+          std::vector<double> out[7];
+          for (int l = 1; l < layer_count; l++) {
+            if ((l % 6 == 5) != full) continue;
+            const auto at = [&](size_t block, int mark) {
+              return seen[(block * stages + l * 7 + s) * 4 + mark];
+            };
+            uint64_t begin = ~0ull;
+            double first[4] = {1e9, 1e9, 1e9, 1e9}, last[4] = {};
+            for (size_t b = 0; b < blocks; b++) begin = std::min(begin, at(b, 0));
+            for (size_t b = 0; b < blocks; b++)
+              for (int i = 0; i < 4; i++) {
+                if (at(b, i) < begin) continue;
+                const double us = static_cast<double>(at(b, i) - begin) / 1e3;
+                first[i] = std::min(first[i], us), last[i] = std::max(last[i], us);
+              }
+            const double numbers[7] = {last[0], first[1], last[1], first[2], last[2], first[3], last[3]};
+            for (int i = 0; i < 7; i++) out[i].push_back(numbers[i]);
+          }
+          std::printf("  %-10s", kNames[s]);
+          for (auto& x : out) {
+            std::sort(x.begin(), x.end());
+            std::printf(" %7.2f", x[x.size() / 2]);
+          }
+          std::printf("\n");
+          layer_us += out[6][out[6].size() / 2];
+        }
+        std::vector<double> head;
+        for (size_t b = 0; b < blocks; b++) {
+          const uint64_t* const at = &seen[(b * stages + stages - 1) * 4];
+          head.push_back(static_cast<double>(at[3] - at[0]) / 1e3);
+        }
+        std::sort(head.begin(), head.end());
+        std::printf("  sum %.2f us; logits %.1f .. %.1f .. %.1f us\n", layer_us, head[0], head[blocks / 2],
+                    head.back());
+      }
+    }
+  }
+}
+
+/// Batches above 8, and a prompt of 2,048 tokens in one step.
+void time_many(int layer_count) {
+  time_all(layer_count, {16, 32, 64}, {2});
+  constexpr int kPrompt = 2048;
+  for (const int size : {2, 1}) {
+    gpu.reset();
+    gpu = std::make_unique<cuda::CudaBackend>(0);
+    Model m(size, layer_count, kPrompt, kPrompt + 64, 1);
+    Step in(kPrompt, 1);
+    for (int t = 0; t < kPrompt; t++)
+      in.token.host[t] = static_cast<int>(random_bits() % 262144), in.position.host[t] = t,
+      in.slot.host[t] = 0;
+    in.row.host[0] = kPrompt - 1, in.target.host[0] = -1, in.temperature.host[0] = 0, in.top_k.host[0] = 0;
+    in.top_p.host[0] = 1, in.seed.host[0] = 1, in.sequence.host[0] = 0;
+    in.upload();
+    const Input input = in.device(kPrompt, 1);
+    const Ops& ops = gpu->ops();
+    ops.embed(m.embed, m.d, input, *gpu);
+    for (const Layer& l : m.layers) m.layer(l, input);
+    std::printf("-- TP=%d, a prompt of %d tokens\n", size, kPrompt);
+    const auto each = [&](const char* name, double gflop, const std::function<void(const Layer&)>& op,
+                          bool full = false) {
+      std::vector<const Layer*> some;
+      for (int l = 0; l < static_cast<int>(m.layers.size()); l++)
+        if ((l % 6 == 5) == full && some.size() < 3) some.push_back(&m.layers[static_cast<size_t>(l)]);
+      const double us = microseconds(
+          [&] {
+            for (const Layer* l : some) op(*l);
+          },
+          static_cast<int>(some.size()), 5);
+      std::printf("%-12s TP=%d  %9.1f us  %7.1f TFLOP/s\n", name, size, us, gflop / us * 1e3);
+      std::fflush(stdout);
+    };
+    const double matrix = 2.0 * kPrompt * 2816 * 1e-9;  // GFLOP for one weight row of H
+    const auto run = [&](bool full) {
+      const Layer& l = m.layers[full ? 5 : 0];
+      const double columns = l.attn_out.columns;
+      each(
+          full ? "qkv full" : "qkv", l.qkv_bytes / 2 / 2816 * matrix,
+          [&](const Layer& x) { ops.qkv(x.qkv, m.d, input, *gpu); }, full);
+      // Of all scores half are seen, or a window of 1,024.
+      const double pairs = full ? 0.5 * kPrompt * kPrompt : 1024.0 * (kPrompt - 512);
+      each(
+          full ? "attn full" : "attention", 4 * pairs * columns * 1e-9,
+          [&](const Layer& x) { ops.attention(x.attention, m.d, input, *gpu); }, full);
+      each(
+          full ? "out full" : "attn_out", columns * matrix,
+          [&](const Layer& x) { ops.attn_out(x.attn_out, m.d, input, *gpu); }, full);
+    };
+    run(false), run(true);
+    each("route", 128 * matrix, [&](const Layer& x) { ops.route(x.route, m.d, input, *gpu); });
+    const double wide = m.d.inter + 8.0 * m.d.moe_inter;
+    each("gate_up", 2 * wide * matrix, [&](const Layer& x) { ops.gate_up(x.gate_up, m.d, input, *gpu); });
+    each("down", wide * matrix, [&](const Layer& x) { ops.down(x.down, m.d, input, *gpu); });
+    each("ffn_out", 0, [&](const Layer& x) { ops.ffn_out(x.ffn_out, m.d, input, *gpu); });
+    const double us = microseconds(
+        [&] {
+          ops.embed(m.embed, m.d, input, *gpu);
+          for (const Layer& l : m.layers) m.layer(l, input);
+          ops.logits(m.logits, m.d, input, *gpu);
+        },
+        1, 5);
+    std::printf("PROMPT       TP=%d  %9.1f us without all-reduces\n", size, us);
+    std::fflush(stdout);
+  }
+}
+
+/// The experts alone, by all variants.
+void time_moe() {
+  gpu.reset();
+  for (const int width : {352, 704}) {
+    std::vector<MoeCase> cases;
+    for (const int T : {1, 2, 4, 8, 16, 32, 64})
+      for (const char* variant : {"published", "grouped", "auto"}) cases.push_back({variant, T});
+    MoeBench bench = bench_moe(0, {2816, width, 128, 8, width / 88}, cases, 30, 7);
+    std::printf("-- experts of %d columns, read kernel %.0f GB/s\n", width, bench.read_gb_per_s);
+    for (size_t i = 0; i < cases.size(); i++) {
+      MoeTimes& x = bench.cases[i];
+      std::sort(x.us.begin(), x.us.end());
+      const double us = x.us[x.us.size() / 2];
+      std::printf("moe N=%d T=%-2d %-9s %8.1f us  %5.0f GB/s  %5.2f x floor  distance %.1e\n", width,
+                  cases[i].tokens, cases[i].variant.c_str(), us, x.bytes / us / 1e3,
+                  us / (x.bytes / kReachable / 1e3), x.distance);
+    }
+  }
+  gpu = std::make_unique<cuda::CudaBackend>(0);
+}
+
+/// A layer of 32 and one of 2,048 tokens, for a profiler.
+void profile_many() {
+  for (const int T : {32, 2048}) {
+    gpu.reset();
+    gpu = std::make_unique<cuda::CudaBackend>(0);
+    Model m(2, 1, T, 2112, T > 64 ? 1 : T);
+    Step in(T, 1);
+    for (int t = 0; t < T; t++) {
+      in.token.host[t] = static_cast<int>(random_bits() % 262144);
+      in.position.host[t] = T > 64 ? t : 100, in.slot.host[t] = T > 64 ? 0 : t;
+    }
+    in.row.host[0] = 0;
+    in.upload();
+    const Input input = in.device(T, 1);
+    gpu->ops().embed(m.embed, m.d, input, *gpu);
+    m.layer(m.layers[0], input);
+    gpu->finish();
+  }
+}
+
+}  // namespace
+int main(int argc, char** argv) {
+  try {
+    gpu = std::make_unique<cuda::CudaBackend>(0);
+    const auto asked = [&](const char* what) {
+      for (int i = 1; i < argc; i++)
+        if (std::string(argv[i]) == what) return true;
+      return argc == 1;
+    };
+    const bool named = argc > 1;
+    if (named && asked("profile")) profile_many();
+    if (named && asked("moe")) time_moe();
+    if (asked("time")) {
+      if (named && asked("many"))
+        time_many(30);
+      else
+        time_all(30, {1, 2, 4, 8}, {1, 2});
+    }
+    if (asked("time") || asked("time-fused")) time_fused(30);
+    if (named && asked("profile-fused")) profile_fused();
+    gpu.reset();
+  } catch (const Error& error) {
+    std::printf("FAIL %s: %s\n", error.code().c_str(), error.what());
+    return 1;
+  }
+  return 0;
+}

@@ -1,0 +1,71 @@
+// Checks of the resident step, on a GPU (ops_check.cu) and emulated (simt/main.cc).
+#pragma once
+
+#include "test/native/ops_support.h"
+
+namespace tp::test {
+
+/// A small model of the widths that the resident kernel takes: two leaves, 4 heads of 256 or 512, layers by
+/// turns sliding and full. Its window is shorter than two of the attention's chunks and its ring wraps.
+constexpr ModelShape kSmall = {2, 4, 2, 2, 10, 3, 128, 40, 2};
+
+/// One rank on a device of its own.
+struct Rank {
+  cuda::CudaBackend backend;
+  Model model;
+  Wires wires{};
+  std::unique_ptr<Fused> fused;
+
+  Rank(const ModelShape& shape, int rank, int size, int layer_count, int positions)
+      : backend(rank), model(size, layer_count, 8, positions, 8, shape, rank, &backend) {
+    set_angles(model);
+    wires.rank = rank, wires.size = size;
+    wires.floats = int64_t{2} * kHidden * 8;
+    const size_t bytes = 2 * static_cast<size_t>(size * wires.floats) * sizeof(uint64_t);
+    wires.inbox[rank] = static_cast<uint64_t*>(backend.allocate(bytes));
+    auto* const flags = static_cast<uint32_t*>(backend.allocate_shared(2 * sizeof(uint32_t)));
+    wires.abort = flags, wires.late = flags + 1;
+    backend.finish();
+  }
+  /// Starts a whole step; `in` lies where this rank's device reaches it.
+  void start(const Step& in, int T, int stages) {
+    const Input input = in.device(T, T);
+    backend.enter();
+    backend.ops().embed(model.embed, model.d, input, backend);
+    fused->run(0, stages, input);
+  }
+};
+
+/// Every rank learns where the others' inboxes are.
+inline void join(std::vector<std::unique_ptr<Rank>>& ranks) {
+  for (auto& rank : ranks) {
+    rank->backend.enter();
+    for (auto& other : ranks) {
+      if (other->wires.rank != rank->wires.rank) cudaDeviceEnablePeerAccess(other->wires.rank, 0);
+      rank->wires.inbox[other->wires.rank] = other->wires.inbox[other->wires.rank];
+    }
+    cudaGetLastError();  // they may be joined already
+    rank->fused = rank->backend.fuse(decoder_of(rank->model), rank->model.d, &rank->wires);
+  }
+}
+
+inline std::vector<float> hidden_of(const Model& m, int rows) {
+  std::vector<float> out(static_cast<size_t>(rows) * kHidden);
+  m.on.read(out.data(), m.layers[0].ffn_out.hidden, out.size() * sizeof(float));
+  return out;
+}
+
+/// repeats: of every whole step.
+void test_fused(const ModelShape&, int layer_count, int positions, const std::vector<std::vector<int>>& steps,
+                const std::vector<int>& batches, int repeats);
+void test_stretches(const ModelShape&, int layer_count, int positions, const std::vector<int>& at,
+                    const std::vector<int>& batches, int repeats, uint32_t share);
+void test_ranks(const ModelShape&, int size, int layer_count, int positions,
+                const std::vector<std::vector<int>>& steps, const std::vector<int>& batches);
+void test_replay(const ModelShape&, int layer_count, int positions, int T);
+/// Every op. small: without the shapes of the 26B model; many: only what takes more than 8 tokens.
+void check_all(bool small, bool many);
+/// A few shapes that between them reach every kernel, in seconds where a GPU is emulated.
+void check_quick();
+
+}  // namespace tp::test
