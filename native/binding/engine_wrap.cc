@@ -83,6 +83,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
                            InstanceMethod<&EngineWrap::stats>("stats"),
                            InstanceMethod<&EngineWrap::read_bandwidth>("readBandwidth"),
                            InstanceMethod<&EngineWrap::time_all_reduce>("timeAllReduce"),
+                           InstanceMethod<&EngineWrap::collective_error>("collectiveError"),
                            InstanceMethod<&EngineWrap::abort>("abort"),
                            InstanceMethod<&EngineWrap::close>("close"),
                        });
@@ -373,6 +374,10 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
         return out;
       };
     });
+  }
+
+  Napi::Value collective_error(const Napi::CallbackInfo& info) {
+    return Napi::String::New(info.Env(), engine_ ? engine_->collective_error() : "");
   }
 
   void abort(const Napi::CallbackInfo&) {

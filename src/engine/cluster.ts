@@ -8,8 +8,8 @@ import { log } from '../log.js';
 import { within } from './process.js';
 import { RemoteRank } from './remote.js';
 
-/** Between two signs of life, in ms. */
-export const ALIVE_MS = 500;
+/** Between two heartbeats, in ms. */
+export const HEARTBEAT_MS = 500;
 
 /** A node that was told to end has this long to end its ranks and say so. */
 const BYE_MS = 2000;
@@ -27,14 +27,14 @@ export interface ClusterPlace {
   keys: ServerKeys | null;
   initTimeoutMs: number;
   /** A node that says nothing for so long is lost. */
-  silenceMs: number;
+  nodeTimeoutMs: number;
 }
 
 interface Node extends NodeFacts {
   node: number;
   present: boolean;
   heardAt: number;
-  /** Signs of life in a row that could not be sent to it: 1 may be a node that is coming back. */
+  /** Heartbeats in a row that could not be sent to it: 1 may be a node that is coming back. */
   unreached: number;
 }
 
@@ -53,7 +53,7 @@ export class Cluster {
   readonly #ranks = new Map<number, { node: number; launch: string; process: RemoteRank }>();
   readonly #timer: NodeJS.Timeout;
   #lookedAt = performance.now();
-  #onWhole: (() => void) | null = null;
+  #onPresent: (() => void) | null = null;
   #onLeft: (() => void) | null = null;
   #broken: ((error: Error) => void) | null = null;
   /** Told when a node is lost that has ranks of the run. */
@@ -65,29 +65,29 @@ export class Cluster {
     this.#facts = facts;
     const own: Node = { ...facts, node: 0, present: true, heardAt: 0, unreached: 0 };
     this.#nodes = [own, ...Array<undefined>(place.nodes - 1)];
-    this.#timer = setInterval(() => this.#look(), ALIVE_MS);
+    this.#timer = setInterval(() => this.#look(), HEARTBEAT_MS);
     this.#timer.unref();
-    void this.#listen();
+    this.#listen().catch((error: Error) => log.error(`node 0 hears nobody any more: ${error.message}`));
   }
 
-  /** Begins to listen; `whole` waits for the nodes. TP_MASTER_BIND. */
+  /** Begins to listen; `allPresent` waits for the nodes. TP_MASTER_BIND. */
   static async listen(place: ClusterPlace, session: string, facts: NodeFacts): Promise<Cluster> {
     return new Cluster(place, await NodeServer.bind(place.endpoint, session, place.nodes, place.keys), facts);
   }
 
   /** Resolves when every node is there. TP_NODE_MISSING, TP_NODE_MISMATCH; TP_INTERNAL when it is closed meanwhile. */
-  async whole(): Promise<void> {
+  async allPresent(): Promise<void> {
     const { endpoint, initTimeoutMs } = this.place;
     const there = new Promise<void>((resolve, reject) => {
-      this.#onWhole = () => {
+      this.#onPresent = () => {
         if (this.#missing().length === 0) resolve();
       };
       this.#broken = reject;
-      this.#onWhole();
+      this.#onPresent();
     });
     // an awaited promise alone does not keep a process alive, and the timer of `within` does
     const inTime = await within(there, initTimeoutMs).finally(() => {
-      this.#onWhole = null;
+      this.#onPresent = null;
       this.#broken = null;
     });
     if (!inTime) throw fail('TP_NODE_MISSING', this.#missing(), endpoint, initTimeoutMs);
@@ -153,6 +153,8 @@ export class Cluster {
         },
       });
     }
+    // a node that has gone since all were present
+    for (const node of this.#nodes.slice(1)) if (!node!.present) this.#loseRanks(node!, 'it has left');
     return new Map([...this.#ranks].map(([rank, { process }]) => [rank, process]));
   }
 
@@ -202,7 +204,7 @@ export class Cluster {
       case 'hello':
         this.#welcome(node, message);
         return;
-      case 'alive':
+      case 'heartbeat':
         return;
       case 'started':
         if (this.#isOn(node, message)) this.#ranks.get(message.rank)!.process.pid = message.pid;
@@ -238,7 +240,7 @@ export class Cluster {
     this.#nodes[node] = { ...facts, node, present: true, heardAt: performance.now(), unreached: 0 };
     this.#tell(node, { type: 'welcome' });
     log.info(`node ${node} of ${this.place.nodes}: ${facts.host}, ${facts.ranks} x ${facts.device}`);
-    this.#onWhole?.();
+    this.#onPresent?.();
   }
 
   #mismatch(node: number, nodes: number, facts: NodeFacts): (Error & { text: string }) | null {
@@ -257,21 +259,21 @@ export class Cluster {
 
   #look(): void {
     const now = performance.now();
-    const asleep = now - this.#lookedAt > 4 * ALIVE_MS;
+    const asleep = now - this.#lookedAt > 4 * HEARTBEAT_MS;
     this.#lookedAt = now;
     for (const node of this.#nodes.slice(1)) {
       if (!node?.present) continue;
       // this process was held up: it cannot say who was silent meanwhile
       if (asleep) node.heardAt = now;
       const silent = now - node.heardAt;
-      if (silent > this.place.silenceMs) {
+      if (silent > this.place.nodeTimeoutMs) {
         this.#lose(
           node.node,
           `nothing heard for ${Math.round(silent)} ms: its host, or the network to it, is down`,
         );
         continue;
       }
-      this.#server.send(node.node, { type: 'alive' }).catch(() => {
+      this.#server.send(node.node, { type: 'heartbeat' }).catch(() => {
         if (++node.unreached < 2 || !node.present) return;
         this.#lose(node.node, 'its connection closed: the process was killed, or its host is down');
       });
@@ -283,18 +285,19 @@ export class Cluster {
     if (!lost?.present) return;
     lost.present = false;
     this.#onLeft?.();
-    if (this.#onLeft) return;
-    const ranks = [...this.#ranks].filter(
-      ([, { node: on, process }]) => on === node && process.exit === null,
-    );
+    if (!this.#onLeft && !this.#loseRanks(lost, how)) log.warn(`node ${node} on ${lost.host}: ${how}`);
+  }
+
+  /** False when no rank of a run lives there. */
+  #loseRanks({ node, host }: Node, how: string): boolean {
+    const ranks = [...this.#ranks].filter(([, on]) => on.node === node && on.process.exit === null);
     for (const [, { process }] of ranks) process.lose();
-    const error = fail('TP_NODE_LOST', `node ${node} on ${lost.host}`, how);
-    if (ranks.length === 0) log.warn(error.text);
-    else
-      this.onLost(
-        error,
-        ranks.map(([rank]) => rank),
-      );
+    if (ranks.length === 0) return false;
+    this.onLost(
+      fail('TP_NODE_LOST', `node ${node} on ${host}`, how),
+      ranks.map(([rank]) => rank),
+    );
+    return true;
   }
 
   #tell(node: number, message: Parameters<NodeServer['send']>[1]): void {

@@ -22,10 +22,11 @@ function rank(number: number, script: string): RankState {
     process: process_,
     stage: 'ready',
     job: 'generate',
-    confessed: false,
+    hasReported: false,
     step: 3 + number,
     heardAt: 0,
-    ring: null,
+    collectives: null,
+    asyncError: '',
   };
   states.push(state);
   return state;
@@ -36,6 +37,7 @@ const SLEEP = 'setTimeout(() => {}, 1e6)';
 const watched = (cleanUp = () => {}) => ({
   run: 'run-1',
   inquire: async () => {},
+  diagnose: async () => null,
   cleanUp,
   onFailure: () => {},
 });

@@ -67,7 +67,8 @@ if (odd('reports bad input')) {
     exitCode: 2,
     stage: 'device',
     step: -1,
-    ring: [],
+    collectives: [],
+    asyncError: '',
   };
   await control.send(error);
   await sleep(100);
@@ -95,7 +96,7 @@ for (;;) {
     // rank 1 computes for ever, all others wait for it
     const doing = rank === 1 ? 'computes step 2' : 'waits for rank 1 in allReduce #9';
     const entry = { op: 'allReduce', layer: 2, stage: 'down', bytes: 64, agoMs: 500, tookMs: 1 };
-    const ring = [
+    const collectives = [
       { ...entry, n: 8 },
       { ...entry, n: 9, bytes: how === 'sends another size' && rank === 1 ? 32 : 64, tookMs: null },
     ];
@@ -104,7 +105,8 @@ for (;;) {
       type: 'at',
       doing,
       waitsFor: rank === 1 ? null : 1,
-      ring: behind ? ring.slice(0, 1) : ring,
+      collectives: behind ? collectives.slice(0, 1) : collectives,
+      asyncError: how === 'has lost a link' && rank === 0 ? 'nccl: remote process exited' : '',
     });
   }
   if (message.type !== 'job') continue;

@@ -3,8 +3,8 @@
 
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { FlightRecorder } from '../../dist/comm/flight-recorder.js';
 import { localCollective } from '../../dist/comm/local.js';
-import { CollectiveRing } from '../../dist/comm/ring.js';
 import { decode } from '../../dist/engine/decode.js';
 import { readConfigFile } from '../../dist/model/configfile.js';
 import { makePlan } from '../../dist/model/plan.js';
@@ -50,7 +50,7 @@ async function life(threads, isa) {
     size: 1,
     engine,
     collective: localCollective,
-    ring: new CollectiveRing(),
+    recorder: new FlightRecorder(),
     steps: plan.steps,
     limits,
   };
