@@ -86,6 +86,23 @@ describe('the supervisor', () => {
     ]);
   });
 
+  it('cuts the last lines of a culprit where they are long: they may have to cross to another host', async () => {
+    const long = rank(0, 'console.error("x".repeat(3_000_000)); console.error("end")');
+    await long.process.closed;
+    expect(long.process.tail).toEqual([`${'x'.repeat(1000)}...`, 'end']);
+  });
+
+  it('tells of the end also when cleaning up fails', async () => {
+    const supervisor = new Supervisor(
+      [],
+      watched(() => {
+        throw new Error('the folder is busy');
+      }),
+    );
+    supervisor.fail(error('stop'));
+    await expect(supervisor.failed).rejects.toThrow('stop');
+  });
+
   it('ends what a rank has left running in its group', async () => {
     const child = `const c = require('child_process').spawn('sleep', ['1000'], { stdio: 'inherit' }); console.error(c.pid)`;
     const left = rank(0, `${child}; process.exit(0)`);

@@ -9,7 +9,7 @@ const [how, endpoint, run, rankWord] = process.argv.slice(2);
 const rank = Number(rankWord);
 const odd = (what) => rank === 1 && how === what;
 
-const stuck = how === 'gets stuck at step 2' || how === 'sends another size';
+const stuck = ['gets stuck at step 2', 'sends another size', 'has lost a link'].includes(how);
 
 const forEver = () => new Promise((resolve) => setTimeout(resolve, 1e9));
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
