@@ -3,6 +3,7 @@
 // control (multipart frames and raw bytes at a live control socket). The corpus is test/fixtures/fuzz/TARGET; an input that
 // breaks something is kept there too, as crash-*, and ends the run with 1. Needs dist/.
 
+import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import {
   closeSync,
@@ -34,6 +35,10 @@ const root = join(dirname(fileURLToPath(import.meta.url)), '..');
 const RUN = 'run-1';
 /** A case that takes longer has met something that grows too fast, in ms. */
 const SLOW_MS = 2000;
+/** As src/cli/hostlist.ts has it. */
+const MOST_HOSTS = 65_536;
+/** Lists that Slurm could read, for each one that it does read: starting it takes 10 ms. */
+const SCONTROL_EVERY = 200;
 
 const TARGETS = { safetensors, messages, hostlist, control };
 
@@ -98,11 +103,71 @@ function messages() {
   }
 }
 
+/**
+ * A list is refused by its code, or it is short enough, its hosts say themselves, and it has as many as its parts have
+ * together. Where Slurm is installed it reads a sample of the accepted ones too.
+ */
 function hostlist() {
-  while (goesOn()) {
-    const bytes = change(pick(corpus), false);
-    const text = bytes.toString('latin1').slice(0, 200);
-    judge(bytes, () => (text.length % 2 ? expandHostlist(text) : expandTasks(text)));
+  const slurm = new Scontrol();
+  try {
+    while (goesOn()) {
+      const bytes = change(pick(corpus), false);
+      const text = bytes.toString('latin1').slice(0, 200);
+      judge(bytes, () => {
+        if (text.length % 2 === 0) {
+          const tasks = expandTasks(text);
+          if (tasks.length > MOST_HOSTS || tasks.some((n) => !Number.isInteger(n) || n < 0))
+            throw new Error(`${tasks.length} nodes of ${tasks.slice(0, 9)} tasks`);
+          return;
+        }
+        const hosts = expandHostlist(text);
+        if (hosts.length > MOST_HOSTS || hosts.some((host) => /[[\],]/.test(host)))
+          throw new Error(`${hosts.length} hosts: ${hosts.slice(0, 9)}`);
+        if (below(50) === 0 && `${expandHostlist(hosts.join(','))}` !== `${hosts}`)
+          throw new Error('its hosts, as a list, are other hosts');
+        slurm.compare(text, hosts);
+      });
+    }
+  } finally {
+    slurm.close();
+  }
+  return `, ${slurm.compared} compared with scontrol`;
+}
+
+/** Slurm's own reading, for every so many of the lists that it can read as well. */
+class Scontrol {
+  compared = 0;
+  #seen = 0;
+  #folder = mkdtempSync(join(tmpdir(), 'tp-run-fuzz-'));
+  #here = spawnSync('scontrol', ['--version']).error === undefined;
+
+  constructor() {
+    writeFileSync(join(this.#folder, 'slurm.conf'), 'ClusterName=x\nSlurmctldHost=localhost\nNodeName=n0\n');
+  }
+
+  compare(text, hosts) {
+    // it takes more characters, and names without letters, for what we refuse or read as they are
+    if (
+      !this.#here ||
+      !/^(?:[a-z][\w.-]*(?:\[\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?)*\])?(?:,|$))+$/i.test(text)
+    )
+      return;
+    if (text.endsWith(',') || this.#seen++ % SCONTROL_EVERY !== 0) return;
+    this.compared++;
+    const env = { ...process.env, SLURM_CONF: join(this.#folder, 'slurm.conf') };
+    const { stdout, status } = spawnSync('scontrol', ['show', 'hostnames', text], {
+      env,
+      encoding: 'utf8',
+      maxBuffer: 1 << 28,
+    });
+    if (status !== 0 || stdout.trim() !== hosts.join('\n'))
+      throw new Error(
+        `scontrol (${status}) reads ${JSON.stringify(text)} as ${JSON.stringify(stdout.slice(0, 200))}, not ${hosts.slice(0, 9)}`,
+      );
+  }
+
+  close() {
+    rmSync(this.#folder, { recursive: true });
   }
 }
 
@@ -294,14 +359,15 @@ function below(n) {
   return Math.floor((((x ^ (x >>> 14)) >>> 0) / 2 ** 32) * n);
 }
 
+let more = '';
 try {
-  await TARGETS[target]();
+  more = (await TARGETS[target]()) ?? '';
 } catch (error) {
   console.log(`${target}: after ${cases} cases: ${error.stack ?? error}`);
   process.exit(1);
 }
 const took = (performance.now() - started) / 1000;
 console.log(
-  `${target}: ${cases} cases in ${took.toFixed(1)} s, ${accepted} accepted, none broke anything; ${(process.memoryUsage.rss() / 2 ** 20).toFixed(0)} MiB`,
+  `${target}: ${cases} cases in ${took.toFixed(1)} s, ${accepted} accepted${more}, none broke anything; ${(process.memoryUsage.rss() / 2 ** 20).toFixed(0)} MiB`,
 );
 process.exit(0);
