@@ -149,7 +149,9 @@ class Scontrol {
     // it takes more characters, and names without letters, for what we refuse or read as they are
     if (
       !this.#here ||
-      !/^(?:[a-z][\w.-]*(?:\[\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?)*\])?(?:,|$))+$/i.test(text)
+      !/^(?:(?!\S*\d{10})[a-z][\w.-]*(?:\[\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?)*\])?(?:,|$))+$/i.test(
+        text,
+      )
     )
       return;
     if (text.endsWith(',') || this.#seen++ % SCONTROL_EVERY !== 0) return;

@@ -146,16 +146,17 @@ async function meet(
 
 /** Does jobs, one at a time, and answers questions meanwhile, until the launcher says stop. */
 async function serve(life: Life, collective: Collective, poll: AsyncErrorPoll, run: RunJob): Promise<void> {
-  let failed!: (error: unknown) => void;
-  const failure = new Promise<never>((_, reject) => {
-    failed = reject;
+  await new Promise<void>((stopped, failed) => {
+    const listen = async () => {
+      for (;;) {
+        const message = await life.control.receive();
+        if (message.type === 'stop') return;
+        if (message.type === 'where') await life.answer(collective.pending(), poll.error);
+        if (message.type === 'job') life.work(parseJob(message.body), run).catch(failed);
+      }
+    };
+    listen().then(stopped, failed);
   });
-  for (;;) {
-    const message = await Promise.race([life.control.receive(), failure]);
-    if (message.type === 'stop') return;
-    if (message.type === 'where') await life.answer(collective.pending(), poll.error);
-    if (message.type === 'job') life.work(parseJob(message.body), run).catch(failed);
-  }
 }
 
 function engineSpec(spec: SentSpec, plan: Plan, collective: Setup['collective']): EngineSpec {

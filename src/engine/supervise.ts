@@ -35,6 +35,10 @@ export class Supervisor {
   #reject!: (error: unknown) => void;
   #first: { error: Error; at: number } | null = null;
   #over = false;
+  /** `failed` is settled. */
+  #ended = false;
+  /** Those who wait for something else meanwhile. */
+  readonly #guarded = new Set<(error: unknown) => void>();
   #finished: Promise<void> | null = null;
   readonly #releaseSignals: () => void;
 
@@ -55,9 +59,13 @@ export class Supervisor {
     return this.#over || this.#first !== null;
   }
 
-  /** `promise`, or the run's failure if that comes first. */
+  /** `promise`, or the run's failure if that comes first. Not by Promise.race: `failed` would keep every job's promise. */
   guard<T>(promise: Promise<T>): Promise<T> {
-    return Promise.race([promise, this.failed]);
+    if (this.#ended) return this.failed;
+    return new Promise((resolve, reject) => {
+      this.#guarded.add(reject);
+      promise.then(resolve, reject).finally(() => this.#guarded.delete(reject));
+    });
   }
 
   /** A failure seen at `at` (performance.now()). Failures close together: the earliest is the root cause. */
@@ -92,7 +100,16 @@ export class Supervisor {
     this.#over = true;
     const { error } = this.#first!;
     // whatever goes wrong on the way, who waits for the run must hear of its end
-    this.#explain(error).then(this.#reject, () => this.#reject(error));
+    this.#explain(error).then(
+      (told) => this.#announce(told),
+      () => this.#announce(error),
+    );
+  }
+
+  #announce(error: Error): void {
+    this.#ended = true;
+    this.#reject(error);
+    for (const reject of this.#guarded) reject(error);
   }
 
   /** Ends every rank; the error with all that is known about it. */
