@@ -33,7 +33,7 @@ import { SafetensorsFile } from '../dist/model/safetensors.js';
 
 const root = join(dirname(fileURLToPath(import.meta.url)), '..');
 const RUN = 'run-1';
-/** A case that takes longer has met something that grows too fast, in ms. */
+/** A case that takes longer has met something that grows too fast, in ms of processor time. */
 const SLOW_MS = 2000;
 /** As src/cli/hostlist.ts has it. */
 const MOST_HOSTS = 65_536;
@@ -113,6 +113,7 @@ function hostlist() {
     while (goesOn()) {
       const bytes = change(pick(corpus), false);
       const text = bytes.toString('latin1').slice(0, 200);
+      let read = null;
       judge(bytes, () => {
         if (text.length % 2 === 0) {
           const tasks = expandTasks(text);
@@ -125,8 +126,12 @@ function hostlist() {
           throw new Error(`${hosts.length} hosts: ${hosts.slice(0, 9)}`);
         if (below(50) === 0 && `${expandHostlist(hosts.join(','))}` !== `${hosts}`)
           throw new Error('its hosts, as a list, are other hosts');
-        slurm.compare(text, hosts);
+        read = hosts;
       });
+      if (read !== null && !slurm.agrees(text, read)) {
+        keep(bytes);
+        throw new Error(`scontrol reads ${JSON.stringify(text)} otherwise than as ${read.slice(0, 9)}`);
+      }
     }
   } finally {
     slurm.close();
@@ -145,16 +150,11 @@ class Scontrol {
     writeFileSync(join(this.#folder, 'slurm.conf'), 'ClusterName=x\nSlurmctldHost=localhost\nNodeName=n0\n');
   }
 
-  compare(text, hosts) {
-    // it takes more characters, and names without letters, for what we refuse or read as they are
-    if (
-      !this.#here ||
-      !/^(?:(?!\S*\d{10})[a-z][\w.-]*(?:\[\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?)*\])?(?:,|$))+$/i.test(
-        text,
-      )
-    )
-      return;
-    if (text.endsWith(',') || this.#seen++ % SCONTROL_EVERY !== 0) return;
+  agrees(text, hosts) {
+    // what Slurm reads otherwise on purpose is left out: names without a letter in front, numbers that it cuts to 64 bits
+    const host = /^(?!\S*\d{10})[a-z][\w.-]*(?:\[\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?)*\])?$/i;
+    if (!this.#here || !text.split(/,(?![^[]*\])/).every((item) => host.test(item))) return true;
+    if (this.#seen++ % SCONTROL_EVERY !== 0) return true;
     this.compared++;
     const env = { ...process.env, SLURM_CONF: join(this.#folder, 'slurm.conf') };
     const { stdout, status } = spawnSync('scontrol', ['show', 'hostnames', text], {
@@ -162,10 +162,7 @@ class Scontrol {
       encoding: 'utf8',
       maxBuffer: 1 << 28,
     });
-    if (status !== 0 || stdout.trim() !== hosts.join('\n'))
-      throw new Error(
-        `scontrol (${status}) reads ${JSON.stringify(text)} as ${JSON.stringify(stdout.slice(0, 200))}, not ${hosts.slice(0, 9)}`,
-      );
+    return status === 0 && stdout.trim() === hosts.join('\n');
   }
 
   close() {
@@ -223,7 +220,7 @@ async function control() {
 
 /** Runs one case: errors with a code are how bad input is to end. */
 function judge(bytes, act) {
-  const at = performance.now();
+  const before = process.cpuUsage();
   cases++;
   try {
     act();
@@ -234,9 +231,10 @@ function judge(bytes, act) {
       throw error;
     }
   }
-  if (performance.now() - at > SLOW_MS) {
+  const { user, system } = process.cpuUsage(before); // a busy machine is no fault of ours
+  if ((user + system) / 1000 > SLOW_MS) {
     keep(bytes);
-    throw new Error(`${bytes.length} bytes took ${Math.round(performance.now() - at)} ms`);
+    throw new Error(`${bytes.length} bytes took ${Math.round((user + system) / 1000)} ms`);
   }
 }
 
