@@ -161,8 +161,8 @@ class Nccl final : public DeviceCollective {
   }
 
  private:
-  /// Starts `call` and waits until it is done: a non-blocking communicator answers "in progress". abort() may come
-  /// at any moment from another thread and takes the communicator away.
+  /// Starts `call` and waits until it is done: a non-blocking communicator answers "in progress". abort() may
+  /// come at any moment from another thread and takes the communicator away.
   template <class Call>
   void complete(const char* what, double timeout_s, Call&& call) {
     const auto start = std::chrono::steady_clock::now();
@@ -180,7 +180,8 @@ class Nccl final : public DeviceCollective {
       });
     }
     if (result != kSuccess)
-      fail("TP_COLLECTIVE", "nccl: %s: %s: %s", what, lib_.GetErrorString(result), lib_.GetLastError(nullptr));
+      fail("TP_COLLECTIVE", "nccl: %s: %s: %s", what, lib_.GetErrorString(result),
+           lib_.GetLastError(nullptr));
   }
 
   template <class Call>
