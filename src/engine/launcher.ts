@@ -4,11 +4,12 @@ import { hostname } from 'node:os';
 import { newRunId, Rendezvous, removeStale } from '../comm/bootstrap.js';
 import { type Choice, chooseCollective } from '../comm/collective.js';
 import { ControlServer } from '../comm/control.js';
+import { keysOf, type RunKeys } from '../comm/curve.js';
 import type { LauncherMessage, WorkerMessage } from '../comm/messages.js';
 import { askRas, rasAddress } from '../comm/ras.js';
 import { EXIT, fail, TpError } from '../errors.js';
 import { log } from '../log.js';
-import { type Cluster, keysOf, type RunKeys } from './cluster.js';
+import type { Cluster } from './cluster.js';
 import { Deferred } from './deferred.js';
 import { Execution, type OnStep } from './execution.js';
 import { describeExit, describePlace, RankFailure, type RankState, writeReport } from './failure.js';
@@ -64,7 +65,7 @@ export async function launch(
   cluster: Cluster | null = null,
 ): Promise<Run> {
   if (cluster) await interruptible(cluster.allPresent());
-  const topology = { ...spec, hosts: cluster?.hosts(spec.ranks) ?? 1 };
+  const topology = { ...spec, hosts: cluster?.members.hosts(spec.ranks) ?? 1 };
   const collective = chooseCollective(spec.collective, topology, () => gpuFacts(hooks.env));
   log.info(`collective: ${collective.why}`);
   const launcher = new Launcher(spec, collective, hooks, cluster);
@@ -151,7 +152,7 @@ class Launcher implements Run {
     const { ranks, logDir } = this.#spec;
     if (logDir !== null) makeLogDir(logDir);
     this.#listen(server).catch((error: Error) => this.#supervisor.fail(error));
-    const own = this.#cluster?.ownRanks(ranks) ?? ranks;
+    const own = this.#cluster?.members.ownRanks(ranks) ?? ranks;
     for (let rank = 0; rank < own; rank++) this.#startRank(server.endpoint, rank, own);
     this.#register();
     this.#startElsewhere(server.endpoint);
@@ -166,7 +167,7 @@ class Launcher implements Run {
   /** Address that this run's sockets bind to; null = ipc. A run that stays on this host has none outside it. */
   private get address(): string | null {
     const { ranks } = this.#spec;
-    if (!this.#cluster || this.#cluster.ownRanks(ranks) === ranks) return null;
+    if (!this.#cluster || this.#cluster.members.ownRanks(ranks) === ranks) return null;
     return this.#cluster.place.address;
   }
 
@@ -207,7 +208,7 @@ class Launcher implements Run {
       this.#onExit(state, state.process.exit!);
     });
     for (const [rank, remote] of started)
-      this.#states.push(newState(rank, this.#cluster.hostOf(rank), remote));
+      this.#states.push(newState(rank, this.#cluster.members.of(rank).host, remote));
   }
 
   async #listen(server: ControlServer): Promise<void> {
