@@ -36,20 +36,13 @@ async function live(life: Life, poll: AsyncErrorPoll): Promise<void> {
   const { Engine, keepToCores, version } = native();
 
   life.enter('connect');
-  const { place } = life;
-  const { rank, ranks } = place;
-  const { model: named, keys, address } = place.briefing;
-  const zmq = await ZmqCollective.bind(
-    rank,
-    ranks,
-    (partner) => (address === null ? pairEndpoint(place.control, rank, partner) : `tcp://${address}:*`),
-    keys,
-  );
+  const { rank, ranks, briefing } = life.place;
+  const zmq = await bindLinks(life.place);
   const { spec, collective: name, peers } = await meet(life, version().addon, zmq.endpoints);
 
   life.enter('device');
   if (spec.device === 'cpu' && ranks > 1 && keepToCores(rank, ranks, spec.threads) > 0) zmq.keepAwake();
-  const model = openModel(named);
+  const model = openModel(briefing.model);
   const plan = makePlan(model.config, rank, ranks);
   const engine = new Engine(engineSpec(spec, plan, name));
 
@@ -93,6 +86,13 @@ async function live(life: Life, poll: AsyncErrorPoll): Promise<void> {
   poll.stop();
   collective.close();
   engine.close();
+}
+
+/** This rank's ends of the sockets between ranks: beside the launcher's on one host, else at this host's address. */
+function bindLinks({ control, rank, ranks, briefing: { keys, address } }: Place): Promise<ZmqCollective> {
+  const endpoint = (partner: number) =>
+    address === null ? pairEndpoint(control, rank, partner) : `tcp://${address}:*`;
+  return ZmqCollective.bind(rank, ranks, endpoint, keys);
 }
 
 /** Kernels that are told to stop waiting leave within microseconds; the driver needs its moment. */
