@@ -46,6 +46,11 @@ const KINDS = {
     via: ['setarch', '-R'],
     // plain node: the threads that a test runner brings are not ours
     script: 'test/native/threads.mjs',
+    // reading weights to a device, without one: a program of its own
+    program: [
+      'test/helpers/uploads-driver.cc',
+      ...['native/engine/weights.cc', 'native/engine/uploads.cc', 'native/ops/cpu/thread_pool.cc'],
+    ],
   },
 };
 
@@ -91,6 +96,12 @@ symlinkSync(join(build, 'tp_run.node'), join(tree, 'build', 'tp_run.node'));
 const compiler = process.env.CXX ?? 'c++';
 const library = spawnSync(compiler, [`-print-file-name=${kind.runtime}`], { encoding: 'utf8' }).stdout.trim();
 if (!existsSync(library)) stop(`${compiler} has no ${kind.runtime}: install its sanitizer libraries`);
+if (kind.program) {
+  const binary = join(build, 'program');
+  const flags = ['-std=c++20', '-O1', '-g', kind.flags, '-I', join(root, 'native'), '-pthread'];
+  run(compiler, [...flags, ...kind.program, '-o', binary]);
+  run(kind.via[0], [...kind.via.slice(1), binary], { env: { ...process.env, ...kind.env } });
+}
 const vitest = join(dirname(require.resolve('vitest/package.json')), 'vitest.mjs');
 const tests = words.length > 0 ? words : kind.tests;
 const program = kind.script

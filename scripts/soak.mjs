@@ -1,107 +1,210 @@
-// `node scripts/soak.mjs [--minutes 30] [--gpus 4] [more words for tp-run]`: one run that decodes without end; watches memory and
-// descriptors of the launcher and of every rank. Ends with 1 when one of them grows. Needs dist/.
+// `node scripts/soak.mjs [--minutes 30] [--out FILE.json] [more words for tp-run, such as --gpus 4 --device cpu]`: one run that
+// decodes without end, short sequences that come and go. Watches memory and descriptors of this process, which is the
+// launcher, and of every rank, and the time between steps. A line per verdict; ends with 1 when one of them is bad. Needs dist/.
 
-import { spawn } from 'node:child_process';
-import { once } from 'node:events';
-import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
-import { tmpdir } from 'node:os';
-import { dirname, join } from 'node:path';
-import { fileURLToPath } from 'node:url';
+import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { availableParallelism, loadavg } from 'node:os';
+import { setFlagsFromString } from 'node:v8';
+import { runInNewContext } from 'node:vm';
+import { chooseDevice } from '../dist/cli/device.js';
+import { openModel } from '../dist/cli/model.js';
+import { workerEnvironment } from '../dist/cli/nodes.js';
+import { ranksOf, readCommandLine } from '../dist/cli/options.js';
+import { runSpec } from '../dist/cli/spec.js';
+import { launch } from '../dist/engine/launcher.js';
+import { provenance } from '../dist/report/provenance.js';
 
-/** More growth than this is a leak, in MiB an hour and process: an allocator breathes by a few. */
+/** A process that grows faster leaks, in MiB an hour. */
 const MOST_GROWTH = 32;
-const EVERY_MS = 5000;
-/** What the launcher keeps of a token that it has printed, and no more. */
-const BYTES_A_TOKEN = 400;
+/** An allocator breathes: so much growth in all says nothing, in MiB. */
+const BREATH = 4;
+/** Of the time between steps: a run that stalls now and then has a longer tail than noise gives. */
+const MOST_P99_OF_MEDIAN = 3;
+/** A shorter run shows how V8's heap grows into its size, and no leak: its memory is told and not judged. */
+const LONG_ENOUGH = 10;
+/** The first part of the time fills pools and caches. */
+const WARM_UP = 1 / 3;
+const EVERY_MS = 2000;
+const STRETCHES = 8;
+/** Sequences of one job, new tokens of each, sequences at a time: one begins whenever another ends. */
+const [SEQUENCES, TOKENS, AT_ONCE] = [64, 48, 4];
 
-const root = join(dirname(fileURLToPath(import.meta.url)), '..');
 const words = process.argv.slice(2);
 const take = (name, fallback) => {
   const at = words.indexOf(name);
   return at < 0 ? fallback : words.splice(at, 2)[1];
 };
-const minutes = Number(take('--minutes', 30));
-const gpus = take('--gpus', '4');
+const minutes = Number(take('--minutes', '30'));
+const out = take('--out', null);
+if (!words.includes('--gpus')) words.push('--gpus', '4');
+setFlagsFromString('--expose-gc');
+const collectGarbage = runInNewContext('gc');
 
-const folder = mkdtempSync(join(tmpdir(), 'tp-run-soak-'));
-const prompts = join(folder, 'prompts.jsonl');
-// short ones, so that sequences come and go all the time; more than any soak gets through
-writeFileSync(
-  prompts,
-  Array.from({ length: 200_000 }, (_, i) => `{"prompt_ids":[2,${i % 1000}]}\n`).join(''),
-);
-const run = spawn(
-  process.execPath,
-  [
-    ...[
-      join(root, 'dist/cli/main.js'),
-      '--gpus',
-      gpus,
-      '--prompts',
-      prompts,
-      '--max-tokens',
-      '64',
-      '--ignore-eos',
-    ],
-    ...['--batch', '4', ...words],
-  ],
-  { stdio: ['ignore', 'pipe', 'inherit'] },
-);
-let bytes = 0;
-run.stdout.on('data', (chunk) => {
-  bytes += chunk.length;
+const { options } = readCommandLine(['generate', ...words]);
+const model = openModel(options.model, options.seed);
+const spec = runSpec(options, model, chooseDevice(options), {
+  ranks: ranksOf(options),
+  sequences: AT_ONCE,
+  positions: TOKENS + 4,
+  everyRow: false,
+  candidates: 1,
+  trace: false,
 });
-run.once('exit', (code) => {
-  console.log(`soak: the run ended with ${code} before its time`);
-  process.exit(1);
-});
+const vocab = model.config.vocabSize;
+const run = await launch(spec, { env: workerEnvironment(options) });
 
-/** By process: [seconds, MiB, descriptors]. */
-const samples = new Map();
-while (bytes === 0) await new Promise((done) => setTimeout(done, 200)); // it loads
 const started = performance.now();
-while (performance.now() - started < minutes * 60_000) {
-  const children = readFileSync(`/proc/${run.pid}/task/${run.pid}/children`, 'utf8')
-    .split(' ')
-    .filter(Boolean);
-  for (const [i, pid] of [run.pid, ...children].entries()) {
-    const name = i === 0 ? 'launcher' : `rank ${i - 1}`;
-    const mib = Number(/^VmRSS:\s+(\d+)/m.exec(readFileSync(`/proc/${pid}/status`, 'utf8'))[1]) / 1024;
-    const descriptors = readdirSync(`/proc/${pid}/fd`).length;
-    samples.set(name, [
-      ...(samples.get(name) ?? []),
-      [(performance.now() - started) / 1000, mib, descriptors],
-    ]);
+const elapsed = () => (performance.now() - started) / 60_000 / minutes;
+/** By process: [hours, MiB, descriptors]. */
+const samples = new Map();
+/** Milliseconds between steps, in buckets of one per cent: constant memory. */
+const between = new Map();
+let jobs = 0;
+let steps = 0;
+const sampling = setInterval(sample, EVERY_MS);
+let failure = null;
+try {
+  while (elapsed() < 1) await decodeOnce();
+} catch (error) {
+  failure = error;
+} finally {
+  clearInterval(sampling);
+  await run.close();
+}
+report();
+
+/** One job; the time between its decode steps. */
+async function decodeOnce() {
+  const sequences = Array.from({ length: SEQUENCES }, (_, sequence) => ({
+    promptIds: [2, (jobs * SEQUENCES + sequence) % vocab],
+    maxTokens: TOKENS,
+    sequence,
+  }));
+  let before = null;
+  const sampling = { temperature: 0, topK: 0, topP: 1, seed: 0 };
+  const job = { kind: 'generate', sequences, sampling, stopTokenIds: [], keepLogits: false, fault: null };
+  await run.execute(job, ({ kind }) => {
+    const now = performance.now();
+    steps++;
+    if (kind === 'decode' && before !== null && elapsed() > WARM_UP) {
+      const bucket = Math.round(Math.log(now - before) / Math.log(1.01));
+      between.set(bucket, (between.get(bucket) ?? 0) + 1);
+    }
+    before = now;
+  });
+  jobs++;
+}
+
+function sample() {
+  collectGarbage();
+  const processes = [['launcher', process.pid], ...run.ranks.map(({ rank, pid }) => [`rank ${rank}`, pid])];
+  for (const [name, pid] of processes) {
+    try {
+      const mib = Number(/^VmRSS:\s+(\d+)/m.exec(readFileSync(`/proc/${pid}/status`, 'utf8'))[1]) / 1024;
+      const descriptors = readdirSync(`/proc/${pid}/fd`).length;
+      const all = samples.get(name) ?? [];
+      all.push([(performance.now() - started) / 3_600_000, mib, descriptors]);
+      samples.set(name, all);
+    } catch {
+      // it has ended: the run says so
+    }
   }
-  await new Promise((done) => setTimeout(done, EVERY_MS));
 }
-run.removeAllListeners('exit');
-run.kill('SIGINT');
-await once(run, 'exit');
-rmSync(folder, { recursive: true });
 
-// `generate` keeps what it printed, for its summary: a few numbers a token
-const hours = (performance.now() - started) / 3_600_000;
-const kept = ((bytes / 4) * BYTES_A_TOKEN) / 2 ** 20 / hours;
-let good = true;
-console.log(`soak: ${minutes} minutes, ${gpus} ranks, ${(bytes / 2 ** 20).toFixed(1)} MiB of tokens printed`);
-for (const [name, all] of samples) {
-  const late = all.slice(Math.floor(all.length / 3)); // the first third fills pools and caches
-  const slope = slopeOf(late.map(([s, mib]) => [s / 3600, mib]));
-  const [first, last] = [late[0], late.at(-1)];
-  const most = MOST_GROWTH + (name === 'launcher' ? kept : 0);
-  const fine = slope < most && last[2] <= first[2];
-  good &&= fine;
+function report() {
+  const processes = [...samples].map(([name, all]) => judge(name, all));
+  const ms = times();
+  const lines = processes.map(({ name, fine, mib, growth, descriptors }) => [
+    fine,
+    `${name.padEnd(9)} ${mib[0].toFixed(0)} -> ${mib[1].toFixed(0)} MiB, slope ${growth.toFixed(1)} MiB/h (at most ${MOST_GROWTH}), descriptors ${descriptors.join(' -> ')}`,
+  ]);
+  const steady = ms.p99 <= MOST_P99_OF_MEDIAN * ms.median;
+  lines.push([
+    steady,
+    `steps     median ${ms.median.toFixed(2)} ms, p99 ${ms.p99.toFixed(2)} ms (at most ${MOST_P99_OF_MEDIAN} times the median), longest ${ms.longest.toFixed(1)} ms, of ${ms.count}`,
+  ]);
+  lines.push([
+    failure === null,
+    `run       ${failure ? failure.message : `${jobs} jobs, ${steps} steps without a failure`}`,
+  ]);
+  const good = lines.every(([fine]) => fine);
+  const load = loadavg()[0];
   console.log(
-    `${fine ? 'ok  ' : 'fail'}  ${name.padEnd(9)} ${first[1].toFixed(0)} -> ${last[1].toFixed(0)} MiB, slope ${slope.toFixed(1)} MiB/h, descriptors ${first[2]} -> ${last[2]}`,
+    `soak: ${minutes} minutes, ${spec.ranks} ranks on ${spec.device}, collective ${run.collective.why}`,
   );
+  if (load > availableParallelism() + spec.ranks)
+    console.log(
+      `note  other programs kept this machine busy (load ${load.toFixed(1)}): the times of steps are not this program's alone`,
+    );
+  if (minutes < LONG_ENOUGH)
+    console.log(`note  ${minutes} minutes are too short to judge memory: ${LONG_ENOUGH} at least`);
+  for (const [fine, text] of lines) console.log(`${fine ? 'ok  ' : 'fail'}  ${text}`);
+  console.log(good ? 'PASS' : 'FAIL');
+  const result = {
+    schema: 'tp-run/soak/1',
+    verdict: good ? 'pass' : 'fail',
+    minutes,
+    ranks: spec.ranks,
+    device: spec.device,
+    collective: run.collective.name,
+    memory_judged: minutes >= LONG_ENOUGH,
+    limits: { mib_per_hour: MOST_GROWTH, p99_of_median: MOST_P99_OF_MEDIAN },
+    processes: processes.map(({ name, fine, mib, growth, descriptors }) => ({
+      name,
+      fine,
+      mib,
+      mib_per_hour: growth,
+      descriptors,
+    })),
+    step_ms: ms,
+    jobs,
+    steps,
+    failure: failure?.message ?? null,
+    load,
+    provenance: provenance(),
+  };
+  if (out !== null) writeFileSync(out, `${JSON.stringify(result, null, 1)}\n`);
+  process.exitCode = good ? 0 : 1;
 }
-process.exit(good ? 0 : 1);
 
-/** Of the straight line through [x, y] that fits best. */
+/** Growth is the slope of the straight line through what is left after each garbage collection, behind the warm-up. */
+function judge(name, all) {
+  const late = all.slice(Math.floor(all.length * WARM_UP));
+  const [first, last] = [late[0], late.at(-1)];
+  const growth = slopeOf(lowest(late));
+  const inAll = growth * (last[0] - first[0]);
+  const leaks = minutes >= LONG_ENOUGH && growth > MOST_GROWTH && inAll > BREATH;
+  const fine = !leaks && last[2] <= first[2];
+  return { name, fine, mib: [first[1], last[1]], growth, descriptors: [first[2], last[2]] };
+}
+
+/** The smallest of each of some stretches of time: memory goes up and down like a saw. */
+function lowest(points) {
+  const each = Math.max(1, Math.ceil(points.length / STRETCHES));
+  const stretches = Array.from({ length: Math.ceil(points.length / each) }, (_, i) =>
+    points.slice(i * each, (i + 1) * each),
+  );
+  return stretches.map((some) => some.reduce((a, b) => (b[1] < a[1] ? b : a)));
+}
+
 function slopeOf(points) {
   const mean = (i) => points.reduce((sum, p) => sum + p[i], 0) / points.length;
   const [x, y] = [mean(0), mean(1)];
   const above = points.reduce((sum, p) => sum + (p[0] - x) * (p[1] - y), 0);
   return above / points.reduce((sum, p) => sum + (p[0] - x) ** 2, 0);
+}
+
+/** Quantiles to one per cent. */
+function times() {
+  const sorted = [...between].sort(([a], [b]) => a - b);
+  const count = sorted.reduce((n, [, times]) => n + times, 0);
+  const quantile = (q) => {
+    let seen = 0;
+    for (const [bucket, times] of sorted) {
+      seen += times;
+      if (seen >= q * count) return 1.01 ** bucket;
+    }
+    return Number.NaN;
+  };
+  return { count, median: quantile(0.5), p99: quantile(0.99), longest: quantile(1) };
 }

@@ -131,7 +131,12 @@ const TABLE = {
   TP_RUN_UNKNOWN: [
     EXIT.input,
     (which: string, known: readonly string[]) =>
-      `no run of this user on this host begins with ${which}; ${known.length ? `there is ${known.join(', ')}` : 'there is none'}`,
+      `no run of this user on this host begins with ${which || '""'}; ${known.length ? `there is ${known.join(', ')}` : 'there is none'}`,
+  ],
+  TP_RUN_AMBIGUOUS: [
+    EXIT.input,
+    (which: string, found: readonly string[]) =>
+      `${found.length} runs begin with ${which}: ${found.join(', ')}; give more of the one you mean, or "all"`,
   ],
   TP_PLACE: [EXIT.input, (flag: string, place: string, why: string) => `${flag} ${place}: ${why}`],
   TP_FAULT_PLACE: [

@@ -52,5 +52,23 @@ export class Log {
   }
 }
 
+/** Says at most `most` lines in a second; the next line after those counts what was left out. For words that strangers cause. */
+export function sparingly(say: (text: string) => void, most: number): (text: string) => void {
+  let since = Number.NEGATIVE_INFINITY;
+  let said = 0;
+  let missed = 0;
+  return (text) => {
+    const now = performance.now();
+    if (now - since >= 1000) {
+      since = now;
+      said = 0;
+    }
+    if (said === most) return void missed++;
+    said++;
+    say(missed ? `${text}, and ${missed} more before it` : text);
+    missed = 0;
+  };
+}
+
 /** This process's log. */
 export const log = new Log();

@@ -222,6 +222,11 @@ export interface NativeEngine {
    * (32), or of many recorded in one CUDA graph (256); all ranks call it together. Every sum is checked.
    */
   timeAllReduce(floats: number, samples: number, warmup: number, graph: boolean): Promise<AllReduceTimes>;
+  /**
+   * What the device collective says went wrong while nobody called it, such as NCCL's asynchronous errors; '' if nothing
+   * did. Also while a call is pending: work that waits for a lost peer never ends by itself.
+   */
+  collectiveError(): string;
   /** Frees kernels that wait for a peer: the call under way rejects with TP_COLLECTIVE, and so do all later ones. */
   abort(): void;
   close(): void;

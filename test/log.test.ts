@@ -1,5 +1,5 @@
-import { describe, expect, it } from 'vitest';
-import { Log } from '../src/log.js';
+import { afterEach, describe, expect, it, vi } from 'vitest';
+import { Log, sparingly } from '../src/log.js';
 
 function record(isTTY: boolean) {
   const out = { text: '', isTTY, write: (text: string) => (out.text += text) };
@@ -40,5 +40,21 @@ describe('the log', () => {
     log.info('end');
     const clear = '\r\x1b[K';
     expect(out.text).toBe(`${clear}half${clear}news\nhalf${clear}end\n`);
+  });
+});
+
+describe('what is said sparingly', () => {
+  afterEach(() => void vi.useRealTimers());
+
+  it('is a few lines a second, and how many were left out', () => {
+    vi.useFakeTimers({ toFake: ['performance'] });
+    const said: string[] = [];
+    const say = sparingly((text) => said.push(text), 2);
+    for (const text of ['a', 'b', 'c', 'd']) say(text);
+    vi.advanceTimersByTime(1000);
+    for (const text of ['e', 'f', 'g']) say(text);
+    vi.advanceTimersByTime(5000);
+    say('h');
+    expect(said).toEqual(['a', 'b', 'e, and 2 more before it', 'f', 'h, and 1 more before it']);
   });
 });

@@ -86,6 +86,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
                            InstanceMethod<&EngineWrap::fill_cache>("fillCache"),
                            InstanceMethod<&EngineWrap::read_bandwidth>("readBandwidth"),
                            InstanceMethod<&EngineWrap::time_all_reduce>("timeAllReduce"),
+                           InstanceMethod<&EngineWrap::collective_error>("collectiveError"),
                            InstanceMethod<&EngineWrap::abort>("abort"),
                            InstanceMethod<&EngineWrap::close>("close"),
                        });
@@ -406,6 +407,10 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
         return out;
       };
     });
+  }
+
+  Napi::Value collective_error(const Napi::CallbackInfo& info) {
+    return Napi::String::New(info.Env(), engine_ ? engine_->collective_error() : "");
   }
 
   void abort(const Napi::CallbackInfo&) {

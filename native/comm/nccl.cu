@@ -34,6 +34,10 @@ struct Config {
 enum Result { kSuccess = 0, kInProgress = 7 };
 constexpr int kFloat32 = 7, kSum = 0;
 
+/// Putting work on a stream only waits for connections that NCCL makes at the first use.
+constexpr double kEnqueueSeconds = 10;
+constexpr int kPollMicroseconds = 200;
+
 struct Library {
   void* handle = nullptr;
   std::string why;  // it cannot be used
@@ -116,18 +120,20 @@ class Nccl final : public DeviceCollective {
       fail("TP_COLLECTIVE", "nccl: rank 0 sent no id");
     memcpy(id_.bytes, hellos[0].data(), sizeof id_.bytes);
     Config config;
-    settle("start", lib_.CommInitRankConfig(&comm_, size_, id_, rank_, &config), timeout_s);
+    complete("start", timeout_s, [&] { return lib_.CommInitRankConfig(&comm_, size_, id_, rank_, &config); });
   }
 
   void all_reduce(float* buffer, int64_t floats, Stream on) override {
     const auto stream = static_cast<cudaStream_t>(on);
     if (floats == 0) return;
     if (size_ == 2)
-      return settle("all-reduce", lib_.AllReduce(buffer, buffer, floats, kFloat32, kSum, comm_, stream), 10);
+      return complete("all-reduce", kEnqueueSeconds, [&] {
+        return lib_.AllReduce(buffer, buffer, static_cast<size_t>(floats), kFloat32, kSum, comm_, stream);
+      });
     if (floats > max_floats_)
       fail("TP_COLLECTIVE", "nccl: %lld floats, room for %lld", static_cast<long long>(floats),
            static_cast<long long>(max_floats_));
-    settle("all-gather", lib_.AllGather(buffer, parts_, floats, kFloat32, comm_, stream), 10);
+    all_gather(buffer, parts_, floats, on);
     const cudaError_t status =
         launch_kernel(size_ == 4 ? tree_kernel<4> : tree_kernel<8>,
                       dim3(static_cast<unsigned>((floats + 255) / 256)), 256, stream, parts_, buffer, floats);
@@ -135,43 +141,67 @@ class Nccl final : public DeviceCollective {
   }
 
   void all_gather(const float* send, float* gathered, int64_t floats, Stream on) override {
-    const auto stream = static_cast<cudaStream_t>(on);
     if (floats == 0) return;
-    settle("all-gather", lib_.AllGather(send, gathered, floats, kFloat32, comm_, stream), 10);
+    complete("all-gather", kEnqueueSeconds, [&] {
+      return lib_.AllGather(send, gathered, static_cast<size_t>(floats), kFloat32, comm_,
+                            static_cast<cudaStream_t>(on));
+    });
   }
 
   void abort() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (!comm_) return;
-    lib_.CommAbort(comm_);
-    comm_ = nullptr;
+    if (aborted_) return;
+    last_words_ = async_error();  // nobody can be asked afterwards
     aborted_ = true;
+    if (comm_) lib_.CommAbort(comm_);
+    comm_ = nullptr;
   }
 
   std::string error() const override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (aborted_) return "nccl: told to stop waiting";
-    int state = kSuccess;
-    if (!comm_ || lib_.CommGetAsyncError(comm_, &state) != kSuccess || state == kSuccess ||
-        state == kInProgress)
-      return "";
-    return std::string("nccl: ") + lib_.GetErrorString(state) + ": " + lib_.GetLastError(comm_);
+    return aborted_ ? stopped() : async_error();
   }
 
  private:
-  /// A non-blocking communicator answers "in progress": asks until it is done, or time is up.
-  void settle(const char* what, int result, double timeout_s) {
+  /// Starts `call` and waits until it is done: a non-blocking communicator answers "in progress". abort() may
+  /// come at any moment from another thread and takes the communicator away.
+  template <class Call>
+  void complete(const char* what, double timeout_s, Call&& call) {
     const auto start = std::chrono::steady_clock::now();
+    int result = locked(call);
     while (result == kInProgress) {
       if (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() > timeout_s)
         fail("TP_COLLECTIVE",
              "nccl: %s took longer than %.0f s; is every rank there? NCCL_DEBUG=INFO says more", what,
              timeout_s);
-      if (lib_.CommGetAsyncError(comm_, &result) != kSuccess) break;
-      if (result == kInProgress) usleep(200);
+      usleep(kPollMicroseconds);
+      result = locked([&] {
+        int state = kInProgress;
+        const int asked = lib_.CommGetAsyncError(comm_, &state);
+        return asked == kSuccess ? state : asked;
+      });
     }
     if (result != kSuccess)
-      fail("TP_COLLECTIVE", "nccl: %s: %s: %s", what, lib_.GetErrorString(result), lib_.GetLastError(comm_));
+      fail("TP_COLLECTIVE", "nccl: %s: %s: %s", what, lib_.GetErrorString(result),
+           lib_.GetLastError(nullptr));
+  }
+
+  template <class Call>
+  int locked(Call&& call) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (aborted_) fail("TP_COLLECTIVE", "%s", stopped().c_str());
+    return call();
+  }
+
+  std::string stopped() const { return last_words_.empty() ? "nccl: told to stop waiting" : last_words_; }
+
+  /// What has gone wrong behind the back of the calls, such as a lost peer or link; "" if nothing has.
+  std::string async_error() const {
+    int state = kSuccess;
+    if (!comm_ || lib_.CommGetAsyncError(comm_, &state) != kSuccess || state == kSuccess ||
+        state == kInProgress)
+      return "";
+    return std::string("nccl: ") + lib_.GetErrorString(state) + ": " + lib_.GetLastError(comm_);
   }
 
   const Library& lib_;
@@ -180,6 +210,7 @@ class Nccl final : public DeviceCollective {
   UniqueId id_{};
   Comm comm_ = nullptr;
   bool aborted_ = false;
+  std::string last_words_;  // the asynchronous error at the time of abort()
   float* parts_ = nullptr;  // (size, max_floats), more than two ranks
   mutable std::mutex mutex_;
 };

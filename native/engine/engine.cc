@@ -77,6 +77,8 @@ void Engine::abort() {
   if (collective_) collective_->abort();
 }
 
+std::string Engine::collective_error() const { return collective_ ? collective_->error() : ""; }
+
 void Engine::prepare() {
   weights_->complete();
   program_ = std::make_unique<Program>(spec_, dims_, input_, *weights_, *buffers_, *backend_);
@@ -247,8 +249,7 @@ void Engine::inspect(const Program::Call& call) {
 }
 
 void Engine::require_joined() const {
-  if (!collective_) return;
-  const std::string error = collective_->error();
+  const std::string error = collective_error();
   if (!error.empty()) fail("TP_COLLECTIVE", "%s", error.c_str());
 }
 

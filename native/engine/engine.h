@@ -28,6 +28,8 @@ class Engine {
   /// Lets work under way end without its peers, from any thread: nothing useful comes of this engine any
   /// more.
   void abort();
+  /// What the device collective says went wrong, from any thread; "" if nothing did or there is none.
+  std::string collective_error() const;
   /// Checks that every tensor is loaded and resolves the plan.
   void prepare();
   /// Takes one step's input; TP_BATCH when it breaks a limit.

@@ -1,7 +1,8 @@
 // Folders that the command line names, made and tried before a run depends on them.
 
-import { closeSync, existsSync, mkdirSync, openSync } from 'node:fs';
-import { dirname, join } from 'node:path';
+import { closeSync, openSync } from 'node:fs';
+import { join } from 'node:path';
+import { makeFolder } from '../engine/folder.js';
 import { fail } from '../errors.js';
 
 /** Makes `--log-dir` and a first file in it. TP_LOG_DIR. */
@@ -22,11 +23,4 @@ export function requireFolder(dir: string): void {
   } catch (error) {
     throw fail('TP_FILE_UNWRITABLE', dir, (error as Error).message);
   }
-}
-
-/** Level by level: Node 20's recursive mkdir never returns below a folder that takes no children, such as /proc. */
-function makeFolder(path: string): void {
-  const parent = dirname(path);
-  if (parent !== path && !existsSync(parent)) makeFolder(parent);
-  if (!existsSync(path)) mkdirSync(path);
 }

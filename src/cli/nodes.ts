@@ -6,10 +6,12 @@ import { lookup } from 'node:dns/promises';
 import { once } from 'node:events';
 import { readFileSync } from 'node:fs';
 import { hostname, networkInterfaces } from 'node:os';
-import { meetingFolder, newRunId } from '../comm/bootstrap.js';
+import { newRunId, rendezvousFolder } from '../comm/bootstrap.js';
 import { deriveKeyPair } from '../comm/curve.js';
-import { Cluster, type NodeFacts } from '../engine/cluster.js';
+import { Cluster } from '../engine/cluster.js';
 import { follow } from '../engine/follower.js';
+import type { NodeFacts } from '../engine/membership.js';
+import { interruptible } from '../engine/signals.js';
 import { EXIT, fail, TpError } from '../errors.js';
 import { log } from '../log.js';
 import { packageVersion } from '../report/provenance.js';
@@ -61,7 +63,7 @@ async function lead(
   try {
     const cluster = await Cluster.listen(place, newRunId(), facts);
     try {
-      await interruptible(cluster.whole());
+      await interruptible(cluster.allPresent());
       exitCode = await command({ ...options, cluster });
       return exitCode;
     } catch (error) {
@@ -104,8 +106,8 @@ export function workerEnvironment({ iface }: Pick<Options, 'iface'>): NodeJS.Pro
 
 const roleOf = (node: number): string => `node ${node}`;
 
-function timeouts({ initTimeout, nodeTimeout }: Options): { initTimeoutMs: number; silenceMs: number } {
-  return { initTimeoutMs: initTimeout * 1000, silenceMs: nodeTimeout * 1000 };
+function timeouts({ initTimeout, nodeTimeout }: Options): { initTimeoutMs: number; nodeTimeoutMs: number } {
+  return { initTimeoutMs: initTimeout * 1000, nodeTimeoutMs: nodeTimeout * 1000 };
 }
 
 interface MeetingPlace {
@@ -121,7 +123,7 @@ async function meetingPlace(options: Options): Promise<MeetingPlace> {
   const { meeting, node } = options.place;
   const { initTimeout, iface } = options;
   if (meeting!.kind === 'ipc') {
-    const { dir, remove } = await meetingFolder(meeting!.name, node === 0, initTimeout * 1000);
+    const { dir, remove } = await rendezvousFolder(meeting!.name, node === 0, initTimeout * 1000);
     return { endpoint: `ipc://${dir}/nodes`, address: null, secret: null, remove };
   }
   const secret = readKey(options);
@@ -202,20 +204,5 @@ function bootId(): string {
     return readFileSync('/proc/sys/kernel/random/boot_id', 'utf8').trim();
   } catch {
     return 'unknown';
-  }
-}
-
-/** `promise`, or TP_INTERRUPTED at the first signal: nothing that would need an orderly end has been started yet. */
-async function interruptible<T>(promise: Promise<T>): Promise<T> {
-  const signals = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
-  let interrupt!: (signal: NodeJS.Signals) => void;
-  const interrupted = new Promise<never>((_, reject) => {
-    interrupt = (signal) => reject(fail('TP_INTERRUPTED', signal));
-  });
-  for (const signal of signals) process.on(signal, interrupt);
-  try {
-    return await Promise.race([promise, interrupted]);
-  } finally {
-    for (const signal of signals) process.off(signal, interrupt);
   }
 }

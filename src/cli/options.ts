@@ -241,7 +241,7 @@ export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv 
 
 /** Ranks of a run: those of all nodes. */
 export function ranksOf({ cluster, gpus }: Pick<Options, 'cluster' | 'gpus'>): number {
-  return cluster?.size ?? gpus.count;
+  return cluster?.members.ranks ?? gpus.count;
 }
 
 /** The variables that this process hands on to its workers; the key is not for them. */

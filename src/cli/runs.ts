@@ -24,17 +24,20 @@ export function ps({ json }: Pick<Options, 'json'>): number {
   return EXIT.ok;
 }
 
-/** `tp-run kill RUN`, by the beginning of its id, or `tp-run kill all`. TP_RUN_UNKNOWN. */
+/** `tp-run kill RUN`, by the beginning of its id, or `tp-run kill all`. TP_RUN_UNKNOWN, TP_RUN_AMBIGUOUS. */
 export async function killRuns(which: string): Promise<number> {
   const runs = findRuns();
-  const chosen = which === 'all' ? runs : runs.filter(({ run }) => run.startsWith(which));
-  if (chosen.length === 0 && which !== 'all')
-    throw fail(
-      'TP_RUN_UNKNOWN',
-      which,
-      runs.map(({ run }) => run),
-    );
-  await Promise.all(chosen.map(end));
+  if (which === 'all') {
+    if (runs.length === 0) log.info('no run of this user on this host');
+    await Promise.all(runs.map(end));
+    return EXIT.ok;
+  }
+  const ids = [...new Set(runs.map(({ run }) => run))];
+  // nothing is the beginning of every id: what an unset variable gives must not end them all
+  const chosen = which === '' ? [] : ids.filter((id) => id.startsWith(which));
+  if (chosen.length === 0) throw fail('TP_RUN_UNKNOWN', which, ids);
+  if (chosen.length > 1) throw fail('TP_RUN_AMBIGUOUS', which, chosen);
+  await Promise.all(runs.filter(({ run }) => run === chosen[0]).map(end));
   return EXIT.ok;
 }
 

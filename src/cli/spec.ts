@@ -30,7 +30,7 @@ export function runSpec(options: Options, model: NamedModel, chosen: ChosenDevic
     model: model.source,
     ranks: needs.ranks,
     device: chosen.device,
-    devices: options.cluster?.devices(needs.ranks) ?? chosen.devices.slice(0, needs.ranks),
+    devices: options.cluster?.members.devices(needs.ranks) ?? chosen.devices.slice(0, needs.ranks),
     dtype: options.dtype,
     collective: options.collective,
     isa: options.isa,
@@ -52,7 +52,7 @@ export function runSpec(options: Options, model: NamedModel, chosen: ChosenDevic
 
 /** Ranks of a run of `ranks` that share this host's cores. */
 function ranksHere({ cluster, place }: Options, ranks: number): number {
-  return cluster ? Math.min(ranks, cluster.ownRanks(ranks) * place.localNodes) : ranks;
+  return cluster ? Math.min(ranks, cluster.members.ownRanks(ranks) * place.localNodes) : ranks;
 }
 
 /** TP_FLAG_VALUE when this machine's CPU lacks the instructions of `--isa`. */

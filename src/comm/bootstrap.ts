@@ -51,7 +51,7 @@ export class Rendezvous {
  * The folder where the nodes of one host meet, which all derive from `name`; this user's alone (0700). Node 0 makes it,
  * the others wait for it. TP_BIND when somebody else's is in its place.
  */
-export async function meetingFolder(
+export async function rendezvousFolder(
   name: string,
   make: boolean,
   timeoutMs: number,
@@ -92,16 +92,25 @@ function makePrivate(dir: string): void {
   }
 }
 
-/** A link or a folder of somebody else could show this process other sockets. */
 function requirePrivate(dir: string): void {
-  const stat = lstatSync(dir);
-  const ours = stat.isDirectory() && stat.uid === process.getuid!() && (stat.mode & 0o077) === 0;
-  if (!ours) throw new Error('it is not a folder that this user alone can enter');
+  if (!isPrivate(dir)) throw new Error('it is not a folder that this user alone can enter');
 }
 
 /**
- * Takes away the folders of runs whose launcher was killed before it could: nobody listens there any more, or
- * `isLeftBehind` knows. Resolves with how many.
+ * A folder, no link, of this user that nobody else can enter: what stands in it is this user's own word. Throws when
+ * there is nothing of that name.
+ */
+export function isPrivate(dir: string): boolean {
+  const stat = lstatSync(dir);
+  return stat.isDirectory() && stat.uid === process.getuid!() && (stat.mode & 0o077) === 0;
+}
+
+/** A socket that is being bound refuses for some microseconds: nobody listens if it still does so after these ms. */
+const STILL_REFUSES_MS = 20;
+
+/**
+ * Takes away the folders of this user's runs whose launcher was killed before it could: nobody listens there any more,
+ * or `isLeftBehind` knows. Never touches what others can write. Resolves with how many.
  */
 export async function removeStale(
   isLeftBehind: (folder: string) => boolean = () => false,
@@ -111,13 +120,23 @@ export async function removeStale(
   const folders = names.filter((name) => /^tp-run-[\w-]+$/.test(name)).map((name) => join(parent, name));
   const removed = await Promise.all(
     folders.map(async (folder) => {
-      const sockets = ['control', 'nodes'].map((name) => refuses(join(folder, name)));
-      const stale = isLeftBehind(folder) || (await Promise.all(sockets)).includes(true);
-      if (stale) await rm(folder, { recursive: true, force: true });
-      return stale;
+      try {
+        const stale = isPrivate(folder) && (isLeftBehind(folder) || (await isAbandoned(folder)));
+        if (stale) await rm(folder, { recursive: true, force: true });
+        return stale;
+      } catch {
+        return false; // another start has been faster
+      }
     }),
   );
   return removed.filter(Boolean).length;
+}
+
+async function isAbandoned(folder: string): Promise<boolean> {
+  const ask = () => Promise.all(['control', 'nodes'].map((name) => refuses(join(folder, name))));
+  if (!(await ask()).includes(true)) return false;
+  await new Promise((done) => setTimeout(done, STILL_REFUSES_MS));
+  return (await ask()).includes(true);
 }
 
 /** True when `path` is a socket without a listener; false for everything else, a folder of another user included. */

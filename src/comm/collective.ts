@@ -47,7 +47,8 @@ type Supports = (topology: Topology, gpus: () => GpuFacts) => true | string;
 /** One host's GPUs that reach each other's memory; ranks may share a GPU. */
 const peerSupports: Supports = ({ device, devices, hosts }, gpus) => {
   if (device === 'cpu') return 'no GPU';
-  if (hosts > 1) return `${hosts} hosts`;
+  // docs/several-hosts.md: why not peer inside each host and NCCL between them
+  if (hosts > 1) return `${hosts} hosts, and one collective joins all ranks`;
   const { peers, peersOff } = gpus();
   if (peersOff !== null) return peersOff;
   for (const a of devices)

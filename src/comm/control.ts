@@ -1,9 +1,8 @@
-// The control channel: launcher = ROUTER, workers = DEALER. A zeromq socket allows one pending send and one pending
-// receive; both are queued here and nowhere else.
+// The control channel: launcher = ROUTER, workers = DEALER.
 
 import { Dealer, Router } from 'zeromq';
 import { fail } from '../errors.js';
-import { log } from '../log.js';
+import { log, sparingly } from '../log.js';
 import type { ClientKeys, ServerKeys } from './curve.js';
 import { clientOptions, dismiss, type GuardedOptions, logRefusals, serverOptions } from './gatekeeper.js';
 import {
@@ -14,9 +13,12 @@ import {
   MAX_FRAME_BYTES,
   type WorkerMessage,
 } from './messages.js';
+import { received, SendQueue } from './socket.js';
 
 /** Messages on their way before the sender waits: a worker that runs ahead of the launcher is held back. */
 const HIGH_WATER = 64;
+/** Lines a second about messages that were refused. */
+const MOST_REFUSALS = 10;
 /** How long a closing socket may still deliver, in ms. */
 const LINGER_MS = 200;
 
@@ -36,10 +38,13 @@ export class ControlServer {
   readonly #ranks: number;
   readonly #socket: Router;
   readonly #guarded: GuardedOptions;
-  #sending: Promise<void> = Promise.resolve();
+  readonly #outgoing: SendQueue;
+  /** A rank that talks nonsense must not fill the log. */
+  readonly #refuse = sparingly((text) => log.warn(text), MOST_REFUSALS);
 
   private constructor(socket: Router, guarded: GuardedOptions, endpoint: string, run: string, ranks: number) {
     this.#socket = socket;
+    this.#outgoing = new SendQueue(socket);
     this.#guarded = guarded;
     this.endpoint = endpoint;
     this.#run = run;
@@ -77,16 +82,9 @@ export class ControlServer {
 
   /** Hands over every valid message until `close`. A malformed one is logged and refused. */
   async *messages(): AsyncGenerator<FromWorker> {
-    while (!this.#socket.closed) {
-      let parts: Buffer[];
-      try {
-        parts = await this.#socket.receive();
-      } catch (error) {
-        if (this.#socket.closed) return;
-        throw error;
-      }
-      const checked = this.#check(parts);
-      if (checked instanceof Error) log.warn(checked.message);
+    for await (const frames of received(this.#socket)) {
+      const checked = this.#check(frames);
+      if (checked instanceof Error) this.#refuse(checked.message);
       else yield checked;
     }
   }
@@ -117,10 +115,7 @@ export class ControlServer {
 
   /** Rejects when that worker is not connected. */
   send(rank: number, message: LauncherMessage): Promise<void> {
-    const parts = [nameOf(rank), encode(this.#run, message)];
-    const sent = this.#sending.then(() => this.#socket.send(parts));
-    this.#sending = sent.catch(() => {});
-    return sent;
+    return this.#outgoing.send([nameOf(rank), encode(this.#run, message)]);
   }
 
   close(): void {
@@ -133,7 +128,7 @@ export class ControlServer {
 export class ControlClient {
   readonly #run: string;
   readonly #socket: Dealer;
-  #sending: Promise<void> = Promise.resolve();
+  readonly #outgoing: SendQueue;
 
   constructor(endpoint: string, run: string, rank: number, keys: ClientKeys | null = null) {
     this.#run = run;
@@ -145,15 +140,13 @@ export class ControlClient {
       maxMessageSize: MAX_FRAME_BYTES,
       ...clientOptions(keys),
     });
+    this.#outgoing = new SendQueue(this.#socket);
     this.#socket.connect(endpoint);
   }
 
   /** Sends the words and, behind them, raw frames; resolves once queued. The frames must not change afterwards. */
   send(message: WorkerMessage, frames: readonly Uint8Array[] = []): Promise<void> {
-    const parts = [encode(this.#run, message), ...frames.map(asBuffer)];
-    const sent = this.#sending.then(() => this.#socket.send(parts));
-    this.#sending = sent.catch(() => {});
-    return sent;
+    return this.#outgoing.send([encode(this.#run, message), ...frames.map(asBuffer)]);
   }
 
   /** The launcher's next message; TP_MESSAGE_BAD. */

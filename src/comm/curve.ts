@@ -32,10 +32,32 @@ export interface RankKeys {
   ranks: readonly string[];
 }
 
+/** Keys of one run: the launcher's, and a pair for each rank. */
+export interface RunKeys {
+  launcher: KeyPair;
+  ranks: readonly KeyPair[];
+}
+
 export const SECRET_BYTES = 32;
 
 export function newKeyPair(): KeyPair {
   return curveKeyPair();
+}
+
+/** Fresh keys for one run. */
+export function newRunKeys(ranks: number): RunKeys {
+  return { launcher: newKeyPair(), ranks: Array.from({ length: ranks }, newKeyPair) };
+}
+
+/** What rank `rank` gets of a run's keys. */
+export function keysOf(keys: RunKeys | null, rank: number): RankKeys | null {
+  if (!keys) return null;
+  const { launcher, ranks } = keys;
+  return {
+    own: ranks[rank]!,
+    launcher: launcher.publicKey,
+    ranks: ranks.map(({ publicKey }) => publicKey),
+  };
 }
 
 /** The key pair that holders of `secret` (32 bytes) agree on for `role`, such as `node 1`. */

@@ -2,7 +2,7 @@
 // public key; ZAP (RFC 27) asks here about the client's own.
 
 import { Reply, type Socket } from 'zeromq';
-import { log } from '../log.js';
+import { log, sparingly } from '../log.js';
 import { type ClientKeys, type ServerKeys, z85 } from './curve.js';
 
 /** Where libzmq asks; one per process. */
@@ -13,7 +13,10 @@ const HANDSHAKE_MS = 5000;
 /** Allow-lists by domain, one domain per bound socket. */
 const lists = new Map<string, ReadonlySet<string>>();
 let asked: Reply | null = null;
+/** Nobody may listen before libzmq can ask: without an answerer it lets everybody in. */
+let answering: Promise<void> = Promise.resolve();
 let domains = 0;
+const unknownKey = sparingly((text) => log.warn(text), 1);
 
 /** Options of a socket that binds; null keys = plain. Call `dismiss` with the same options when it closes. */
 export async function serverOptions(keys: ServerKeys | null): Promise<GuardedOptions> {
@@ -61,27 +64,22 @@ export function dismiss({ zapDomain }: GuardedOptions): void {
  */
 export function logRefusals(socket: Socket, endpoint: string, what: string): void {
   if (!endpoint.startsWith('tcp:')) return;
-  let quietUntil = 0;
-  let missed = 0;
-  const refused = ({ address, error }: { address: string; error: Error }) => {
-    const now = performance.now();
-    if (now < quietUntil) return void missed++;
-    const more = missed ? `, and ${missed} more before it` : '';
-    log.warn(`${what}: a connection to ${address} was refused: ${error.message}${more}`);
-    quietUntil = now + 1000;
-    missed = 0;
-  };
+  const say = sparingly((text) => log.warn(text), 1);
+  const refused = ({ address, error }: { address: string; error: Error }) =>
+    say(`${what}: a connection to ${address} was refused: ${error.message}`);
   socket.events.on('handshake:error:protocol', refused);
   socket.events.on('handshake:error:auth', refused);
   socket.events.on('handshake:error:other', refused);
 }
 
-async function guard(): Promise<void> {
-  if (asked) return;
-  asked = new Reply({ linger: 0 });
-  const socket = asked;
-  await socket.bind(ZAP);
-  void answer(socket);
+function guard(): Promise<void> {
+  if (asked) return answering;
+  const socket = new Reply({ linger: 0 });
+  asked = socket;
+  answering = socket.bind(ZAP).then(() => {
+    answer(socket).catch((error: Error) => log.error(`nobody can be let in any more: ${error.message}`));
+  });
+  return answering;
 }
 
 /** Frames of a question: version, request, domain, address, identity, mechanism, client's public key (32 bytes). */
@@ -92,7 +90,7 @@ async function answer(socket: Reply): Promise<void> {
       const list = lists.get(String(domain));
       const known = String(mechanism) === 'CURVE' && key?.length === 32 && list?.has(z85(key));
       if (!known)
-        log.warn(`an unknown key was refused: ${key?.length === 32 ? z85(key) : 'none'} from ${address}`);
+        unknownKey(`an unknown key was refused: ${key?.length === 32 ? z85(key) : 'none'} from ${address}`);
       await socket.send([version!, request!, known ? '200' : '400', known ? 'OK' : 'unknown key', '', '']);
     } catch (error) {
       if (!socket.closed) throw error;

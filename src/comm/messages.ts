@@ -4,7 +4,7 @@
 import { addExtension, Packr, Unpackr } from 'msgpackr';
 import { z } from 'zod';
 import { fail, TpError } from '../errors.js';
-import { RING_LENGTH } from './ring.js';
+import { MOST_RECORDED } from './flight-recorder.js';
 
 export const PROTOCOL = 1;
 
@@ -34,8 +34,8 @@ const endpoints = z.record(z.string().regex(/^\d+$/), z.string());
 /** Stands in every message; the channel adds it. */
 export const head = { v: z.literal(PROTOCOL), run: z.string() };
 
-/** The last collectives of a rank, see ring.ts. */
-const ring = z
+/** The last collectives of a rank, see flight-recorder.ts. */
+const collectives = z
   .array(
     z.strictObject({
       n: count,
@@ -47,7 +47,9 @@ const ring = z
       tookMs: z.number().nullable(),
     }),
   )
-  .max(RING_LENGTH);
+  .max(MOST_RECORDED);
+/** What the device collective says went wrong behind the back of its calls; '' = nothing. */
+const asyncError = z.string();
 
 const WORKER = z.discriminatedUnion('type', [
   z.strictObject({
@@ -65,7 +67,14 @@ const WORKER = z.discriminatedUnion('type', [
   z.strictObject({ ...head, type: z.literal('report'), frames: count.max(4096), body }),
   z.strictObject({ ...head, type: z.literal('result'), body }),
   /** answers `where` */
-  z.strictObject({ ...head, type: z.literal('at'), doing: z.string(), waitsFor: count.nullable(), ring }),
+  z.strictObject({
+    ...head,
+    type: z.literal('at'),
+    doing: z.string(),
+    waitsFor: count.nullable(),
+    collectives,
+    asyncError,
+  }),
   z.strictObject({
     ...head,
     type: z.literal('error'),
@@ -74,7 +83,8 @@ const WORKER = z.discriminatedUnion('type', [
     exitCode: count,
     stage,
     step: z.number().int(),
-    ring,
+    collectives,
+    asyncError,
   }),
 ]);
 

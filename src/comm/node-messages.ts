@@ -27,7 +27,7 @@ const about = {
 
 const FOLLOWER = z.discriminatedUnion('type', [
   z.strictObject({ ...head, type: z.literal('hello'), ...about }),
-  z.strictObject({ ...head, type: z.literal('alive') }),
+  z.strictObject({ ...head, type: z.literal('heartbeat') }),
   z.strictObject({ ...head, type: z.literal('started'), launch: z.string(), rank: count, pid: count }),
   z.strictObject({
     ...head,
@@ -45,7 +45,7 @@ const FOLLOWER = z.discriminatedUnion('type', [
 const LEADER = z.discriminatedUnion('type', [
   z.strictObject({ ...head, type: z.literal('welcome') }),
   z.strictObject({ ...head, type: z.literal('refused'), why: z.string() }),
-  z.strictObject({ ...head, type: z.literal('alive') }),
+  z.strictObject({ ...head, type: z.literal('heartbeat') }),
   z.strictObject({
     ...head,
     type: z.literal('start'),

@@ -3,15 +3,18 @@
 
 import { Dealer, Router } from 'zeromq';
 import { fail } from '../errors.js';
-import { log } from '../log.js';
+import { log, sparingly } from '../log.js';
 import type { ClientKeys, ServerKeys } from './curve.js';
 import { clientOptions, dismiss, type GuardedOptions, logRefusals, serverOptions } from './gatekeeper.js';
 import { encode } from './messages.js';
 import { decodeFollower, decodeLeader, type FollowerMessage, type LeaderMessage } from './node-messages.js';
+import { received, SendQueue } from './socket.js';
 
 /** Nodes say little: the longest message is an exit with the tail of a rank's stderr. */
 const MAX_NODE_BYTES = 1 << 20;
 const LINGER_MS = 500;
+/** Lines a second about messages that were refused. */
+const MOST_REFUSALS = 10;
 
 const nameOf = (node: number): string => `node-${node}`;
 
@@ -26,10 +29,12 @@ export class NodeServer {
   readonly #nodes: number;
   readonly #socket: Router;
   readonly #guarded: GuardedOptions;
-  #sending: Promise<void> = Promise.resolve();
+  readonly #outgoing: SendQueue;
+  readonly #warn = sparingly((text) => log.warn(text), MOST_REFUSALS);
 
   private constructor(socket: Router, guarded: GuardedOptions, session: string, nodes: number) {
     this.#socket = socket;
+    this.#outgoing = new SendQueue(socket);
     this.#guarded = guarded;
     this.#session = session;
     this.#nodes = nodes;
@@ -65,19 +70,12 @@ export class NodeServer {
 
   /** Every valid message until `close`; others are logged and refused. */
   async *messages(): AsyncGenerator<FromNode> {
-    while (!this.#socket.closed) {
-      let parts: Buffer[];
+    for await (const frames of received(this.#socket)) {
       try {
-        parts = await this.#socket.receive();
+        yield this.#parse(frames);
       } catch (error) {
-        if (this.#socket.closed) return;
-        throw error;
-      }
-      try {
-        yield this.#parse(parts);
-      } catch (error) {
-        log.warn((error as Error).message);
-        const name = parts[0]?.toString('latin1') ?? '';
+        this.#warn((error as Error).message);
+        const name = frames[0]?.toString('latin1') ?? '';
         // said to those who may hear it: a node of another version learns why it gets no welcome
         if (/^node-\d{1,6}$/.test(name)) this.#refuse(name, (error as Error).message);
       }
@@ -111,10 +109,7 @@ export class NodeServer {
   }
 
   #send(name: string, message: LeaderMessage): Promise<void> {
-    const parts = [name, encode(this.#session, message)];
-    const sent = this.#sending.then(() => this.#socket.send(parts));
-    this.#sending = sent.catch(() => {});
-    return sent;
+    return this.#outgoing.send([name, encode(this.#session, message)]);
   }
 
   close(): void {
@@ -126,8 +121,8 @@ export class NodeServer {
 /** Another node's end. */
 export class NodeClient {
   readonly #socket: Dealer;
+  readonly #outgoing: SendQueue;
   #session = '';
-  #sending: Promise<void> = Promise.resolve();
   /** Connections that node 0 has closed before a handshake was done. */
   refusals = 0;
 
@@ -143,6 +138,7 @@ export class NodeClient {
       maxMessageSize: MAX_NODE_BYTES,
       ...clientOptions(keys),
     });
+    this.#outgoing = new SendQueue(this.#socket);
     let open = false;
     this.#socket.events.on('handshake', () => {
       open = true;
@@ -159,10 +155,7 @@ export class NodeClient {
   }
 
   send(message: FollowerMessage): Promise<void> {
-    const parts = [encode(this.#session, message)];
-    const sent = this.#sending.then(() => this.#socket.send(parts));
-    this.#sending = sent.catch(() => {});
-    return sent;
+    return this.#outgoing.send([encode(this.#session, message)]);
   }
 
   /** Node 0's next message; a malformed one is TP_MESSAGE_BAD or TP_PROTOCOL. */

@@ -1,21 +1,19 @@
 // The nodes of a run as node 0 sees them: who is there, which ranks live where, and whether they still are.
 
-import { type KeyPair, newKeyPair, type RankKeys, type ServerKeys } from '../comm/curve.js';
+import { newRunKeys, type RunKeys, type ServerKeys } from '../comm/curve.js';
 import type { NodeAbout } from '../comm/node-messages.js';
 import { type FromNode, NodeServer } from '../comm/nodes.js';
 import { fail } from '../errors.js';
 import { log } from '../log.js';
+import { type Member, Membership, type NodeFacts } from './membership.js';
 import { within } from './process.js';
 import { RemoteRank } from './remote.js';
 
-/** Between two signs of life, in ms. */
-export const ALIVE_MS = 500;
+/** Between two heartbeats, in ms. */
+export const HEARTBEAT_MS = 500;
 
 /** A node that was told to end has this long to end its ranks and say so. */
 const BYE_MS = 2000;
-
-/** A node's account of itself, without its place. */
-export type NodeFacts = Omit<NodeAbout, 'node' | 'nodes'>;
 
 export interface ClusterPlace {
   nodes: number;
@@ -27,33 +25,18 @@ export interface ClusterPlace {
   keys: ServerKeys | null;
   initTimeoutMs: number;
   /** A node that says nothing for so long is lost. */
-  silenceMs: number;
-}
-
-interface Node extends NodeFacts {
-  node: number;
-  present: boolean;
-  heardAt: number;
-  /** Signs of life in a row that could not be sent to it: 1 may be a node that is coming back. */
-  unreached: number;
-}
-
-/** Keys of one run: the launcher's, and a pair for each rank. */
-export interface RunKeys {
-  launcher: KeyPair;
-  ranks: readonly KeyPair[];
+  nodeTimeoutMs: number;
 }
 
 export class Cluster {
   readonly place: ClusterPlace;
+  readonly members: Membership;
   readonly #server: NodeServer;
-  readonly #facts: NodeFacts;
-  readonly #nodes: (Node | undefined)[];
   /** Ranks elsewhere of the run that is on, by rank. */
   readonly #ranks = new Map<number, { node: number; launch: string; process: RemoteRank }>();
   readonly #timer: NodeJS.Timeout;
   #lookedAt = performance.now();
-  #onWhole: (() => void) | null = null;
+  #onPresent: (() => void) | null = null;
   #onLeft: (() => void) | null = null;
   #broken: ((error: Error) => void) | null = null;
   /** Told when a node is lost that has ranks of the run. */
@@ -62,65 +45,38 @@ export class Cluster {
   private constructor(place: ClusterPlace, server: NodeServer, facts: NodeFacts) {
     this.place = place;
     this.#server = server;
-    this.#facts = facts;
-    const own: Node = { ...facts, node: 0, present: true, heardAt: 0, unreached: 0 };
-    this.#nodes = [own, ...Array<undefined>(place.nodes - 1)];
-    this.#timer = setInterval(() => this.#look(), ALIVE_MS);
+    this.members = new Membership(place.nodes, facts);
+    this.#timer = setInterval(() => this.#look(), HEARTBEAT_MS);
     this.#timer.unref();
-    void this.#listen();
+    this.#listen().catch((error: Error) => log.error(`node 0 hears nobody any more: ${error.message}`));
   }
 
-  /** Begins to listen; `whole` waits for the nodes. TP_MASTER_BIND. */
+  /** Begins to listen; `allPresent` waits for the nodes. TP_MASTER_BIND. */
   static async listen(place: ClusterPlace, session: string, facts: NodeFacts): Promise<Cluster> {
     return new Cluster(place, await NodeServer.bind(place.endpoint, session, place.nodes, place.keys), facts);
   }
 
   /** Resolves when every node is there. TP_NODE_MISSING, TP_NODE_MISMATCH; TP_INTERNAL when it is closed meanwhile. */
-  async whole(): Promise<void> {
+  async allPresent(): Promise<void> {
     const { endpoint, initTimeoutMs } = this.place;
     const there = new Promise<void>((resolve, reject) => {
-      this.#onWhole = () => {
-        if (this.#missing().length === 0) resolve();
+      this.#onPresent = () => {
+        if (this.members.missing.length === 0) resolve();
       };
       this.#broken = reject;
-      this.#onWhole();
+      this.#onPresent();
     });
     // an awaited promise alone does not keep a process alive, and the timer of `within` does
     const inTime = await within(there, initTimeoutMs).finally(() => {
-      this.#onWhole = null;
+      this.#onPresent = null;
       this.#broken = null;
     });
-    if (!inTime) throw fail('TP_NODE_MISSING', this.#missing(), endpoint, initTimeoutMs);
-  }
-
-  /** Ranks of all nodes. */
-  get size(): number {
-    return this.#nodes.reduce((sum, node) => sum + (node?.ranks ?? 0), 0);
-  }
-
-  /** Device index of each of the first `ranks` ranks; [] on CPUs. */
-  devices(ranks: number): number[] {
-    return this.#nodes.flatMap((node) => node?.devices ?? []).slice(0, ranks);
-  }
-
-  /** Ranks of a run of `ranks` that live on node 0. */
-  ownRanks(ranks: number): number {
-    return Math.min(ranks, this.#facts.ranks);
-  }
-
-  /** Machines that a run of `ranks` is spread over. */
-  hosts(ranks: number): number {
-    return new Set(Array.from({ length: ranks }, (_, rank) => this.#nodeOf(rank).hostId)).size;
-  }
-
-  hostOf(rank: number): string {
-    return this.#nodeOf(rank).host;
+    if (!inTime) throw fail('TP_NODE_MISSING', this.members.missing, endpoint, initTimeoutMs);
   }
 
   /** Keys for one run; null when the cluster uses none. */
   newKeys(ranks: number): RunKeys | null {
-    if (this.place.keys === null) return null;
-    return { launcher: newKeyPair(), ranks: Array.from({ length: ranks }, newKeyPair) };
+    return this.place.keys === null ? null : newRunKeys(ranks);
   }
 
   /** Starts the ranks that do not live on node 0; by rank. */
@@ -130,17 +86,17 @@ export class Cluster {
   ): Map<number, RemoteRank> {
     this.#ranks.clear();
     const { launch, control, ranks, keys } = run;
-    for (let rank = this.ownRanks(ranks); rank < ranks; rank++) {
-      const { node } = this.#nodeOf(rank);
+    for (let rank = this.members.ownRanks(ranks); rank < ranks; rank++) {
+      const { node } = this.members.of(rank);
       const kill = (signal: NodeJS.Signals) =>
         this.#tell(node, { type: 'kill', launch, rank, signal: signal as 'SIGTERM' });
       this.#ranks.set(rank, { node, launch, process: new RemoteRank(kill, () => onExit(rank)) });
     }
-    for (const node of this.#nodes.slice(1)) {
-      const first = this.#firstRank(node!.node);
-      const own = keys?.ranks.slice(first, first + node!.ranks);
+    for (const { node, ranks: room } of this.members.others) {
+      const first = this.members.firstRank(node);
+      const own = keys?.ranks.slice(first, first + room);
       if (first >= ranks) continue;
-      this.#tell(node!.node, {
+      this.#tell(node, {
         type: 'start',
         launch,
         control,
@@ -153,6 +109,8 @@ export class Cluster {
         },
       });
     }
+    // a node that has gone since all were present
+    for (const node of this.members.others) if (!node.present) this.#loseRanks(node, 'it has left');
     return new Map([...this.#ranks].map(([rank, { process }]) => [rank, process]));
   }
 
@@ -161,28 +119,16 @@ export class Cluster {
     clearInterval(this.#timer);
     this.#broken?.(fail('TP_INTERNAL', 'the run is over'));
     this.onLost = () => {};
-    for (const node of this.#nodes.slice(1))
-      if (node?.present) this.#tell(node.node, { type: 'bye', exitCode });
+    for (const { node, present } of this.members.others)
+      if (present) this.#tell(node, { type: 'bye', exitCode });
     const over = new Promise<void>((resolve) => {
       this.#onLeft = () => {
-        if (!this.#nodes.slice(1).some((node) => node?.present)) resolve();
+        if (!this.members.others.some(({ present }) => present)) resolve();
       };
       this.#onLeft();
     });
     await within(over, BYE_MS);
     this.#server.close();
-  }
-
-  #missing(): number[] {
-    return [...this.#nodes.keys()].filter((node) => !this.#nodes[node]?.present);
-  }
-
-  #firstRank(node: number): number {
-    return this.#nodes.slice(0, node).reduce((sum, before) => sum + before!.ranks, 0);
-  }
-
-  #nodeOf(rank: number): Node {
-    return this.#nodes.find((node) => rank < this.#firstRank(node!.node) + node!.ranks)!;
   }
 
   async #listen(): Promise<void> {
@@ -196,13 +142,13 @@ export class Cluster {
   }
 
   #hear({ node, message }: FromNode): void {
-    const known = this.#nodes[node];
+    const known = this.members.get(node);
     if (known) Object.assign(known, { heardAt: performance.now(), unreached: 0 });
     switch (message.type) {
       case 'hello':
         this.#welcome(node, message);
         return;
-      case 'alive':
+      case 'heartbeat':
         return;
       case 'started':
         if (this.#isOn(node, message)) this.#ranks.get(message.rank)!.process.pid = message.pid;
@@ -226,7 +172,7 @@ export class Cluster {
   }
 
   #welcome(node: number, { type: _, nodes, ...facts }: NodeAbout & { type: 'hello' }): void {
-    const before = this.#nodes[node];
+    const before = this.members.get(node);
     if (before?.present && before.pid !== facts.pid) {
       this.#lose(node, `another process came as node ${node}: each needs a --node-rank of its own`);
     }
@@ -235,14 +181,14 @@ export class Cluster {
       this.#tell(node, { type: 'refused', why: problem.text });
       throw problem;
     }
-    this.#nodes[node] = { ...facts, node, present: true, heardAt: performance.now(), unreached: 0 };
+    this.members.join(node, facts);
     this.#tell(node, { type: 'welcome' });
     log.info(`node ${node} of ${this.place.nodes}: ${facts.host}, ${facts.ranks} x ${facts.device}`);
-    this.#onWhole?.();
+    this.#onPresent?.();
   }
 
   #mismatch(node: number, nodes: number, facts: NodeFacts): (Error & { text: string }) | null {
-    const own = this.#facts;
+    const { own } = this.members;
     if (nodes !== this.place.nodes)
       return fail('TP_NODE_MISMATCH', node, '--nnodes', String(nodes), String(this.place.nodes));
     for (const [key, what] of [
@@ -257,21 +203,21 @@ export class Cluster {
 
   #look(): void {
     const now = performance.now();
-    const asleep = now - this.#lookedAt > 4 * ALIVE_MS;
+    const asleep = now - this.#lookedAt > 4 * HEARTBEAT_MS;
     this.#lookedAt = now;
-    for (const node of this.#nodes.slice(1)) {
-      if (!node?.present) continue;
+    for (const node of this.members.others) {
+      if (!node.present) continue;
       // this process was held up: it cannot say who was silent meanwhile
       if (asleep) node.heardAt = now;
       const silent = now - node.heardAt;
-      if (silent > this.place.silenceMs) {
+      if (silent > this.place.nodeTimeoutMs) {
         this.#lose(
           node.node,
           `nothing heard for ${Math.round(silent)} ms: its host, or the network to it, is down`,
         );
         continue;
       }
-      this.#server.send(node.node, { type: 'alive' }).catch(() => {
+      this.#server.send(node.node, { type: 'heartbeat' }).catch(() => {
         if (++node.unreached < 2 || !node.present) return;
         this.#lose(node.node, 'its connection closed: the process was killed, or its host is down');
       });
@@ -279,36 +225,26 @@ export class Cluster {
   }
 
   #lose(node: number, how: string): void {
-    const lost = this.#nodes[node];
+    const lost = this.members.get(node);
     if (!lost?.present) return;
     lost.present = false;
     this.#onLeft?.();
-    if (this.#onLeft) return;
-    const ranks = [...this.#ranks].filter(
-      ([, { node: on, process }]) => on === node && process.exit === null,
-    );
+    if (!this.#onLeft && !this.#loseRanks(lost, how)) log.warn(`node ${node} on ${lost.host}: ${how}`);
+  }
+
+  /** False when no rank of a run lives there. */
+  #loseRanks({ node, host }: Member, how: string): boolean {
+    const ranks = [...this.#ranks].filter(([, on]) => on.node === node && on.process.exit === null);
     for (const [, { process }] of ranks) process.lose();
-    const error = fail('TP_NODE_LOST', `node ${node} on ${lost.host}`, how);
-    if (ranks.length === 0) log.warn(error.text);
-    else
-      this.onLost(
-        error,
-        ranks.map(([rank]) => rank),
-      );
+    if (ranks.length === 0) return false;
+    this.onLost(
+      fail('TP_NODE_LOST', `node ${node} on ${host}`, how),
+      ranks.map(([rank]) => rank),
+    );
+    return true;
   }
 
   #tell(node: number, message: Parameters<NodeServer['send']>[1]): void {
     this.#server.send(node, message).catch((error: Error) => log.debug(`node ${node}: ${error.message}`));
   }
-}
-
-/** What rank `rank` gets of a run's keys. */
-export function keysOf(keys: RunKeys | null, rank: number): RankKeys | null {
-  if (!keys) return null;
-  const { launcher, ranks } = keys;
-  return {
-    own: ranks[rank]!,
-    launcher: launcher.publicKey,
-    ranks: ranks.map(({ publicKey }) => publicKey),
-  };
 }

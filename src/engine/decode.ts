@@ -2,22 +2,22 @@
 // and the tokens so far, so nobody has to be told what comes next. All that crosses ranks is the plan's sync points.
 
 import type { Collective } from '../comm/collective.js';
-import type { CollectiveRing } from '../comm/ring.js';
-import { type Batch, fromNative, type NativeEngine, type NativeStep, type StepResult } from '../native.js';
+import type { FlightRecorder } from '../comm/flight-recorder.js';
+import { type Batch, fromNative, type NativeEngine, type NativeStep } from '../native.js';
 import type { StepTimes } from '../report/stages.js';
+import { type Active, finishRow, nextBatch, type WantedRow } from './batching.js';
 import { benchAllReduce } from './bench-allreduce.js';
 import type {
   GenerateJob,
   Job,
   JobResult,
   PlantedFault,
-  RowReport,
   RunSpec,
-  Sampling,
   ScoreJob,
   SequenceSpec,
   StepReport,
 } from './job.js';
+import { type Outcome, Pace } from './pace.js';
 
 /** Runs one job on this rank; a report for every step of a generate or score job. */
 export async function runJob(decoder: Decoder, job: Job, report: Report): Promise<JobResult> {
@@ -39,7 +39,7 @@ export interface Decoder {
   engine: NativeEngine;
   collective: Collective;
   /** Remembers the last collectives. */
-  ring: CollectiveRing;
+  recorder: FlightRecorder;
   /** The plan's steps: their sync points are done here. */
   steps: readonly NativeStep[];
   limits: RunSpec['limits'];
@@ -52,35 +52,10 @@ export interface Decoder {
 
 type Report = (report: StepReport) => Promise<void> | void;
 
-/** A sequence in a KV-cache slot. */
-interface Active {
-  spec: SequenceSpec;
-  slot: number;
-  /** Prompt, then generated tokens. */
-  tokens: number[];
-  /** Tokens already in the cache. */
-  cached: number;
-  finished: boolean;
-}
-
-/** One row that a step was asked for. */
-interface WantedRow {
-  sequence: Active;
-  position: number;
-}
-
-/** What a step gave, and how long it took. */
-interface Outcome {
-  result: StepResult;
-  time: { computeMs: number; syncMs: number };
+/** A step's outcome, and where its time went if the job wants to know. */
+interface TimedOutcome extends Outcome {
   times: StepTimes | null;
 }
-
-/** Tokens of a burst come out together: this long is not seen, and hides the host's part. */
-const BURST_MS = 50;
-const MOST_BURST = 64;
-
-const GREEDY: Sampling = { temperature: 0, topK: 0, topP: 1, seed: 0 };
 
 function timesStages(job: GenerateJob | ScoreJob): boolean {
   return job.kind === 'generate' && job.timeStages === true;
@@ -98,7 +73,7 @@ export async function decode(decoder: Decoder, job: GenerateJob | ScoreJob, repo
 async function runSteps(decoder: Decoder, job: GenerateJob | ScoreJob, report: Report): Promise<number> {
   const waiting = job.sequences.filter((s) => job.kind === 'score' || s.maxTokens > 0);
   const slots: (Active | null)[] = Array(decoder.limits.sequences).fill(null);
-  const pace = new Pace();
+  const pace = new Pace((length) => smallestOf(decoder, length));
   let step = 0;
   let last = performance.now();
   for (;;) {
@@ -111,12 +86,13 @@ async function runSteps(decoder: Decoder, job: GenerateJob | ScoreJob, report: R
     if (active.length === 0) return step;
 
     const first = nextBatch(decoder.limits, active, job);
-    const burst = mayBurst(decoder, job, first.kind) ? pace.steps(active) : 1;
+    const inBursts = mayBurst(decoder, job, first.kind);
+    const burst = inBursts ? pace.steps(active) : 1;
     const outcomes =
       burst > 1
         ? await runBurst(decoder, first.batch, burst)
         : [await runStep(decoder, first.batch, timesStages(job))];
-    pace.took(outcomes);
+    if (inBursts) await pace.took(outcomes, active.length);
     const { readBytes, expertsRead } = decoder.engine.stats();
 
     for (const [k, { result, time, times }] of outcomes.entries()) {
@@ -158,21 +134,6 @@ function mayBurst(decoder: Decoder, job: GenerateJob | ScoreJob, kind: StepRepor
   return decoder.bursts && kind === 'decode' && !watched;
 }
 
-/** How many steps to run at a time: as many as a reader does not notice. Ranks may differ, their steps are the same. */
-class Pace {
-  #length = 1;
-
-  steps(active: readonly Active[]): number {
-    const left = active.map((s) => s.spec.maxTokens - (s.tokens.length - s.spec.promptIds.length));
-    return Math.min(this.#length, ...left);
-  }
-
-  took(outcomes: readonly Outcome[]): void {
-    const stepMs = outcomes.reduce((ms, { time }) => ms + time.computeMs, 0) / outcomes.length;
-    this.#length = Math.max(1, Math.min(MOST_BURST, 2 * this.#length, Math.floor(BURST_MS / stepMs)));
-  }
-}
-
 async function admit(
   decoder: Decoder,
   spec: SequenceSpec,
@@ -186,62 +147,9 @@ async function admit(
   return { spec, slot, tokens: [...spec.promptIds], cached, finished: false };
 }
 
-/** Tokens that go through the prompt path. */
-function promptEnd({ promptIds, replay }: SequenceSpec): number {
-  return promptIds.length - (replay ?? 0);
-}
-
-/**
- * The tokens of the next step. Prompts go first, in chunks of `limits.tokens` that several sequences may share; then
- * sequences that replay what an earlier run has decoded, a token each; when none is left, every active sequence decodes
- * one token.
- */
-function nextBatch(limits: RunSpec['limits'], active: Active[], job: GenerateJob | ScoreJob) {
-  const prompts = active.filter((s) => s.cached < promptEnd(s.spec));
-  const replays = active.filter((s) => s.cached < s.spec.promptIds.length - 1);
-  const known = prompts.length > 0 ? prompts : replays;
-  const kind: StepReport['kind'] = known.length > 0 ? 'prefill' : 'decode';
-  const sampling = job.kind === 'generate' ? job.sampling : GREEDY;
-  const tokens: { sequence: number; position: number }[] = [];
-  const ids: number[] = [];
-  const slots: number[] = [];
-  const rows: WantedRow[] = [];
-  const rowIndex: number[] = [];
-  const targets: number[] = [];
-  for (const sequence of kind === 'prefill' ? known : active) {
-    const end = sequence.tokens.length;
-    const stop = known === prompts ? promptEnd(sequence.spec) : sequence.cached + 1;
-    for (let p = sequence.cached; p < stop && tokens.length < limits.tokens; p++) {
-      const wanted = job.kind === 'score' || p === end - 1;
-      if (wanted && rows.length === limits.rows) break;
-      if (wanted) {
-        rows.push({ sequence, position: p });
-        rowIndex.push(tokens.length);
-        targets.push(job.kind === 'score' ? (sequence.tokens[p + 1] ?? -1) : -1);
-      }
-      ids.push(sequence.tokens[p]!);
-      slots.push(sequence.slot);
-      tokens.push({ sequence: sequence.spec.sequence, position: p });
-    }
-  }
-  const batch: Batch = {
-    tokens: Int32Array.from(ids),
-    positions: Int32Array.from(tokens, (t) => t.position),
-    slots: Int32Array.from(slots),
-    rows: Int32Array.from(rowIndex),
-    targets: Int32Array.from(targets),
-    temperature: new Float32Array(rows.length).fill(sampling.temperature),
-    topK: new Int32Array(rows.length).fill(sampling.topK),
-    topP: new Float32Array(rows.length).fill(sampling.topP),
-    seed: new Uint32Array(rows.length).fill(sampling.seed),
-    sequence: Int32Array.from(rows, (r) => r.sequence.spec.sequence),
-  };
-  return { batch, rows, tokens, kind };
-}
-
 /** Runs the whole plan on one batch: native code up to a sync point, the collective there, on. */
-async function runStep(decoder: Decoder, batch: Batch, timed: boolean): Promise<Outcome> {
-  const { engine, collective, ring, steps } = decoder;
+async function runStep(decoder: Decoder, batch: Batch, timed: boolean): Promise<TimedOutcome> {
+  const { engine, collective, recorder, steps } = decoder;
   const time = { computeMs: 0, syncMs: 0 };
   const clock = timed ? hostNs : () => 0;
   const syncs: { at: number; span: number[] }[] = [];
@@ -262,7 +170,7 @@ async function runStep(decoder: Decoder, batch: Batch, timed: boolean): Promise<
       }
       const { send, gathered } = engine.syncBuffers(at);
       const { op, layer, stage } = steps[at]!;
-      const done = ring.begin(op, layer, stage, send.byteLength);
+      const done = recorder.begin(op, layer, stage, send.byteLength);
       const began = clock(); // it has its inputs when it begins
       if (gathered) await collective.gather(send, gathered);
       else await collective.allReduce(send);
@@ -281,9 +189,9 @@ function hostNs(): number {
 }
 
 /** Runs `steps` decode steps without the host; each is timed from the end of the one before it, on the device's clock. */
-async function runBurst({ engine, ring }: Decoder, batch: Batch, steps: number): Promise<Outcome[]> {
+async function runBurst({ engine, recorder }: Decoder, batch: Batch, steps: number): Promise<TimedOutcome[]> {
   try {
-    const done = ring.begin(`${steps} steps`, -1, 'on the device', 0);
+    const done = recorder.begin(`${steps} steps`, -1, 'on the device', 0);
     const start = performance.now();
     engine.begin(batch);
     const { tokens, logprobs, endMs } = await engine.decode(steps);
@@ -304,24 +212,11 @@ async function runBurst({ engine, ring }: Decoder, batch: Batch, steps: number):
   }
 }
 
-/** Takes row `r` of a step's result: extends the sequence (generate) or scores its next token (score). */
-function finishRow(
-  job: GenerateJob | ScoreJob,
-  { sequence, position }: WantedRow,
-  result: StepResult,
-  r: number,
-): RowReport {
-  const key = { sequence: sequence.spec.sequence, position };
-  if (job.kind === 'score') {
-    const target = result.targetLogprobs[r]!;
-    const targetLogprob = Number.isNaN(target) ? null : target;
-    return { ...key, token: -1, logprob: 0, targetLogprob, finish: null };
-  }
-  const token = result.tokens[r]!;
-  sequence.tokens.push(token);
-  const generated = sequence.tokens.length - sequence.spec.promptIds.length;
-  const stopped = job.stopTokenIds.includes(token);
-  const finish = stopped ? 'stop' : generated === sequence.spec.maxTokens ? 'length' : null;
-  sequence.finished = finish !== null;
-  return { ...key, token, logprob: result.logprobs[r]!, targetLogprob: null, finish };
+/** The smallest of the ranks' numbers, the same on all: by the host's collective, which is there beside that of the GPUs. */
+async function smallestOf({ collective, recorder, size }: Decoder, mine: number): Promise<number> {
+  const all = new Float32Array(size);
+  const done = recorder.begin('gather', -1, 'burst length', 4);
+  await collective.gather(Float32Array.of(mine), all);
+  done();
+  return Math.min(...all);
 }

@@ -1,10 +1,10 @@
 // A failed run told in full: per rank where it was and how it ended, what the ranks' collectives say together, and the
 // likely cause in one line. The same on the terminal and, with --log-dir, in error.json.
 
-import { readFileSync, writeFileSync } from 'node:fs';
+import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { compareRecords, describeEntry, type RecordedCollective } from '../comm/flight-recorder.js';
 import type { Stage } from '../comm/messages.js';
-import { compareRings, describeEntry, type RingEntry } from '../comm/ring.js';
 import { TpError } from '../errors.js';
 import { log } from '../log.js';
 import type { Exit, RankHandle } from './process.js';
@@ -18,13 +18,15 @@ export interface RankState {
   /** The kind of job that it is at, null between jobs. */
   job: string | null;
   /** It has told what went wrong with it: its exit is no news. */
-  confessed: boolean;
+  hasReported: boolean;
   /** Last completed step, -1 before the first. */
   step: number;
   /** performance.now() of its last message. */
   heardAt: number;
   /** Its last collectives, once it has been asked. */
-  ring: readonly RingEntry[] | null;
+  collectives: readonly RecordedCollective[] | null;
+  /** What its device collective said went wrong, '' = nothing. */
+  asyncError: string;
 }
 
 /** A failure of one or more ranks; its message grows a summary when all output is in. */
@@ -43,7 +45,7 @@ export interface Scene {
   /** By place in `ranks`. */
   places: readonly string[];
   exits: readonly (Exit | null)[];
-  /** State letters of the culprits' processes on this host, `T` = stopped. */
+  /** State letters of the processes on this host, `T` = stopped. */
   states: readonly (string | null)[];
 }
 
@@ -52,7 +54,7 @@ export function takeScene(ranks: readonly RankState[]): Scene {
     ranks,
     places: ranks.map(describePlace),
     exits: ranks.map(({ process }) => process.exit),
-    states: ranks.map(({ process }) => (process.exit ? null : processState(process.pid))),
+    states: ranks.map(({ process }) => process.state()),
   };
 }
 
@@ -69,6 +71,8 @@ export interface FailureReport {
   likely_cause: string | null;
   /** What the ranks' last collectives say together. */
   collectives: string | null;
+  /** NCCL's own report of the run while it hung. */
+  nccl_ras: string | null;
   ranks: {
     rank: number;
     host: string;
@@ -78,15 +82,22 @@ export interface FailureReport {
     last_step: number | null;
     exit: string;
     stderr: readonly string[];
-    collectives: readonly RingEntry[] | null;
+    collectives: readonly RecordedCollective[] | null;
+    async_error: string | null;
   }[];
 }
 
 /** Call it when every process has gone: then all output is in. */
-export function reportFailure(run: string, error: TpError, scene: Scene): FailureReport {
+export function reportFailure(
+  run: string,
+  error: TpError,
+  scene: Scene,
+  ras: string | null = null,
+): FailureReport {
   const culprits = error instanceof RankFailure ? error.culprits : [];
-  const rings = new Map(scene.ranks.flatMap(({ rank, ring }) => (ring ? [[rank, ring] as const] : [])));
-  const collectives = compareRings(rings);
+  const known = scene.ranks.flatMap(({ rank, collectives }) =>
+    collectives ? [[rank, collectives] as const] : [],
+  );
   return {
     schema: 'tp-run/error/1',
     time: new Date().toISOString(),
@@ -96,8 +107,9 @@ export function reportFailure(run: string, error: TpError, scene: Scene): Failur
     exit_code: error.exitCode,
     culprits,
     likely_cause: likelyCause(error, culprits, scene),
-    collectives,
-    ranks: scene.ranks.map(({ rank, host, process, stage, job, step, ring }, i) => ({
+    collectives: compareRecords(new Map(known)),
+    nccl_ras: ras,
+    ranks: scene.ranks.map(({ rank, host, process, stage, job, step, collectives, asyncError }, i) => ({
       rank,
       host,
       pid: process.pid ?? null,
@@ -106,27 +118,37 @@ export function reportFailure(run: string, error: TpError, scene: Scene): Failur
       last_step: step < 0 ? null : step,
       exit: describeExit(scene.exits[i]!),
       stderr: process.tail,
-      collectives: ring,
+      collectives,
+      async_error: asyncError || null,
     })),
   };
 }
 
+/** Of NCCL's report, on the terminal; error.json has it all. */
+const RAS_LINES = 40;
+
 /** The error as people read it. */
 export function summarize(error: TpError, report: FailureReport, scene: Scene): TpError {
-  const lines = scene.ranks.map(({ rank, host, process, ring }, i) => {
-    const latest = ring?.at(-1);
+  const lines = scene.ranks.map(({ rank, host, process, collectives, asyncError }, i) => {
+    const latest = collectives?.at(-1);
+    const said = asyncError && `; ${asyncError}`;
     const where = latest ? `, ${latest.tookMs === null ? 'in' : 'after'} ${describeEntry(latest)}` : '';
-    return `  rank ${rank} on ${host} (pid ${process.pid}): ${scene.places[i]}${where}; ${describeExit(scene.exits[i]!)}`;
+    return `  rank ${rank} on ${host} (pid ${process.pid}): ${scene.places[i]}${where}; ${describeExit(scene.exits[i]!)}${said}`;
   });
   const tails = report.ranks
     .filter(({ rank, stderr }) => report.culprits.includes(rank) && stderr.length)
-    .map(({ rank, stderr }) => [`last lines of rank ${rank}:`, ...stderr.map((l) => `  | ${l}`)].join('\n'));
+    .map(({ rank, stderr }) => quoted(`last lines of rank ${rank}:`, stderr));
+  const ras = report.nccl_ras?.split('\n') ?? [];
   const more = [
     ...(report.collectives ? [`collectives: ${report.collectives}`] : []),
     ...(report.likely_cause ? [`likely cause: ${report.likely_cause}`] : []),
   ];
+  if (ras.length) tails.push(quoted('NCCL reports:', ras.slice(0, RAS_LINES)));
   return new TpError(error.code, error.exitCode, [error.text, ...lines, ...more, ...tails].join('\n'));
 }
+
+const quoted = (title: string, lines: readonly string[]): string =>
+  [title, ...lines.map((line) => `  | ${line}`)].join('\n');
 
 /** Writes error.json into the folder of the logs; a disk that is full must not hide the failure itself. */
 export function writeReport(dir: string, report: FailureReport): void {
@@ -144,6 +166,8 @@ function likelyCause(error: TpError, culprits: readonly number[], scene: Scene):
   if (error.code === 'TP_NODE_LOST') return null;
   if (error.code === 'TP_RANKS_DISAGREE')
     return 'memory that gives wrong bits, or a fault of tp-run: "tp-run check" on each host tells';
+  if (scene.ranks.some(({ asyncError }) => asyncError !== ''))
+    return 'another rank, or the network between them, is gone; NCCL_DEBUG=WARN tells more on each host';
   const at = scene.ranks.findIndex(({ rank }) => culprits.includes(rank));
   if (at < 0) return null;
   const { rank, process } = scene.ranks[at]!;
@@ -161,15 +185,6 @@ function likelyCause(error: TpError, culprits: readonly number[], scene: Scene):
     return 'a crash in native code: please report it with the lines below';
   if (exit.code === 127) return 'a program or library that is not there';
   return null;
-}
-
-/** State letter of a process of this host, see proc(5); null where there is none. */
-function processState(pid: number | undefined): string | null {
-  try {
-    return /^State:\s+(\w)/m.exec(readFileSync(`/proc/${pid}/status`, 'utf8'))?.[1] ?? null;
-  } catch {
-    return null;
-  }
 }
 
 /** `in stage weights, no step completed`, `in generate, last completed step 12` */

@@ -1,23 +1,23 @@
 // A node that is not node 0: joins it, starts ranks when told, says how they end, and ends with it.
 
-import { Rendezvous } from '../comm/bootstrap.js';
+import { newRunId, Rendezvous } from '../comm/bootstrap.js';
 import type { ClientKeys } from '../comm/curve.js';
 import type { LeaderMessage } from '../comm/node-messages.js';
 import { NodeClient } from '../comm/nodes.js';
 import { fail, type TpError } from '../errors.js';
 import { log } from '../log.js';
-import { ALIVE_MS, type NodeFacts } from './cluster.js';
+import { HEARTBEAT_MS } from './cluster.js';
 import { type ModelSource, nameOf } from './job.js';
 import { type LaunchHooks, startLocalRank } from './local.js';
+import type { NodeFacts } from './membership.js';
 import { endAll, type RankProcess } from './process.js';
 import { newEntry, register } from './registry.js';
+import { onEndSignal } from './signals.js';
 
 /** Between SIGTERM and SIGKILL, in ms. */
 const GRACE_MS = 300;
 /** Node 0's connection has closed: it may be a moment before its process says bye otherwise, or never. */
 const GONE_MS = 1000;
-
-const SIGNALS = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
 
 export interface FollowerPlace {
   node: number;
@@ -31,7 +31,7 @@ export interface FollowerPlace {
   model: ModelSource;
   logDir: string | null;
   initTimeoutMs: number;
-  silenceMs: number;
+  nodeTimeoutMs: number;
 }
 
 /**
@@ -74,13 +74,13 @@ class Follower {
   }
 
   async live(): Promise<number> {
-    const interrupt = (signal: NodeJS.Signals) => this.#fail(fail('TP_INTERRUPTED', signal));
+    const releaseSignals = onEndSignal((signal) => this.#fail(fail('TP_INTERRUPTED', signal)));
     const killAll = () => this.#each((rank) => rank.kill('SIGKILL'));
-    for (const signal of SIGNALS) process.on(signal, interrupt);
     process.once('exit', killAll);
-    const timer = setInterval(() => this.#look(), ALIVE_MS);
+    const timer = setInterval(() => this.#look(), HEARTBEAT_MS);
     try {
       const { node, nodes } = this.#place;
+      this.#register(newRunId(), this.#facts.ranks); // the run's own id comes with its start
       this.#say({ type: 'hello', node, nodes, ...this.#facts });
       const exitCode = await Promise.race([this.#serve(), this.#failed]);
       await this.#endAll();
@@ -92,7 +92,7 @@ class Follower {
     } finally {
       clearInterval(timer);
       await this.#endAll();
-      for (const signal of SIGNALS) process.off(signal, interrupt);
+      releaseSignals();
       process.off('exit', killAll);
       this.#client.close();
       this.#folder.remove();
@@ -124,7 +124,7 @@ class Follower {
       case 'kill':
         if (message.launch === this.#launch) this.#ranks.get(message.rank)?.kill(message.signal);
         return;
-      case 'alive':
+      case 'heartbeat':
       case 'bye':
         return;
     }
@@ -154,8 +154,13 @@ class Follower {
       this.#ranks.set(rank, started);
       if (started.pid !== undefined) this.#say({ type: 'started', launch, rank, pid: started.pid });
     }
-    const { nodes } = this.#place;
-    const about = { run: launch, node, nodes, ranks, device: this.#facts.device, model: nameOf(model) };
+    this.#register(launch, ranks);
+  }
+
+  /** Makes this node known to `tp-run ps`. */
+  #register(run: string, ranks: number): void {
+    const { node, nodes, model } = this.#place;
+    const about = { run, node, nodes, ranks, device: this.#facts.device, model: nameOf(model) };
     const pids = [...this.#ranks].map(([rank, { pid }]) => [rank, pid] as const);
     register(this.#folder.dir, newEntry(about, pids));
   }
@@ -166,9 +171,9 @@ class Follower {
   }
 
   #look(): void {
-    const { node, endpoint, initTimeoutMs, silenceMs } = this.#place;
+    const { node, endpoint, initTimeoutMs, nodeTimeoutMs } = this.#place;
     const now = performance.now();
-    const asleep = now - this.#lookedAt > 4 * ALIVE_MS;
+    const asleep = now - this.#lookedAt > 4 * HEARTBEAT_MS;
     this.#lookedAt = now;
     if (!this.#welcomed) {
       if (now - this.#heardAt > initTimeoutMs)
@@ -178,7 +183,7 @@ class Follower {
     // this process was held up: it cannot say who was silent meanwhile
     if (asleep) this.#heardAt = now;
     const silent = Math.round(now - this.#heardAt);
-    if (silent > silenceMs)
+    if (silent > nodeTimeoutMs)
       this.#fail(
         fail(
           'TP_NODE_LOST',
@@ -190,7 +195,7 @@ class Follower {
       this.#fail(
         fail('TP_NODE_LOST', 'node 0', 'its connection closed: the process was killed, or its host is down'),
       );
-    this.#say({ type: 'alive' });
+    this.#say({ type: 'heartbeat' });
   }
 
   #endAll(): Promise<void> {

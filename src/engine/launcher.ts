@@ -1,31 +1,38 @@
 // A run seen from the launcher: starts the ranks, hears them, hands out jobs.
 
-import { existsSync, mkdirSync } from 'node:fs';
 import { hostname } from 'node:os';
-import { dirname, resolve } from 'node:path';
 import { newRunId, Rendezvous, removeStale } from '../comm/bootstrap.js';
 import { type Choice, chooseCollective } from '../comm/collective.js';
 import { ControlServer } from '../comm/control.js';
+import { keysOf, type RunKeys } from '../comm/curve.js';
 import type { LauncherMessage, WorkerMessage } from '../comm/messages.js';
+import { askRas, rasAddress } from '../comm/ras.js';
 import { EXIT, fail, TpError } from '../errors.js';
 import { log } from '../log.js';
-import { type Cluster, keysOf, type RunKeys } from './cluster.js';
+import type { Cluster } from './cluster.js';
 import { Deferred } from './deferred.js';
 import { Execution, type OnStep } from './execution.js';
 import { describeExit, describePlace, RankFailure, type RankState, writeReport } from './failure.js';
+import { makeFolder } from './folder.js';
 import { gpuFacts } from './gpus.js';
 import { type Job, type JobResult, nameOf, type RunSpec } from './job.js';
+import { LoadProgress } from './load-progress.js';
 import { type LaunchHooks, startLocalRank } from './local.js';
 import type { Exit, RankHandle } from './process.js';
 import { isLeftBehind, newEntry, register, removeSharedMemory } from './registry.js';
+import { interruptible } from './signals.js';
 import { Supervisor } from './supervise.js';
-import { Watch } from './watch.js';
+import { Watchdog } from './watchdog.js';
 import { parseReady, parseResult, type ReadyInfo, type Setup, sentSpec, unpackReport } from './wire.js';
 
 /** A rank that has been told to stop may take this long before it is made to. */
 const STOP_MS = 2000;
 /** Between the end of a rank and the arrival of its last words, in ms. */
 const WORDS_MS = 150;
+/** NCCL's own report of a run that hangs is worth so much waiting, in ms. */
+const RAS_MS = 1000;
+/** Failures about which NCCL may know more than we do. */
+const NCCL_KNOWS = ['TP_COLLECTIVE', 'TP_COLLECTIVE_TIMEOUT', 'TP_STAGE_TIMEOUT', 'TP_STEP_TIMEOUT'];
 
 /** One rank of a run that is ready. */
 export interface RankInfo extends ReadyInfo {
@@ -57,8 +64,8 @@ export async function launch(
   hooks: LaunchHooks = {},
   cluster: Cluster | null = null,
 ): Promise<Run> {
-  await cluster?.whole();
-  const topology = { ...spec, hosts: cluster?.hosts(spec.ranks) ?? 1 };
+  if (cluster) await interruptible(cluster.allPresent());
+  const topology = { ...spec, hosts: cluster?.members.hosts(spec.ranks) ?? 1 };
   const collective = chooseCollective(spec.collective, topology, () => gpuFacts(hooks.env));
   log.info(`collective: ${collective.why}`);
   const launcher = new Launcher(spec, collective, hooks, cluster);
@@ -78,6 +85,7 @@ class Launcher implements Run {
   readonly #supervisor = new Supervisor(this.#states, {
     run: this.#id,
     inquire: () => this.#inquire(),
+    diagnose: (error) => this.#diagnose(error),
     cleanUp: () => this.#cleanUp(),
     onFailure: (report) => {
       if (this.#spec.logDir !== null) writeReport(this.#spec.logDir, report);
@@ -85,13 +93,12 @@ class Launcher implements Run {
   });
   readonly #ready = new Deferred<void>();
   readonly #endpoints = new Map<number, Record<string, string>>();
-  readonly #loaded = new Map<number, { done: number; total: number }>();
+  readonly #loading = new LoadProgress();
   #rendezvous: Rendezvous | null = null;
   #server: ControlServer | null = null;
-  #watch: Watch | null = null;
+  #watchdog: Watchdog | null = null;
   #execution: Execution | null = null;
-  #onRing: (() => void) | null = null;
-  readonly #startedAt = performance.now();
+  #onAnswer: (() => void) | null = null;
 
   constructor(spec: RunSpec, collective: Choice, hooks: LaunchHooks, cluster: Cluster | null) {
     this.#spec = spec;
@@ -104,6 +111,7 @@ class Launcher implements Run {
   async start(): Promise<void> {
     try {
       this.#rendezvous = new Rendezvous();
+      this.#register(); // whoever finds this folder left behind knows by whom
       if ((await removeStale(isLeftBehind)) > 0) removeSharedMemory();
       const { address } = this;
       const control = address === null ? this.#rendezvous.control : `tcp://${address}:*`;
@@ -135,7 +143,7 @@ class Launcher implements Run {
   }
 
   async close(): Promise<void> {
-    this.#watch?.stop();
+    this.#watchdog?.stop();
     if (!this.#supervisor.over) this.#tellAll(() => ({ type: 'stop' }));
     await this.#supervisor.finish(STOP_MS);
   }
@@ -144,11 +152,11 @@ class Launcher implements Run {
     const { ranks, logDir } = this.#spec;
     if (logDir !== null) makeLogDir(logDir);
     this.#listen(server).catch((error: Error) => this.#supervisor.fail(error));
-    const own = this.#cluster?.ownRanks(ranks) ?? ranks;
+    const own = this.#cluster?.members.ownRanks(ranks) ?? ranks;
     for (let rank = 0; rank < own; rank++) this.#startRank(server.endpoint, rank, own);
     this.#register();
     this.#startElsewhere(server.endpoint);
-    this.#watch = new Watch(
+    this.#watchdog = new Watchdog(
       this.#states,
       this.#spec,
       (rank) => this.#tell(rank, { type: 'where' }),
@@ -159,7 +167,7 @@ class Launcher implements Run {
   /** Address that this run's sockets bind to; null = ipc. A run that stays on this host has none outside it. */
   private get address(): string | null {
     const { ranks } = this.#spec;
-    if (!this.#cluster || this.#cluster.ownRanks(ranks) === ranks) return null;
+    if (!this.#cluster || this.#cluster.members.ownRanks(ranks) === ranks) return null;
     return this.#cluster.place.address;
   }
 
@@ -194,13 +202,13 @@ class Launcher implements Run {
     if (!this.#cluster) return;
     const { ranks } = this.#spec;
     const run = { launch: this.#id, control, ranks, keys: this.#keys };
+    this.#cluster.onLost = (error, lost) => this.#supervisor.fail(new RankFailure(error as TpError, lost));
     const started = this.#cluster.start(run, (rank) => {
       const state = this.#states[rank]!;
       this.#onExit(state, state.process.exit!);
     });
     for (const [rank, remote] of started)
-      this.#states.push(newState(rank, this.#cluster.hostOf(rank), remote));
-    this.#cluster.onLost = (error, lost) => this.#supervisor.fail(new RankFailure(error as TpError, lost));
+      this.#states.push(newState(rank, this.#cluster.members.of(rank).host, remote));
   }
 
   async #listen(server: ControlServer): Promise<void> {
@@ -230,8 +238,7 @@ class Launcher implements Run {
         state.stage = message.stage;
         return;
       case 'progress':
-        this.#loaded.set(rank, message);
-        return this.#showLoading();
+        return log.progress(this.#loading.add(rank, message));
       case 'ready':
         state.stage = 'ready';
         this.ranks[rank] = {
@@ -250,9 +257,9 @@ class Launcher implements Run {
         state.job = null;
         return this.#execution?.result(rank, parseResult(message.body, rank));
       case 'at':
-        state.ring = message.ring;
-        this.#onRing?.();
-        return this.#watch?.answer(rank, { doing: message.doing, waits: message.waitsFor !== null });
+        Object.assign(state, { collectives: message.collectives, asyncError: message.asyncError });
+        this.#onAnswer?.();
+        return this.#watchdog?.answer(rank, { doing: message.doing, waits: message.waitsFor !== null });
       case 'error':
         return this.#onError(state, message);
     }
@@ -266,32 +273,39 @@ class Launcher implements Run {
     return { type: 'setup', peers, body };
   }
 
-  /** Asks every rank that can still answer for its last collectives; the ring of one that has ended stays as it was. */
+  /** Asks every rank that can still answer for its last collectives; those of one that has ended stay as they were. */
   #inquire(): Promise<void> {
     const silent = this.#states.filter(
-      ({ process, stage, confessed }) => process.exit === null && stage === 'ready' && !confessed,
+      ({ process, stage, hasReported }) => process.exit === null && stage === 'ready' && !hasReported,
     );
     for (const state of silent) {
-      state.ring = null;
+      state.collectives = null;
       this.#tell(state.rank, { type: 'where' });
     }
     return new Promise((resolve) => {
-      this.#onRing = () => {
-        if (silent.every(({ ring }) => ring !== null)) resolve();
+      this.#onAnswer = () => {
+        if (silent.every(({ collectives }) => collectives !== null)) resolve();
       };
-      this.#onRing();
+      this.#onAnswer();
     });
   }
 
-  #onError(state: RankState, { code, text, exitCode, ring }: WorkerMessage & { type: 'error' }): void {
+  #diagnose({ code }: TpError): Promise<string | null> {
+    const address = rasAddress(this.#hooks.env ?? {});
+    if (this.collective.name !== 'nccl' || !address || !NCCL_KNOWS.includes(code))
+      return Promise.resolve(null);
+    return askRas(address, RAS_MS);
+  }
+
+  #onError(state: RankState, message: WorkerMessage & { type: 'error' }): void {
     const { rank } = state;
-    state.confessed = true;
-    state.ring = ring;
-    this.#onRing?.();
+    const { code, text, exitCode, collectives, asyncError } = message;
+    Object.assign(state, { hasReported: true, collectives, asyncError });
+    this.#onAnswer?.();
     // it waited for another rank, which may wait itself: ask them all before blaming one
     if (code === 'TP_COLLECTIVE_TIMEOUT') {
-      this.#watch?.answer(rank, { doing: text, waits: true });
-      this.#watch?.inquire();
+      this.#watchdog?.answer(rank, { doing: text, waits: true });
+      this.#watchdog?.inquire();
       return;
     }
     const error = new TpError(code, exitCode, text, { rank, size: this.#spec.ranks });
@@ -308,7 +322,7 @@ class Launcher implements Run {
   }
 
   #judgeExit(state: RankState, exit: Exit): void {
-    if (state.confessed) return;
+    if (state.hasReported) return;
     const how = `${describeExit(exit)} ${describePlace(state)}`;
     const error = fail('TP_WORKER_DIED', `rank ${state.rank} on ${state.host}`, how);
     this.#supervisor.fail(new RankFailure(error, [state.rank]), exit.at);
@@ -323,34 +337,33 @@ class Launcher implements Run {
     this.#server?.send(rank, message).catch((error: Error) => log.debug(`rank ${rank}: ${error.message}`));
   }
 
-  #showLoading(): void {
-    const sum = (key: 'done' | 'total') =>
-      [...this.#loaded.values()].reduce((n, part) => n + part[key], 0) / 1e9;
-    const seconds = (performance.now() - this.#startedAt) / 1000;
-    const rate = (sum('done') / seconds).toFixed(2);
-    log.progress(`weights ${sum('done').toFixed(1)} of ${sum('total').toFixed(1)} GB, ${rate} GB/s`);
-  }
-
   #cleanUp(): void {
-    this.#watch?.stop();
+    this.#watchdog?.stop();
     this.#server?.close();
     this.#rendezvous?.remove();
     log.progress('');
   }
 }
 
-function newState(rank: number, host: string, process: RankHandle): RankState {
-  const heardAt = performance.now();
-  return { rank, host, process, stage: 'spawn', job: null, confessed: false, step: -1, heardAt, ring: null };
-}
-
 function makeLogDir(dir: string): void {
   try {
-    // one level after the other: Node's recursive mkdir never returns below /proc
-    const missing: string[] = [];
-    for (let at = resolve(dir); !existsSync(at); at = dirname(at)) missing.unshift(at);
-    for (const at of missing) mkdirSync(at);
+    makeFolder(dir);
   } catch (error) {
     throw fail('TP_LOG_DIR', dir, (error as Error).message);
   }
+}
+
+function newState(rank: number, host: string, process: RankHandle): RankState {
+  return {
+    rank,
+    host,
+    process,
+    stage: 'spawn',
+    job: null,
+    hasReported: false,
+    step: -1,
+    heardAt: performance.now(),
+    collectives: null,
+    asyncError: '',
+  };
 }

@@ -1,8 +1,8 @@
 // What a rank tells the launcher about itself: the stage it is at, how far it is, what went wrong.
 
 import { ControlClient } from '../comm/control.js';
+import { FlightRecorder } from '../comm/flight-recorder.js';
 import { describeError, type Stage } from '../comm/messages.js';
-import { CollectiveRing } from '../comm/ring.js';
 import { EXIT } from '../errors.js';
 import { log } from '../log.js';
 import type { Job, JobResult, StepReport } from './job.js';
@@ -26,7 +26,7 @@ export interface Place {
 export class Life {
   readonly place: Place;
   readonly control: ControlClient;
-  readonly ring = new CollectiveRing();
+  readonly recorder = new FlightRecorder();
   readonly #stageMs: Record<string, number> = {};
   #stage: Stage = 'spawn';
   #since = 0; // performance.now() counts from the start of the process
@@ -79,8 +79,8 @@ export class Life {
     await this.control.send({ type: 'result', body: result });
   }
 
-  /** Tells a launcher that has waited too long what this rank waits for itself. */
-  async answer(pending: { op: string; partner: number } | null): Promise<void> {
+  /** Tells a launcher that has waited too long what this rank waits for itself, and what its collective complains of. */
+  async answer(pending: { op: string; partner: number } | null, asyncError: string): Promise<void> {
     const doing = pending
       ? `waits for rank ${pending.partner} in ${pending.op}`
       : `computes step ${this.#step + 1}`;
@@ -88,7 +88,8 @@ export class Life {
       type: 'at',
       doing,
       waitsFor: pending?.partner ?? null,
-      ring: this.ring.entries(),
+      collectives: this.recorder.entries(),
+      asyncError,
     });
   }
 
@@ -98,13 +99,20 @@ export class Life {
   }
 
   /** Tells what ended this rank, and gives the exit code that goes with it. */
-  async lastWords(error: unknown): Promise<number> {
+  async lastWords(error: unknown, asyncError: string): Promise<number> {
     const words = describeError(error);
     if (this.#hushed) return words.exitCode;
     // what is wrong with the input is said once, by the launcher
     if (words.exitCode !== EXIT.input) log.error(`${words.code}: ${words.text}`);
-    const ring = this.ring.entries();
-    await this.control.send({ type: 'error', ...words, stage: this.#stage, step: this.#step, ring });
+    const collectives = this.recorder.entries();
+    await this.control.send({
+      type: 'error',
+      ...words,
+      stage: this.#stage,
+      step: this.#step,
+      collectives,
+      asyncError,
+    });
     return words.exitCode;
   }
 }

@@ -2,14 +2,15 @@
 
 import { type ChildProcess, spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { createWriteStream, openSync, type WriteStream } from 'node:fs';
+import { createWriteStream, openSync, readFileSync, type WriteStream } from 'node:fs';
 import { createInterface } from 'node:readline';
 import type { Readable } from 'node:stream';
 import { fail } from '../errors.js';
 import { log } from '../log.js';
 
-/** Lines of its stderr that a failed rank's summary shows. */
+/** Lines of its stderr that a failed rank's summary shows, and characters of each: it may cross to another host. */
 const TAIL_LINES = 20;
+const TAIL_WIDTH = 1000;
 
 /** How a process ended. */
 export interface Exit {
@@ -31,6 +32,8 @@ export interface RankHandle {
   readonly pid: number | undefined;
   /** Sends `signal` to it and to what it has left in its group. */
   kill(signal: NodeJS.Signals): void;
+  /** Its state letter of proc(5), `T` = stopped; null when it is on another host, or gone. */
+  state(): string | null;
   /** Stops listening to it. */
   release(): void;
 }
@@ -96,6 +99,15 @@ export class RankProcess implements RankHandle {
     }
   }
 
+  state(): string | null {
+    if (this.exit) return null;
+    try {
+      return /^State:\s+(\w)/m.exec(readFileSync(`/proc/${this.pid}/status`, 'utf8'))?.[1] ?? null;
+    } catch {
+      return null;
+    }
+  }
+
   /** Stops listening, so that pipes held open by a stray child do not keep this process alive. */
   release(): void {
     for (const stream of this.#child.stdio) stream?.destroy();
@@ -110,7 +122,7 @@ export class RankProcess implements RankHandle {
 
   #forward(stream: Readable, prefix: string, isError: boolean): void {
     createInterface({ input: stream, crlfDelay: Infinity }).on('line', (line) => {
-      if (isError) this.tail.push(line);
+      if (isError) this.tail.push(line.length > TAIL_WIDTH ? `${line.slice(0, TAIL_WIDTH)}...` : line);
       if (this.tail.length > TAIL_LINES) this.tail.shift();
       this.#log?.write(`${line}\n`);
       log.forward([line], prefix);

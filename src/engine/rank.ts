@@ -9,6 +9,7 @@ import { EXIT, fail } from '../errors.js';
 import { makePlan, type Plan } from '../model/plan.js';
 import { loadWeights, weightBytes } from '../model/weights.js';
 import { type EngineSpec, fromNative, type NativeEngine, native } from '../native.js';
+import { AsyncErrorPoll } from './async-error.js';
 import { type Decoder, runJob } from './decode.js';
 import type { Job } from './job.js';
 import { Life, type Place, type RunJob } from './life.js';
@@ -18,35 +19,30 @@ import { parseJob, parseSetup, type SentSpec, type Setup } from './wire.js';
 /** Lives the life of one rank; resolves with the process's exit code. */
 export async function runRank(place: Place): Promise<number> {
   const life = new Life(place);
+  const poll = new AsyncErrorPoll();
   try {
-    await live(life);
+    await live(life, poll);
     return EXIT.ok;
   } catch (error) {
-    return await life.lastWords(fromNative(error));
+    return await life.lastWords(fromNative(error), poll.error);
   } finally {
+    poll.stop();
     life.control.close();
   }
 }
 
-async function live(life: Life): Promise<void> {
+async function live(life: Life, poll: AsyncErrorPoll): Promise<void> {
   life.enter('addon');
   const { Engine, keepToCores, version } = native();
 
   life.enter('connect');
-  const { place } = life;
-  const { rank, ranks } = place;
-  const { model: named, keys, address } = place.briefing;
-  const zmq = await ZmqCollective.bind(
-    rank,
-    ranks,
-    (partner) => (address === null ? pairEndpoint(place.control, rank, partner) : `tcp://${address}:*`),
-    keys,
-  );
+  const { rank, ranks, briefing } = life.place;
+  const zmq = await bindLinks(life.place);
   const { spec, collective: name, peers } = await meet(life, version().addon, zmq.endpoints);
 
   life.enter('device');
   if (spec.device === 'cpu' && ranks > 1 && keepToCores(rank, ranks, spec.threads) > 0) zmq.keepAwake();
-  const model = openModel(named);
+  const model = openModel(briefing.model);
   const plan = makePlan(model.config, rank, ranks);
   const engine = new Engine(engineSpec(spec, plan, name));
 
@@ -57,6 +53,8 @@ async function live(life: Life): Promise<void> {
   const onDevice = name === 'peer' || name === 'nccl';
   if (onDevice) endGently(life, engine);
   if (onDevice) await joinOnDevice(engine, collective, ranks, spec.initTimeoutMs);
+  // peer's kernels bound their own waiting; NCCL's wait for ever
+  if (name === 'nccl') poll.start(engine);
 
   life.enter('weights');
   const total = weightBytes(plan);
@@ -71,7 +69,7 @@ async function live(life: Life): Promise<void> {
     size: ranks,
     engine,
     collective,
-    ring: life.ring,
+    recorder: life.recorder,
     steps: plan.steps,
     limits,
     trace,
@@ -84,9 +82,17 @@ async function live(life: Life): Promise<void> {
   collective.limit(spec.stepTimeoutMs);
 
   await life.ready({ weightBytes: resident, cacheBytes });
-  await serve(life, collective, run);
+  await serve(life, collective, poll, run);
+  poll.stop();
   collective.close();
   engine.close();
+}
+
+/** This rank's ends of the sockets between ranks: beside the launcher's on one host, else at this host's address. */
+function bindLinks({ control, rank, ranks, briefing: { keys, address } }: Place): Promise<ZmqCollective> {
+  const endpoint = (partner: number) =>
+    address === null ? pairEndpoint(control, rank, partner) : `tcp://${address}:*`;
+  return ZmqCollective.bind(rank, ranks, endpoint, keys);
 }
 
 /** Kernels that are told to stop waiting leave within microseconds; the driver needs its moment. */
@@ -139,17 +145,18 @@ async function meet(
 }
 
 /** Does jobs, one at a time, and answers questions meanwhile, until the launcher says stop. */
-async function serve(life: Life, collective: Collective, run: RunJob): Promise<void> {
-  let failed!: (error: unknown) => void;
-  const failure = new Promise<never>((_, reject) => {
-    failed = reject;
+async function serve(life: Life, collective: Collective, poll: AsyncErrorPoll, run: RunJob): Promise<void> {
+  await new Promise<void>((stopped, failed) => {
+    const listen = async () => {
+      for (;;) {
+        const message = await life.control.receive();
+        if (message.type === 'stop') return;
+        if (message.type === 'where') await life.answer(collective.pending(), poll.error);
+        if (message.type === 'job') life.work(parseJob(message.body), run).catch(failed);
+      }
+    };
+    listen().then(stopped, failed);
   });
-  for (;;) {
-    const message = await Promise.race([life.control.receive(), failure]);
-    if (message.type === 'stop') return;
-    if (message.type === 'where') await life.answer(collective.pending());
-    if (message.type === 'job') life.work(parseJob(message.body), run).catch(failed);
-  }
 }
 
 function engineSpec(spec: SentSpec, plan: Plan, collective: Setup['collective']): EngineSpec {

@@ -7,10 +7,11 @@ import type { OnStep } from './execution.js';
 import type { GenerateJob, Job, JobResult, SequenceSpec } from './job.js';
 import type { Run } from './launcher.js';
 import type { MergedStep } from './merge.js';
+import { pause } from './signals.js';
 
-/** Between two starts, in ms: doubled each time, so that a fault that stays does not burn the machine. */
-const FIRST_PAUSE_MS = 50;
-const LONGEST_PAUSE_MS = 5000;
+/** Backoff between two starts, in ms: doubled each time, so that a fault that stays does not burn the machine. */
+const FIRST_BACKOFF_MS = 50;
+const LONGEST_BACKOFF_MS = 5000;
 
 /** Starts a run, and starts it again up to `restarts` times when its ranks fail. */
 export async function launchAgain(start: () => Promise<Run>, restarts: number): Promise<Run> {
@@ -24,7 +25,7 @@ class RecoveringRun implements Run {
   readonly #start: () => Promise<Run>;
   readonly #restarts: number;
   #used = 0;
-  #pauseMs = FIRST_PAUSE_MS;
+  #backoffMs = FIRST_BACKOFF_MS;
   #run!: Run;
 
   constructor(start: () => Promise<Run>, restarts: number) {
@@ -46,7 +47,7 @@ class RecoveringRun implements Run {
         this.#run = await this.#start();
         return;
       } catch (error) {
-        await this.#forgive(error);
+        await this.#backOff(error);
       }
     }
   }
@@ -61,9 +62,9 @@ class RecoveringRun implements Run {
         return progress.results(this.#run.ranks.length);
       } catch (error) {
         if (progress.done) return progress.results(this.#run.ranks.length);
-        await this.#forgive(error);
+        await this.#backOff(error);
         await this.start();
-        this.#pauseMs = FIRST_PAUSE_MS;
+        this.#backoffMs = FIRST_BACKOFF_MS;
       }
     }
   }
@@ -72,13 +73,13 @@ class RecoveringRun implements Run {
     return this.#run.close();
   }
 
-  /** Throws the error if it is none that another start can mend, or if there have been enough. */
-  async #forgive(error: unknown): Promise<void> {
+  /** Waits before the next start; throws the error if no start can mend it or there have been enough. TP_INTERRUPTED. */
+  async #backOff(error: unknown): Promise<void> {
     if (!isMendable(error) || this.#used === this.#restarts) throw error;
     this.#used++;
     log.warn(`restart ${this.#used} of ${this.#restarts} after ${error.message.split('\n')[0]}`);
-    await new Promise((done) => setTimeout(done, this.#pauseMs));
-    this.#pauseMs = Math.min(2 * this.#pauseMs, LONGEST_PAUSE_MS);
+    await pause(this.#backoffMs);
+    this.#backoffMs = Math.min(2 * this.#backoffMs, LONGEST_BACKOFF_MS);
   }
 }
 

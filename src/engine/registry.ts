@@ -1,10 +1,11 @@
 // The runs of this user on this host: each keeps run.json in its private folder, from which `ps` and `kill` read, and
 // from which the next start sees what a killed run has left.
 
-import { lstatSync, readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs';
+import { lstatSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { z } from 'zod';
+import { isPrivate } from '../comm/bootstrap.js';
 
 const count = z.number().int().nonnegative();
 /** A process id alone may be another process by now: the moment of its start makes it the one. */
@@ -109,8 +110,7 @@ function mappedFiles(): Set<string> {
 
 function readEntry(folder: string): RunEntry | null {
   try {
-    const stat = statSync(folder);
-    if (stat.uid !== process.getuid!() || (stat.mode & 0o077) !== 0) return null;
+    if (!isPrivate(folder)) return null;
     return entrySchema.parse(JSON.parse(readFileSync(join(folder, FILE), 'utf8')));
   } catch {
     return null;

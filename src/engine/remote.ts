@@ -22,6 +22,11 @@ export class RemoteRank implements RankHandle {
     if (this.exit === null) this.#kill(signal);
   }
 
+  /** A process id of another host means nothing here. */
+  state(): null {
+    return null;
+  }
+
   release(): void {
     this.#gone.resolve();
   }

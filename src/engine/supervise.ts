@@ -3,22 +3,23 @@
 import { EXIT, fail, TpError } from '../errors.js';
 import { type FailureReport, type RankState, reportFailure, summarize, takeScene } from './failure.js';
 import { endAll, within } from './process.js';
+import { onEndSignal } from './signals.js';
 
 /** Between SIGTERM and SIGKILL, in ms. */
 const GRACE_MS = 300;
 /** A failure waits this long for one that came before it but was heard of later. */
 const SETTLE_MS = 60;
 
-const SIGNALS = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
-
 /** Ranks that are asked for their last collectives before they are ended have this long to answer, in ms. */
-const INQUEST_MS = 250;
+const INQUIRY_MS = 250;
 
 /** What a supervisor asks of the run that it watches over. */
 export interface Watched {
   run: string;
   /** Asks the ranks that live for their last collectives; resolves when all have answered. */
   inquire(): Promise<unknown>;
+  /** What the collective library says of a run that failed with `error`, asked while the ranks live; bounded. */
+  diagnose(error: TpError): Promise<string | null>;
   /** Runs when all ranks are gone. */
   cleanUp(): void;
   /** A run whose ranks failed, told in full. */
@@ -34,7 +35,12 @@ export class Supervisor {
   #reject!: (error: unknown) => void;
   #first: { error: Error; at: number } | null = null;
   #over = false;
+  /** `failed` is settled. */
+  #ended = false;
+  /** Those who wait for something else meanwhile. */
+  readonly #guarded = new Set<(error: unknown) => void>();
   #finished: Promise<void> | null = null;
+  readonly #releaseSignals: () => void;
 
   /** Takes over the signals at once: install it before anything is started. */
   constructor(ranks: RankState[], watched: Watched) {
@@ -44,7 +50,7 @@ export class Supervisor {
       this.#reject = reject;
     });
     this.failed.catch(() => {}); // it may fail while nobody waits
-    for (const signal of SIGNALS) process.on(signal, this.#interrupt);
+    this.#releaseSignals = onEndSignal((signal) => this.#interrupt(signal));
     process.once('exit', this.#killAll);
   }
 
@@ -53,15 +59,19 @@ export class Supervisor {
     return this.#over || this.#first !== null;
   }
 
-  /** `promise`, or the run's failure if that comes first. */
+  /** `promise`, or the run's failure if that comes first. Not by Promise.race: `failed` would keep every job's promise. */
   guard<T>(promise: Promise<T>): Promise<T> {
-    return Promise.race([promise, this.failed]);
+    if (this.#ended) return this.failed;
+    return new Promise((resolve, reject) => {
+      this.#guarded.add(reject);
+      promise.then(resolve, reject).finally(() => this.#guarded.delete(reject));
+    });
   }
 
   /** A failure seen at `at` (performance.now()). Failures close together: the earliest is the root cause. */
   fail(error: Error, at = performance.now()): void {
     if (this.#over) return;
-    if (!this.#first) setTimeout(() => void this.#end(), SETTLE_MS);
+    if (!this.#first) setTimeout(() => this.#end(), SETTLE_MS);
     if (!this.#first || at < this.#first.at) this.#first = { error, at };
   }
 
@@ -74,30 +84,50 @@ export class Supervisor {
     await (this.#finished ?? this.failed.catch(() => {}));
   }
 
-  readonly #interrupt = (signal: NodeJS.Signals): void => {
+  #interrupt(signal: NodeJS.Signals): void {
     this.#first ??= { error: fail('TP_INTERRUPTED', signal), at: performance.now() };
     if (this.#over)
       this.#killAll(); // the user insists
-    else void this.#end();
-  };
+    else this.#end();
+  }
 
   readonly #killAll = (): void => {
     for (const { process } of this.#ranks) process.kill('SIGKILL');
   };
 
-  async #end(): Promise<void> {
+  #end(): void {
     if (this.#over) return;
     this.#over = true;
     const { error } = this.#first!;
-    const failed = error instanceof TpError && error.exitCode === EXIT.worker;
-    if (failed) await within(this.#watched.inquire(), INQUEST_MS);
+    // whatever goes wrong on the way, who waits for the run must hear of its end
+    this.#explain(error).then(
+      (told) => this.#announce(told),
+      () => this.#announce(error),
+    );
+  }
+
+  #announce(error: Error): void {
+    this.#ended = true;
+    this.#reject(error);
+    for (const reject of this.#guarded) reject(error);
+  }
+
+  /** Ends every rank; the error with all that is known about it. */
+  async #explain(error: Error): Promise<Error> {
+    if (!(error instanceof TpError) || error.exitCode !== EXIT.worker) {
+      await this.#endAll(0);
+      return error;
+    }
+    const [ras] = await Promise.all([
+      this.#watched.diagnose(error),
+      within(this.#watched.inquire(), INQUIRY_MS),
+    ]);
     // taken now: the end itself changes what the ranks look like
     const scene = takeScene(this.#ranks);
     await this.#endAll(0);
-    if (!failed) return this.#reject(error);
-    const report = reportFailure(this.#watched.run, error, scene);
+    const report = reportFailure(this.#watched.run, error, scene, ras);
     this.#watched.onFailure(report);
-    this.#reject(summarize(error, report, scene));
+    return summarize(error, report, scene);
   }
 
   async #endAll(patienceMs: number): Promise<void> {
@@ -106,7 +136,7 @@ export class Supervisor {
       patienceMs,
       GRACE_MS,
     );
-    for (const signal of SIGNALS) process.off(signal, this.#interrupt);
+    this.#releaseSignals();
     process.off('exit', this.#killAll);
     this.#watched.cleanUp();
   }

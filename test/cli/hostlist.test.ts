@@ -55,6 +55,7 @@ describe('a host list', () => {
     ['', 'empty'],
     ['n[]', 'range ""'],
     ['n[$(x)]', 'range'],
+    ['n[99999999999999999998-99999999999999999999]', 'more than 15 digits'],
   ])('%j is refused', (text, why) => {
     expect(() => expandHostlist(text)).toThrow(why);
   });
@@ -70,6 +71,24 @@ describe('a host list', () => {
       }),
       { numRuns: 2000 },
     );
+  });
+});
+
+describe('a list as long as a variable can be', () => {
+  it.each([
+    ['of names', `${'a,'.repeat(60_000)}a`, 60_001],
+    ['of too many names', 'a,'.repeat(70_000), null],
+    ['of ranges that are many in all', `n[${'1-60000,'.repeat(10_000)}1]`, null],
+    ['of brackets that never close', '['.repeat(130_000), null],
+  ])('%s is read or refused at once', (_, text, hosts) => {
+    const start = performance.now();
+    if (hosts === null) expect(() => expandHostlist(text)).toThrow('TP_LAUNCHER');
+    else expect(expandHostlist(text)).toHaveLength(hosts);
+    expect(performance.now() - start).toBeLessThan(1000);
+  });
+
+  it('of tasks is refused at once when they are too many in all', () => {
+    expect(() => expandTasks('65536(x65536),'.repeat(9000))).toThrow('TP_LAUNCHER');
   });
 });
 

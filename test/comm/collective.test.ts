@@ -194,7 +194,10 @@ describe('the choice of a collective', () => {
     const gpus = () => ({ peers: [[1], [0]], peersOff: null, ncclWhy: null });
     const choose = (devices: number[], hosts: number) =>
       chooseCollective('auto', { ranks: devices.length, device: 'cuda', devices, hosts }, gpus);
-    expect(choose([0, 0], 2)).toEqual({ name: 'nccl', why: 'nccl (peer off: 2 hosts)' });
+    expect(choose([0, 0], 2)).toEqual({
+      name: 'nccl',
+      why: 'nccl (peer off: 2 hosts, and one collective joins all ranks)',
+    });
     expect(choose([0, 1, 0, 1], 2).name).toBe('nccl');
     expect(choose([0, 0], 1).name).toBe('peer');
     expect(() =>

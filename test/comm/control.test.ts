@@ -98,10 +98,12 @@ describe('the control channel', () => {
       { numRuns: 300 },
     );
     void connect(0).send({ type: 'stage', stage: 'addon' });
-    await vi.waitFor(() => expect(warned).toHaveBeenCalledTimes(sent), 5000);
-    await vi.waitFor(() =>
-      expect(good).toMatchObject([{ rank: 0, message: { type: 'stage', stage: 'addon' } }]),
+    await vi.waitFor(
+      () => expect(good).toMatchObject([{ rank: 0, message: { type: 'stage', stage: 'addon' } }]),
+      5000,
     );
+    expect(warned).toHaveBeenCalled();
+    expect(warned.mock.calls.length).toBeLessThan(sent); // they do not fill the log
   });
 
   it('lies in a folder that nobody else can enter, and that is taken away', () => {

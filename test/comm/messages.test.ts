@@ -20,7 +20,7 @@ const stage = fc.constantFrom(...STAGES);
 const body = fc.jsonValue({ maxDepth: 3 }).map((value) => JSON.parse(JSON.stringify(value)));
 const endpoints = fc.dictionary(count.map(String), fc.string());
 
-const ring = fc.array(
+const collectives = fc.array(
   fc.record({
     n: count,
     op: fc.string(),
@@ -47,7 +47,13 @@ const worker: fc.Arbitrary<WorkerMessage> = fc.oneof(
   fc.record({ type: fc.constant('ready' as const), body }),
   fc.record({ type: fc.constant('report' as const), frames: fc.nat(4096), body }),
   fc.record({ type: fc.constant('result' as const), body }),
-  fc.record({ type: fc.constant('at' as const), doing: fc.string(), waitsFor: fc.option(count), ring }),
+  fc.record({
+    type: fc.constant('at' as const),
+    doing: fc.string(),
+    waitsFor: fc.option(count),
+    collectives,
+    asyncError: fc.string(),
+  }),
   fc.record({
     type: fc.constant('error' as const),
     code: fc.string(),
@@ -55,7 +61,8 @@ const worker: fc.Arbitrary<WorkerMessage> = fc.oneof(
     exitCode: count,
     stage,
     step: fc.integer(),
-    ring,
+    collectives,
+    asyncError: fc.string(),
   }),
 );
 const launcher: fc.Arbitrary<LauncherMessage> = fc.oneof(

@@ -401,5 +401,6 @@ ${[line(head), line(head.map(() => '---')), ...rows.map(line)].join('\n')}
 - Strangers, wrong keys, floods and garbage: \`test/e2e/nodes.test.ts\`; they are refused and logged, and the run goes on.
 - Time-outs count by the monotonic clock, so a jump of the wall clock changes nothing.
 - A rank killed by the kernel for lack of memory looks like \`kill -9 of a rank\`; the likely cause names it.
+- A peer or a link that NCCL loses ends the run in NCCL's words: several-hosts.md; \`test/comm/nccl.test.ts\` and \`ras.test.ts\` try it on stand-ins.
 `;
 }

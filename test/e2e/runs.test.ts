@@ -2,6 +2,7 @@ import { mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, afterEach, describe, expect, it } from 'vitest';
+import { newEntry, register } from '../../src/engine/registry.js';
 import { isAlive, Running, until } from '../helpers/running.js';
 import { tpRun } from '../helpers/tp-run.js';
 
@@ -63,6 +64,28 @@ describe('ps and kill', () => {
     const { code, stderr } = await ask('kill', 'abc');
     expect(stderr).toBe('TP_RUN_UNKNOWN: no run of this user on this host begins with abc; there is none\n');
     expect(code).toBe(2);
+  });
+
+  it('end nothing when no run or more than one can be meant', async () => {
+    // entries of two runs whose launcher is this process, which must live on
+    const folders = ['ab12', 'ab34'].map((run) => {
+      const dir = mkdtempSync(join(folder, 'tp-run-'));
+      const about = { run, node: 0, nodes: 1, ranks: 0, device: 'cpu', model: 'x' };
+      register(dir, newEntry(about, []));
+      return dir;
+    });
+    const several = await ask('kill', 'ab');
+    expect(several.stderr).toMatch(
+      /^TP_RUN_AMBIGUOUS: 2 runs begin with ab: ab\d\d, ab\d\d; give more of the one you mean, or "all"$/m,
+    );
+    const none = await ask('kill', '');
+    expect(none.stderr).toMatch(
+      /^TP_RUN_UNKNOWN: no run of this user on this host begins with ""; there is ab/,
+    );
+    expect([several.code, none.code]).toEqual([2, 2]);
+    for (const dir of folders) rmSync(dir, { recursive: true });
+    const { code, stderr } = await ask('kill', 'all');
+    expect([code, stderr]).toEqual([0, 'no run of this user on this host\n']);
   });
 
   it('see nothing of a run that was killed, whose folder the next start takes away', async () => {

@@ -1,12 +1,18 @@
+import { once } from 'node:events';
 import { readdirSync, readFileSync } from 'node:fs';
+import { createServer } from 'node:net';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
+import { gpuFacts } from '../../src/engine/gpus.js';
 import type { GenerateJob, RunSpec } from '../../src/engine/job.js';
 import { launch, type Run } from '../../src/engine/launcher.js';
 import type { TpError } from '../../src/errors.js';
 import { root } from '../helpers/fixture.js';
 import { isAlive } from '../helpers/running.js';
 import { tempDir } from '../helpers/tempdir.js';
+
+// what this host's GPUs can do is a matter of the host: one test says it has some
+vi.mock('../../src/engine/gpus.js', { spy: true });
 
 const SPEC: RunSpec = {
   model: { kind: 'synthetic', file: 'none', seed: 0 },
@@ -43,6 +49,16 @@ beforeEach(() => {
   });
 });
 afterEach(() => vi.restoreAllMocks());
+
+/** NCCL's RAS port as a run finds it: answers every connection with `text`. */
+async function fakeRas(text: string): Promise<{ address: string; close(): void }> {
+  const server = createServer((socket) => {
+    socket.on('error', () => {}).once('data', () => socket.end(text));
+  }).listen(0, '127.0.0.1');
+  await once(server, 'listening');
+  const { port } = server.address() as { port: number };
+  return { address: `127.0.0.1:${port}`, close: () => void server.close() };
+}
 
 const start = (how: string, changes: Partial<RunSpec> = {}) =>
   launch(
@@ -137,6 +153,18 @@ describe('a run of two ranks', () => {
     expect(said).toContain('message from rank 1 refused: 1 frames, 0 announced');
   });
 
+  it('goes on when its launcher was held up for longer than a step may take', async () => {
+    const run = await start('well', { stepTimeoutMs: 300 });
+    let held = false;
+    const results = await run.execute(JOB, () => {
+      // as a pipe does that nobody reads, or a stopped terminal
+      if (!held) Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 1000);
+      held = true;
+    });
+    expect(results).toHaveLength(2);
+    await run.close();
+  });
+
   it('ends a rank that does not stop when told', async () => {
     const run = await start('does not stop');
     const pids = run.ranks.map((r) => r.pid);
@@ -229,6 +257,32 @@ describe('a run that fails', () => {
     expect(odd.message).toMatch(
       /^collectives: rank 0 is at allReduce #9 \(layer 2 down, 64 bytes\), rank 1 at allReduce #9 \(layer 2 down, 32 bytes\)$/m,
     );
+  });
+
+  it('attaches what NCCL says of a run that hangs: each rank’s asynchronous error, and the report of its RAS threads', async () => {
+    const { address, close } = await fakeRas('OK\nJob summary\n  rank 1 MISMATCH\n');
+    vi.mocked(gpuFacts).mockReturnValue({ peers: [], peersOff: null, ncclWhy: null });
+    const logDir = tempDir();
+    const started = launch(
+      { ...SPEC, device: 'cuda', devices: [0, 1], collective: 'nccl', stepTimeoutMs: 500, logDir },
+      {
+        worker: [process.execPath, join(root, 'test/helpers/odd-worker.mjs'), 'has lost a link'],
+        env: { ...process.env, NCCL_RAS_ADDR: address },
+      },
+    );
+    const error = await failureOf(started.then((run) => run.execute(JOB)));
+    vi.mocked(gpuFacts).mockReset();
+    close();
+    expect(error.message).toMatch(/^TP_STEP_TIMEOUT: rank 1/);
+    expect(error.message).toMatch(/^ {2}rank 0 on .*; running; nccl: remote process exited$/m);
+    expect(error.message).toMatch(/^likely cause: another rank, or the network between them, is gone/m);
+    expect(error.message).toMatch(/^NCCL reports:\n {2}\| Job summary\n {2}\| {3}rank 1 MISMATCH$/m);
+    const report = JSON.parse(readFileSync(join(logDir, 'error.json'), 'utf8'));
+    expect(report.nccl_ras).toBe('Job summary\n  rank 1 MISMATCH');
+    expect(report.ranks.map((rank: { async_error: unknown }) => rank.async_error)).toEqual([
+      'nccl: remote process exited',
+      null,
+    ]);
   });
 
   it('writes error.json beside the logs: the failure, and of each rank its place, exit, last words and collectives', async () => {

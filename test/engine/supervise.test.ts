@@ -22,10 +22,11 @@ function rank(number: number, script: string): RankState {
     process: process_,
     stage: 'ready',
     job: 'generate',
-    confessed: false,
+    hasReported: false,
     step: 3 + number,
     heardAt: 0,
-    ring: null,
+    collectives: null,
+    asyncError: '',
   };
   states.push(state);
   return state;
@@ -36,6 +37,7 @@ const SLEEP = 'setTimeout(() => {}, 1e6)';
 const watched = (cleanUp = () => {}) => ({
   run: 'run-1',
   inquire: async () => {},
+  diagnose: async () => null,
   cleanUp,
   onFailure: () => {},
 });
@@ -82,6 +84,23 @@ describe('the supervisor', () => {
       'last lines of rank 1:',
       ...Array.from({ length: 20 }, (_, i) => `  | line ${i + 11}`),
     ]);
+  });
+
+  it('cuts the last lines of a culprit where they are long: they may have to cross to another host', async () => {
+    const long = rank(0, 'console.error("x".repeat(3_000_000)); console.error("end")');
+    await long.process.closed;
+    expect(long.process.tail).toEqual([`${'x'.repeat(1000)}...`, 'end']);
+  });
+
+  it('tells of the end also when cleaning up fails', async () => {
+    const supervisor = new Supervisor(
+      [],
+      watched(() => {
+        throw new Error('the folder is busy');
+      }),
+    );
+    supervisor.fail(error('stop'));
+    await expect(supervisor.failed).rejects.toThrow('stop');
   });
 
   it('ends what a rank has left running in its group', async () => {

@@ -9,7 +9,7 @@ const [how, endpoint, run, rankWord] = process.argv.slice(2);
 const rank = Number(rankWord);
 const odd = (what) => rank === 1 && how === what;
 
-const stuck = how === 'gets stuck at step 2' || how === 'sends another size';
+const stuck = ['gets stuck at step 2', 'sends another size', 'has lost a link'].includes(how);
 
 const forEver = () => new Promise((resolve) => setTimeout(resolve, 1e9));
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
@@ -68,7 +68,8 @@ if (odd('reports bad input')) {
     exitCode: 2,
     stage: 'device',
     step: -1,
-    ring: [],
+    collectives: [],
+    asyncError: '',
   };
   await control.send(error);
   await sleep(100);
@@ -96,7 +97,7 @@ for (;;) {
     // rank 1 computes for ever, all others wait for it
     const doing = rank === 1 ? 'computes step 2' : 'waits for rank 1 in allReduce #9';
     const entry = { op: 'allReduce', layer: 2, stage: 'down', bytes: 64, agoMs: 500, tookMs: 1 };
-    const ring = [
+    const collectives = [
       { ...entry, n: 8 },
       { ...entry, n: 9, bytes: how === 'sends another size' && rank === 1 ? 32 : 64, tookMs: null },
     ];
@@ -105,7 +106,8 @@ for (;;) {
       type: 'at',
       doing,
       waitsFor: rank === 1 ? null : 1,
-      ring: behind ? ring.slice(0, 1) : ring,
+      collectives: behind ? collectives.slice(0, 1) : collectives,
+      asyncError: how === 'has lost a link' && rank === 0 ? 'nccl: remote process exited' : '',
     });
   }
   if (message.type !== 'job') continue;

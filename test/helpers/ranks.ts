@@ -1,7 +1,7 @@
 // Several ranks in one process: real engines, sums in tree order, no sockets. For tests of ops and of the numbers.
 
 import type { Collective } from '../../src/comm/collective.js';
-import { CollectiveRing } from '../../src/comm/ring.js';
+import { FlightRecorder } from '../../src/comm/flight-recorder.js';
 import { decode } from '../../src/engine/decode.js';
 import type { GenerateJob, RunSpec, ScoreJob, StepReport } from '../../src/engine/job.js';
 import { openCheckpoint } from '../../src/model/checkpoint.js';
@@ -75,7 +75,7 @@ export async function openRanks(config: ModelConfig, source: WeightSource, optio
             size: plan.size,
             engine,
             collective,
-            ring: new CollectiveRing(),
+            recorder: new FlightRecorder(),
             steps: plan.steps,
             limits,
             trace: options.trace ?? false,
@@ -115,7 +115,7 @@ export function joinColumns(parts: Float32Array[], rows: number): Float32Array {
 }
 
 /** Where the ranks of one process meet: the last to arrive does the sum or the gather for all. */
-class Meeting {
+export class Meeting {
   private waiting: { send: Float32Array; gathered: Float32Array | null; done: () => void }[] = [];
 
   constructor(private readonly size: number) {}

@@ -1,7 +1,12 @@
 import { describe, expect, it } from 'vitest';
-import { CollectiveRing, compareRings, RING_LENGTH, type RingEntry } from '../../src/comm/ring.js';
+import {
+  compareRecords,
+  FlightRecorder,
+  MOST_RECORDED,
+  type RecordedCollective,
+} from '../../src/comm/flight-recorder.js';
 
-const entry = (n: number, more: Partial<RingEntry> = {}): RingEntry => ({
+const entry = (n: number, more: Partial<RecordedCollective> = {}): RecordedCollective => ({
   n,
   op: 'allReduce',
   layer: 3,
@@ -12,21 +17,21 @@ const entry = (n: number, more: Partial<RingEntry> = {}): RingEntry => ({
   ...more,
 });
 
-describe('a ring of collectives', () => {
+describe('a flight recorder', () => {
   it('keeps the latest, in order, and says which is under way', () => {
-    const ring = new CollectiveRing();
-    for (let i = 0; i < 100; i++) ring.begin('allReduce', i, 'down', 8)();
-    ring.begin('gather', -1, 'sample', 16);
-    const entries = ring.entries();
-    expect(entries).toHaveLength(RING_LENGTH);
-    expect(entries.map(({ n }) => n)).toEqual(Array.from({ length: RING_LENGTH }, (_, i) => 70 + i));
+    const recorder = new FlightRecorder();
+    for (let i = 0; i < 100; i++) recorder.begin('allReduce', i, 'down', 8)();
+    recorder.begin('gather', -1, 'sample', 16);
+    const entries = recorder.entries();
+    expect(entries).toHaveLength(MOST_RECORDED);
+    expect(entries.map(({ n }) => n)).toEqual(Array.from({ length: MOST_RECORDED }, (_, i) => 70 + i));
     expect(entries.at(-1)).toMatchObject({ op: 'gather', stage: 'sample', bytes: 16, tookMs: null });
     expect(entries.slice(0, -1).every(({ tookMs, agoMs }) => tookMs !== null && agoMs >= tookMs)).toBe(true);
   });
 });
 
-describe('rings side by side', () => {
-  const compare = (...rings: RingEntry[][]) => compareRings(new Map(rings.entries()));
+describe('records side by side', () => {
+  const compare = (...records: RecordedCollective[][]) => compareRecords(new Map(records.entries()));
 
   it('show nothing when all ranks are at the same place', () => {
     expect(compare([entry(1), entry(2)], [entry(1), entry(2)])).toBe(null);

@@ -1,10 +1,12 @@
-// Patience: which rank is missing at which stage, and who holds up a step.
+// The watchdog of a run: which rank is missing at which stage, and who holds up a step.
 
 import { STAGES, type Stage } from '../comm/messages.js';
 import { fail } from '../errors.js';
 import { RankFailure, type RankState } from './failure.js';
 
 const TICK_MS = 50;
+/** A tick that comes so late means that this process was stopped, or held up by whoever reads its output. */
+const HELD_UP_MS = 4 * TICK_MS;
 /** A rank whose event loop is alive answers `where` well within this. */
 const ANSWER_MS = 500;
 
@@ -21,7 +23,7 @@ interface Answer {
 }
 
 /** Looks at the ranks again and again until `stop`; calls `onLate` once. */
-export class Watch {
+export class Watchdog {
   readonly #ranks: readonly RankState[];
   readonly #limits: Limits;
   readonly #ask: (rank: number) => void;
@@ -29,8 +31,11 @@ export class Watch {
   readonly #timer: NodeJS.Timeout;
   readonly #answers = new Map<number, Answer>();
   #asking = false;
+  /** A rank has ended because of it: there is no way back. */
+  #gaveUp = false;
   #slowest: Stage = 'spawn';
   #movedAt = performance.now();
+  #lookedAt = performance.now();
 
   constructor(
     ranks: readonly RankState[],
@@ -54,19 +59,44 @@ export class Watch {
     this.#answers.set(rank, answer);
   }
 
-  /** No step within the time: asks every rank where it is, then names those that hold the others up. */
+  /** A rank has given up waiting: asks every rank where it is, then names those that hold the others up. */
   inquire(): void {
+    this.#gaveUp = true;
+    this.#inquire();
+  }
+
+  #inquire(): void {
     if (this.#asking) return;
     this.#asking = true;
+    const before = this.#progress();
     for (const { rank } of this.#ranks) this.#ask(rank);
-    setTimeout(() => this.#onLate(this.#stepTimeout()), ANSWER_MS);
+    setTimeout(() => {
+      if (this.#gaveUp || this.#progress() === before) return this.#onLate(this.#stepTimeout());
+      // a step that came while the ranks were asked is good enough
+      this.#answers.clear();
+      this.#asking = false;
+    }, ANSWER_MS);
+  }
+
+  #progress(): string {
+    return this.#ranks.map(({ job, step }) => `${job} ${step}`).join();
   }
 
   #look(now: number): void {
+    this.#forgive(now);
     const starting = this.#ranks.filter((r) => r.stage !== 'ready');
     if (starting.length) this.#lookAtStages(starting, now);
     else if (this.#ranks.some((r) => r.job !== null && now - r.heardAt > this.#limits.stepTimeoutMs))
-      this.inquire();
+      this.#inquire();
+  }
+
+  /** Time in which this process did not run counts against nobody: the ranks' words may lie unread. */
+  #forgive(now: number): void {
+    const heldUp = now - this.#lookedAt;
+    this.#lookedAt = now;
+    if (heldUp < HELD_UP_MS) return;
+    for (const rank of this.#ranks) rank.heardAt = Math.min(now, rank.heardAt + heldUp);
+    this.#movedAt = Math.min(now, this.#movedAt + heldUp);
   }
 
   /** Only the ranks furthest behind can be late: the others may be waiting for them. */
