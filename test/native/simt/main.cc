@@ -121,6 +121,11 @@ int main(int argc, char** argv) {
           {0}, {5, 31, 32, 64, 100}, {95, 47, 39, 3}, {40, 79, 80, 15}};
       for (size_t i = 0; i < steps.size(); i++)
         test_fused(kSmall, 2, 120, {steps[i]}, {of_seed({1, 2, 5, 8}, i)}, 1);
+      // Long contexts: more chunks than the block that ends last joins; chunks of several tiles.
+      ModelShape wide = kSmall;
+      wide.window = 300;
+      test_fused(wide, 2, 4200, {{310, 200}}, {of_seed({1, 2}, 1)}, 1);
+      test_fused(wide, 2, 4200, {{4100, 2047}}, {of_seed({1, 2}, 0)}, 1);
     }
     if (asked("stretches")) test_stretches(kSmall, 2, 120, {17, 70}, {of_seed({1, 3, 8}, 0)}, 1, 8);
     if (asked("ranks")) {

@@ -1,24 +1,28 @@
-// Norms and RoPE of the heads, the cache, and one query a head over it. The cache is cut at fixed positions
-// into chunks; a task is one chunk of one KV head for one token and all the query heads that share it.
-// Positions of this step come from the projections, not from the cache, where each token's own task lays
-// them. Chunks are joined in their order, so neither the batch nor timing changes a bit.
+// Norms and RoPE of the heads, the cache, and one query a head over it. The cache is cut into chunks at places
+// that follow from the token's position alone; a task is one chunk of one KV head for one token and all the
+// query heads that share it, and goes through its chunk tile by tile. Positions of this step come from the
+// projections, not from the cache, where each token's own task lays them. Chunks are joined in their order, so
+// neither the batch nor timing changes a bit.
 #pragma once
 
 #include "ops/cuda/resident/products.cuh"
 
 namespace tp::cuda::resident {
 
-/// Positions of a chunk: 16 KB of keys.
-inline __host__ __device__ int chunk_of(int head_dim) { return 8192 / head_dim; }
+/// Positions of a tile: 16 KB of keys.
+inline __host__ __device__ constexpr int tile_of(int head_dim) { return 8192 / head_dim; }
 
 /// What a token sees of a layer's cache.
 struct Sight {
   int first, last;  // positions
-  int chunk;        // positions of one
+  int chunk;        // positions of one: as many tiles as keep a long context to kMostChunks
   __device__ Sight(int position, const Heads& h)
       : first(h.window > 0 && position >= h.window ? position - h.window + 1 : 0),
         last(position),
-        chunk(chunk_of(h.head_dim)) {}
+        chunk(tile_of(h.head_dim)) {
+    if (h.window > 0) return;
+    while (last / chunk >= kMostChunks) chunk *= 2;
+  }
   __device__ int first_chunk() const { return first / chunk; }
   __device__ int chunks() const { return last / chunk - first_chunk() + 1; }
 };
@@ -26,6 +30,12 @@ struct Sight {
 struct AttentionTask {
   int token, kv_head, chunk, chunks;
 };
+
+/// Whether the block that ends a head's last chunk joins them all; else all blocks share that work, after a
+/// meeting. The sums are the same.
+__device__ __forceinline__ bool joined_at_once(const Heads& h, int chunks) {
+  return chunks <= kFewChunks && h.head_dim == kFewChunksDim;
+}
 
 /// Task i of the step, or false. Tasks of a token: chunks of KV head 0, of head 1, ...
 __device__ __forceinline__ bool task_of(const Context& c, const Heads& h, int i, AttentionTask& task) {
@@ -111,14 +121,56 @@ __device__ __noinline__ void place_head(const float* raw, const Bf16* weight, co
 /// Shared memory of a task, in the room of the activations.
 template <int D>
 struct AttentionRoom {
-  static constexpr int kPositions = 8192 / D;
+  static constexpr int kPositions = tile_of(D);
   static constexpr int kStride = D * 2 + 64;  // of queries and keys: eight rows use all banks
   char query[kMostGroup * kStride];
   char key[kPositions * kStride];
   Bf16 value[kPositions][D];
   float score[kPositions][kMostGroup];  // then probabilities, not yet divided by their sum
-  float2 scale[kMostGroup];             // maximum, sum
+  float2 scale[kMostGroup];             // maximum, sum of the tiles so far
+  float keep[kMostGroup];               // what the tiles before count for under the new maximum
+  float share[kFewChunks][kMostGroup];  // of a chunk in its head's sum
+  bool last;                            // no other block has a chunk of the head left
 };
+
+/// Joins the few chunks of the heads that share one KV head, by the block that has come last: the tree of
+/// join_chunks.
+__device__ __forceinline__ void join_at_once(Context& c, const LayerArgs& layer, const AttentionTask& task,
+                                             AttentionRoom<kFewChunksDim>& room) {
+  constexpr int D = kFewChunksDim;
+  static_assert(D == kThreads);  // a thread a dimension
+  const Heads& h = layer.attention.heads;
+  const int group = h.heads / h.kv_heads;
+  const int64_t first = static_cast<int64_t>(task.token) * h.heads + task.kv_head * group;
+  if (c.warp < group) {
+    const bool there = c.lane < task.chunks;
+    const float2 of = there ? __ldcg(c.p.partial_scale + (first + c.warp) * c.p.partial_chunks + c.lane)
+                            : make_float2(-INFINITY, 0);
+    const float max = warp_max(of.x), share = there ? exp_f32(of.x - max) : 0;
+    float weight = fused(share, of.y, 0.0f);
+    for (int span = 1; span < kFewChunks; span *= 2) weight += __shfl_xor_sync(~0u, weight, span);
+    if (c.lane < kFewChunks) room.share[c.lane][c.warp] = share;
+    if (c.lane == 0) room.scale[c.warp].y = weight;
+  }
+  meet();
+#pragma unroll 1
+  for (int head = 0; head < group; head++) {
+    const int64_t row = first + head;
+    const float* const part = c.p.partial + row * c.p.partial_chunks * D + threadIdx.x;
+    float value[kFewChunks];
+#pragma unroll
+    for (int k = 0; k < kFewChunks; k++) value[k] = k < task.chunks ? __ldcg(part + k * D) : 0;
+#pragma unroll
+    for (int k = 0; k < kFewChunks; k++) value[k] = fused(room.share[k][head], value[k], 0.0f);
+#pragma unroll
+    for (int span = 1; span < kFewChunks; span *= 2)
+#pragma unroll
+      for (int k = 0; k < kFewChunks; k += 2 * span) value[k] += value[k + span];
+    c.leave(layer.attention.attention, c.p.activations.attention, row * D + threadIdx.x,
+            rounded(value[0] / room.scale[head].y));
+  }
+}
+static_assert(kFewChunks == kWarps);
 
 template <int D>
 __device__ __forceinline__ void attend(Context& c, const LayerArgs& layer, const AttentionTask& task,
@@ -130,29 +182,34 @@ __device__ __forceinline__ void attend(Context& c, const LayerArgs& layer, const
   const int group = h.heads / h.kv_heads, q_rows = h.heads * D, kv_rows = h.kv_heads * D;
   const int warp = c.warp, own = task.token;
   const Sight sight(c.position[own], h);
-  const int begin = (sight.first_chunk() + task.chunk) * Room::kPositions;
-  const int from = max(sight.first - begin, 0),
-            to = min(sight.last - begin + 1, Room::kPositions);  // that are seen
+  const int chunk_begin = (sight.first_chunk() + task.chunk) * sight.chunk,
+            chunk_end = min(chunk_begin + sight.chunk, sight.last + 1);
   auto& room = *reinterpret_cast<Room*>(c.acts);
   const int64_t cache = (static_cast<int64_t>(c.slot[own]) * h.kv_heads + task.kv_head) * a.cache.capacity;
   const auto cached = [&](const void* of, int position) {
     return static_cast<const Bf16*>(of) + (cache + position % a.cache.capacity) * D;
   };
-
-  // A warp a position; those of this step come later.
+  /// Starts to bring a tile's rows of the cache, a warp a position; those of this step come later.
+  const auto bring = [&](void* to, int stride, const void* of, int begin) {
 #pragma unroll 1
-  for (int i = from + warp; i < to; i += kWarps) {
-    bool of_step = false;
+    for (int i = max(sight.first - begin, 0) + warp; i < min(chunk_end - begin, Room::kPositions); i += kWarps) {
+      bool of_step = false;
 #pragma unroll 1
-    for (int t = 0; t < c.tokens; t++) of_step |= c.slot[t] == c.slot[own] && c.position[t] == begin + i;
-    if (of_step) continue;
-    const Bf16 *const k = cached(a.cache.k, begin + i), *const v = cached(a.cache.v, begin + i);
+      for (int t = 0; t < c.tokens; t++) of_step |= c.slot[t] == c.slot[own] && c.position[t] == begin + i;
+      if (of_step) continue;
+      const Bf16* const row = cached(of, begin + i);
+      const uint32_t at = shared_of(to) + i * stride;
 #pragma unroll
-    for (int at = 0; at < D; at += 256) {
-      ptx::cp_async_16(shared_of(room.key + i * Room::kStride + (at + c.lane * 8) * 2), k + at + c.lane * 8);
-      ptx::cp_async_16(shared_of(&room.value[i][at + c.lane * 8]), v + at + c.lane * 8);
+      for (int d = c.lane * 8; d < D; d += 256) ptx::cp_async_16(at + d * 2, row + d);
     }
-  }
+    ptx::cp_async_commit();
+  };
+  const auto bring_keys = [&](int begin) { bring(room.key, Room::kStride, a.cache.k, begin); };
+  const auto bring_values = [&](int begin) { bring(room.value, D * 2, a.cache.v, begin); };
+
+  bring_keys(chunk_begin);
+  bring_values(chunk_begin);
+  if (c.lane * 64 < D) ptx::prefetch_l2(qa.q_norm + c.lane * 64), ptx::prefetch_l2(qa.k_norm + c.lane * 64);
   if (!waited) c.grid.await(c.wires);
   c.mark(1);
   waited = true;
@@ -161,90 +218,120 @@ __device__ __forceinline__ void attend(Context& c, const LayerArgs& layer, const
                   qa.cosine + own * h.rotary_pairs, qa.sine + own * h.rotary_pairs, h.rotary_pairs,
                   c.p.dims.eps, reinterpret_cast<Bf16*>(room.query + warp * Room::kStride), nullptr);
   }
-  const int t = kWarps - 1 - warp;  // the other end of the warps: with few tokens they do not do both
-  const int fresh = t < c.tokens && c.slot[t] == c.slot[own] ? c.position[t] - begin : -1;
-  if (fresh >= from && fresh < to) {
-    const float* const raw = qa.kv + static_cast<int64_t>(t) * 2 * kv_rows + task.kv_head * D;
-    const auto cache_of = [&](const void* of) {
-      return t == own ? const_cast<Bf16*>(cached(of, begin + fresh)) : nullptr;
-    };
-    place_head<D>(qa.v_weight ? raw + kv_rows : raw, nullptr, nullptr, nullptr, 0, c.p.dims.eps,
-                  room.value[fresh], cache_of(a.cache.v));
-    place_head<D>(raw, qa.k_norm, qa.cosine + t * h.rotary_pairs, qa.sine + t * h.rotary_pairs,
-                  h.rotary_pairs, c.p.dims.eps, reinterpret_cast<Bf16*>(room.key + fresh * Room::kStride),
-                  cache_of(a.cache.k));
-  }
-  ptx::cp_async_wait_all();
-  meet();
-
-  // Scores: a warp takes 8 positions.
-  if (warp * 8 < Room::kPositions) {
-    float even[4] = {}, odd[4] = {};
-    const char* const key = room.key + (warp * 8 + c.column) * Room::kStride + c.quarter * 16;
-    const char* const query = room.query + c.column * Room::kStride + c.quarter * 16;
-#pragma unroll 4
-    for (int i = 0; i < D / 32; i++) {
-      const uint4 k = *reinterpret_cast<const uint4*>(key + i * 64);
-      uint4 q = make_uint4(0, 0, 0, 0);
-      if (c.column < group) q = *reinterpret_cast<const uint4*>(query + i * 64);
-      multiply(even, q.x, q.y, k.x, k.y);
-      multiply(odd, q.z, q.w, k.z, k.w);
-    }
-    for (int i = 0; i < 2; i++) {
-      const int at = warp * 8 + 2 * c.quarter + i;
-      room.score[at][c.column] = at >= from && at < to ? even[i] + odd[i] : -INFINITY;
-    }
-  }
-  meet();
-  if (warp < group) {
-    float max = -INFINITY, sum = 0;
-#pragma unroll 1
-    for (int at = c.lane; at < Room::kPositions; at += 32)
-      max = room.score[at][warp] > max ? room.score[at][warp] : max;
-    max = warp_max(max);
-#pragma unroll 1
-    for (int at = c.lane; at < Room::kPositions; at += 32)
-      sum += room.score[at][warp] = exp_f32(room.score[at][warp] - max);
-    sum = warp_sum(sum);
-    if (c.lane == 0) room.scale[warp] = make_float2(max, sum);
-  }
-  meet();
-
   // Values: a thread takes D / 256 neighbouring dimensions of all heads, position by position.
   constexpr int kWide = D / 256;
   float acc[kMostGroup][kWide] = {};
   const int dim = threadIdx.x * kWide;
+#pragma unroll 1
+  for (int begin = chunk_begin; begin < chunk_end; begin += Room::kPositions) {
+    const int from = max(sight.first - begin, 0), to = min(chunk_end - begin, Room::kPositions);  // seen
+    const int t = kWarps - 1 - warp;  // the other end of the warps: with few tokens they do not do both
+    const int fresh = t < c.tokens && c.slot[t] == c.slot[own] ? c.position[t] - begin : -1;
+    if (fresh >= from && fresh < to) {
+      const float* const raw = qa.kv + static_cast<int64_t>(t) * 2 * kv_rows + task.kv_head * D;
+      const auto cache_of = [&](const void* of) {
+        return t == own ? const_cast<Bf16*>(cached(of, begin + fresh)) : nullptr;
+      };
+      place_head<D>(qa.v_weight ? raw + kv_rows : raw, nullptr, nullptr, nullptr, 0, c.p.dims.eps,
+                    room.value[fresh], cache_of(a.cache.v));
+      place_head<D>(raw, qa.k_norm, qa.cosine + t * h.rotary_pairs, qa.sine + t * h.rotary_pairs,
+                    h.rotary_pairs, c.p.dims.eps, reinterpret_cast<Bf16*>(room.key + fresh * Room::kStride),
+                    cache_of(a.cache.k));
+    }
+    ptx::cp_async_wait<1>();  // the keys; values may still be on their way
+    meet();
+
+    // Scores: a warp takes 8 positions.
+    if (warp * 8 < Room::kPositions) {
+      float even[4] = {}, odd[4] = {};
+      const char* const key = room.key + (warp * 8 + c.column) * Room::kStride + c.quarter * 16;
+      const char* const query = room.query + c.column * Room::kStride + c.quarter * 16;
+#pragma unroll 4
+      for (int i = 0; i < D / 32; i++) {
+        const uint4 k = *reinterpret_cast<const uint4*>(key + i * 64);
+        uint4 q = make_uint4(0, 0, 0, 0);
+        if (c.column < group) q = *reinterpret_cast<const uint4*>(query + i * 64);
+        multiply(even, q.x, q.y, k.x, k.y);
+        multiply(odd, q.z, q.w, k.z, k.w);
+      }
+      for (int i = 0; i < 2; i++) {
+        const int at = warp * 8 + 2 * c.quarter + i;
+        room.score[at][c.column] = at >= from && at < to ? even[i] + odd[i] : -INFINITY;
+      }
+    }
+    meet();
+    bring_keys(begin + Room::kPositions);  // behind the last tile: none
+    if (warp < group) {
+      const float2 before = begin > chunk_begin ? room.scale[warp] : make_float2(-INFINITY, 0);
+      float max = before.x, sum = 0;
+#pragma unroll 1
+      for (int at = c.lane; at < Room::kPositions; at += 32)
+        max = room.score[at][warp] > max ? room.score[at][warp] : max;
+      max = warp_max(max);
+#pragma unroll 1
+      for (int at = c.lane; at < Room::kPositions; at += 32)
+        sum += room.score[at][warp] = exp_f32(room.score[at][warp] - max);
+      sum = warp_sum(sum);
+      const float keep = begin > chunk_begin ? exp_f32(before.x - max) : 0;
+      if (c.lane == 0) room.scale[warp] = make_float2(max, fused(keep, before.y, sum)), room.keep[warp] = keep;
+    }
+    ptx::cp_async_wait<1>();  // the values; the next tile's keys may be on their way
+    meet();
+    if (begin > chunk_begin)
+#pragma unroll
+      for (int head = 0; head < kMostGroup; head++)
+#pragma unroll
+        for (int w = 0; w < kWide; w++) acc[head][w] *= head < group ? room.keep[head] : 0;
 #pragma unroll 2
-  for (int i = from; i < to; i++) {
-    float v[kWide];
+    for (int i = from; i < to; i++) {
+      float v[kWide];
 #pragma unroll
-    for (int w = 0; w < kWide; w++) v[w] = to_float(room.value[i][dim + w]);
-    const float4 low = *reinterpret_cast<const float4*>(room.score[i]),
-                 high = *reinterpret_cast<const float4*>(room.score[i] + 4);
-    const float p[kMostGroup] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      for (int w = 0; w < kWide; w++) v[w] = to_float(room.value[i][dim + w]);
+      const float4 low = *reinterpret_cast<const float4*>(room.score[i]),
+                   high = *reinterpret_cast<const float4*>(room.score[i] + 4);
+      const float p[kMostGroup] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-    for (int head = 0; head < kMostGroup; head++)
+      for (int head = 0; head < kMostGroup; head++)
 #pragma unroll
-      for (int w = 0; w < kWide; w++) acc[head][w] = fused(p[head], v[w], acc[head][w]);
+        for (int w = 0; w < kWide; w++) acc[head][w] = fused(p[head], v[w], acc[head][w]);
+    }
+    meet();
+    bring_values(begin + Room::kPositions);
   }
+
+  const int64_t first_row = static_cast<int64_t>(own) * h.heads + task.kv_head * group;
+  const int64_t chunks = c.p.partial_chunks;
 #pragma unroll
   for (int head = 0; head < kMostGroup; head++) {
     if (head >= group) continue;
-    const int64_t row = static_cast<int64_t>(own) * h.heads + task.kv_head * group + head;
+    const int64_t row = first_row + head;
     const float sum = room.scale[head].y;
-    float* const out = task.chunks > 1 ? c.p.partial + (row * c.p.partial_chunks + task.chunk) * D + dim
-                                       : a.attention + row * D + dim;
 #pragma unroll
-    for (int w = 0; w < kWide; w++) out[w] = task.chunks > 1 ? acc[head][w] : rounded(acc[head][w] / sum);
+    for (int w = 0; w < kWide; w++)
+      if (task.chunks > 1)
+        c.p.partial[(row * chunks + task.chunk) * D + dim + w] = acc[head][w];
+      else
+        c.leave(a.attention, c.p.activations.attention, row * D + dim + w, rounded(acc[head][w] / sum));
   }
   if (task.chunks > 1 && warp == 0 && c.lane < group)
-    c.p.partial_scale[(static_cast<int64_t>(own) * h.heads + task.kv_head * group + c.lane) *
-                          c.p.partial_chunks +
-                      task.chunk] = room.scale[c.lane];
+    c.p.partial_scale[(first_row + c.lane) * chunks + task.chunk] = room.scale[c.lane];
+  if constexpr (D == kFewChunksDim)
+    if (task.chunks > 1 && task.chunks <= kFewChunks) {
+      meet();
+      if (threadIdx.x == 0) {
+        uint32_t* const done = c.p.chunks_done + own * h.kv_heads + task.kv_head;
+        __threadfence();
+        room.last = atomicAdd(done, 1u) == static_cast<uint32_t>(task.chunks) - 1;
+        __threadfence();
+        if (room.last) *done = 0;  // for the next layer, which begins after all blocks have met
+      }
+      meet();
+      if (room.last) join_at_once(c, layer, task, room);
+    }
   meet();  // the room is free again
 }
 
-/// Joins the chunks of heads that have several: a task is 32 dimensions of one head.
+/// Joins the chunks of heads that have many: a task is 32 dimensions of one head.
 __device__ __forceinline__ void join_chunks(Context& c, const LayerArgs& layer) {
   const Heads& h = layer.attention.heads;
   const int slices = h.head_dim / 32, tasks = c.tokens * h.heads * slices;
@@ -253,7 +340,7 @@ __device__ __forceinline__ void join_chunks(Context& c, const LayerArgs& layer) 
   for (int i = blockIdx.x; i < tasks; i += gridDim.x) {
     const int row = i / slices, t = row / h.heads, dim = i % slices * 32 + c.lane;
     const int chunks = Sight(c.position[t], h).chunks();
-    if (chunks == 1) continue;
+    if (chunks == 1 || joined_at_once(h, chunks)) continue;
     const float2* const scale = c.p.partial_scale + static_cast<int64_t>(row) * c.p.partial_chunks;
     const float* const value =
         c.p.partial + static_cast<int64_t>(row) * c.p.partial_chunks * h.head_dim + dim;
@@ -284,8 +371,8 @@ __device__ __forceinline__ void join_chunks(Context& c, const LayerArgs& layer) 
 #pragma unroll
         for (int w = 0; w < kWarps; w += 2 * span)
           values[w] += values[w + span], weights[w] += weights[w + span];
-      layer.attention.attention[static_cast<int64_t>(row) * h.head_dim + dim] =
-          rounded(values[0] / weights[0]);
+      c.leave(layer.attention.attention, c.p.activations.attention,
+              static_cast<int64_t>(row) * h.head_dim + dim, rounded(values[0] / weights[0]));
     }
     meet();
   }
@@ -304,12 +391,15 @@ __device__ __forceinline__ void attention(Context& c, const LayerArgs& layer) {
   }
   if (!waited)
     c.grid.await(c.wires);  // blocks without a task must not arrive again before all have arrived once
-  bool several = false;
+  bool many = false;
 #pragma unroll 1
-  for (int t = 0; t < c.tokens; t++) several |= Sight(c.position[t], h).chunks() > 1;
+  for (int t = 0; t < c.tokens; t++) {
+    const int chunks = Sight(c.position[t], h).chunks();
+    many |= chunks > 1 && !joined_at_once(h, chunks);
+  }
   c.grid.arrive();
   c.grid.expect(gridDim.x);
-  if (!several) return;
+  if (!many) return;
   c.grid.await(c.wires);
   join_chunks(c, layer);
   c.grid.arrive();

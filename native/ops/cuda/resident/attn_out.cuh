@@ -21,7 +21,12 @@ __device__ __forceinline__ void attn_out(Context& c, const LayerArgs& layer) {
   const int stride = stride_of(2 * a.columns);
   c.grid.await(c.wires);
   c.mark(1);
-  load_acts(c.acts, stride, a.attention, c.tokens, a.columns);
+  if (c.first) {
+    load_acts(c.acts, stride, a.attention, c.tokens, a.columns);
+  } else {
+    fetch_acts(c, c.acts, stride, c.p.activations.attention, c.tokens, a.columns);
+    ptx::cp_async_wait_all();
+  }
   meet();
   const Deal deal = rows.deal(d.hidden);
   if (!c.last) c.epoch++;

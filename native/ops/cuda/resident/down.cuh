@@ -41,12 +41,13 @@ __device__ __forceinline__ void consume_experts(Context& c, const Deal& deal, co
   const int top_k = c.p.dims.top_k, count = c.chosen->count, row_bytes = rows.expert_rows * rows.moe * 2;
   // As one of the 256 sums (token, row, leaf):
   const int token = c.warp, row = c.lane / lanes, leaf = c.lane % lanes;
+  const uint64_t mine = c.chosen->of(token);
 #pragma unroll 1
   for (int unit = 0; unit < deal.units; unit++) {
     float sum = 0;
 #pragma unroll 1
     for (int part = 0; part < deal.parts; part++) {
-      float* const room = c.next_room();  // (8 experts, token, row, leaf)
+      float* const room = c.next_room();  // (8 experts, token, kExpertSums): row, leaf
       const int i = part * kWarps + c.warp;
       const uint32_t taken = c.ring.take(c.warp, row_bytes, c.wires);
       if (i < count) {
@@ -54,7 +55,7 @@ __device__ __forceinline__ void consume_experts(Context& c, const Deal& deal, co
         uint32_t act = shared_of(acts.data) + (c.column * top_k + slot) * acts.stride;
         uint32_t weights = taken + c.column % rows.expert_rows * rows.moe * 2;
         act += c.quarter * 16, weights += c.quarter * 16;
-        float* to = room + ((c.warp * kMostTokens + c.column) * rows.expert_rows + 2 * c.quarter) * lanes;
+        float* const to = room + (c.warp * kMostTokens + c.column) * kExpertSums + 2 * c.quarter * lanes;
         const bool stores = c.column < c.tokens && 2 * c.quarter < rows.expert_rows;
 #pragma unroll 2
         for (int l = 0; l < lanes; l++, weights += kLeafPieces * 16) {
@@ -68,12 +69,12 @@ __device__ __forceinline__ void consume_experts(Context& c, const Deal& deal, co
       }
       c.ring.release();
       meet();
-      if (token < c.tokens)
 #pragma unroll 1
-        for (int k = 0; k < min(kWarps, count - part * kWarps); k++)
-          if (c.chosen->slot(part * kWarps + k, token) >= 0)
-            sum = fused(c.chosen->weight[part * kWarps + k][token],
-                        room[((k * kMostTokens + token) * rows.expert_rows + row) * lanes + leaf], sum);
+      for (unsigned own = mine >> (part * kWarps) & 0xff; own != 0; own &= own - 1) {
+        const int k = __ffs(static_cast<int>(own)) - 1;
+        sum = fused(c.chosen->weight[part * kWarps + k][token],
+                    room[(k * kMostTokens + token) * kExpertSums + c.lane], sum);
+      }
     }
     if (token >= c.tokens) continue;
     for (int span = 1; span < lanes; span *= 2) sum += __shfl_xor_sync(~0u, sum, span);
@@ -90,8 +91,15 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
   if (c.first) choose(c, layer.route, false);
   c.grid.await(c.wires);
   c.mark(1);
-  load_acts(c.acts, dense_stride, a.dense_act, c.tokens, d.inter);
-  load_acts(expert_acts, expert_stride, a.expert_act, c.tokens * d.top_k, d.moe_inter);
+  if (c.first) {
+    load_acts(c.acts, dense_stride, a.dense_act, c.tokens, d.inter);
+    load_acts(expert_acts, expert_stride, a.expert_act, c.tokens * d.top_k, d.moe_inter);
+  } else {
+    const Activations& from = c.p.activations;
+    fetch_acts(c, c.acts, dense_stride, from.dense_act, c.tokens, d.inter);
+    fetch_acts(c, expert_acts, expert_stride, from.expert_act, c.tokens * d.top_k, d.moe_inter);
+    ptx::cp_async_wait_all();
+  }
   meet();
   if (!c.last) c.epoch++;
   const auto put = [&](int which, int row, int t, float x) {

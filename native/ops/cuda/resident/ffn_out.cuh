@@ -1,4 +1,5 @@
-// The end of a layer: a token's row is one block's work, as are its norms.
+// The end of a layer: a token's row is one block's work, as are its norms, the one that the next layer or the
+// head begins with included.
 #pragma once
 
 #include "ops/cuda/resident/products.cuh"
@@ -11,8 +12,9 @@ __device__ __forceinline__ void ffn_out(Context& c, const LayerArgs& layer) {
   const float eps = c.p.dims.eps;
   if (c.owner()) {
     const int64_t t = blockIdx.x;
-    NormWeights dense_norm, expert_norm, norm;
+    NormWeights dense_norm, expert_norm, norm, following;
     dense_norm.load(a.dense_norm, n), expert_norm.load(a.expert_norm, n), norm.load(a.norm, n);
+    if (!c.last) following.load(c.following_norm(), n);
     const float scalar = to_float(*a.layer_scalar);
     Row hidden, dense, experts;
     hidden.load(a.hidden + t * n, n);
@@ -39,6 +41,11 @@ __device__ __forceinline__ void ffn_out(Context& c, const LayerArgs& layer) {
       return rounded(rounded(m + rounded(dense.x[p][j] * inverse * norm.at(p, j))) * scalar);
     });
     hidden.store(a.hidden + t * n, n);
+    if (!c.last) {
+      const float of_hidden = inverse_rms(c.sums.over_block(hidden.squares()), n, eps);
+      hidden.change([&](float x, int p, int j) { return x * of_hidden * following.at(p, j); });
+      hidden.put(c.p.activations.normed + t * n, n);
+    }
     c.owners.arrive();
   }
   c.owners.expect(c.tokens);

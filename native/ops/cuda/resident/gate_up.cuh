@@ -41,34 +41,38 @@ __device__ __forceinline__ void gate_up(Context& c, const LayerArgs& layer) {
   const Dims& d = c.p.dims;
   const GateUpRows rows(a, d);
   const int stride = stride_of(2 * d.hidden);
-  if (c.first) {  // else the router left them
-    NormWeights dense, expert;
-    dense.load(layer.route.dense_norm, d.hidden), expert.load(layer.route.expert_norm, d.hidden);
-    load_rows(c, expert_in(c), layer.route.hidden, nullptr);
-    norm_rows(c, expert_in(c), c.acts, dense);
-    norm_rows(c, expert_in(c), expert_in(c), expert);
-  }
+  if (c.first)
+    load_normed(c, layer.route.hidden, layer.route.dense_norm);
+  else
+    ptx::cp_async_wait_all();  // that the router's stage began
   meet();
   const Deal dense = rows.dense_deal();
   consume<kWholePieces>(c, dense, kWarps, {c.acts, stride}, [&](int first, int units, const float* room) {
     each_output<kUnitColumns>(c, units, [&](int u, int t, int column) {
-      a.dense_act[int64_t{t} * d.inter + dense.unit(first + u) * kUnitColumns + column] =
-          gated(room, u, t, column);
+      const int64_t at = int64_t{t} * d.inter + dense.unit(first + u) * kUnitColumns + column;
+      c.leave(a.dense_act, c.p.activations.dense_act, at, gated(room, u, t, column));
     });
   });
+  if (c.first)
+    load_normed(c, layer.route.hidden, layer.route.expert_norm);
+  else
+    fetch_acts(c, c.acts, stride, c.p.activations.expert_in, c.tokens, d.hidden);
   c.grid.await(c.wires);
   c.mark(1);
   choose(c, layer.route, blockIdx.x == 0);
   c.mark(2);
+  ptx::cp_async_wait_all();
+  meet();
   const Deal experts = rows.expert_deal(c.chosen->count);
   consume<kWholePieces>(
-      c, experts, kWarps, {expert_in(c), stride}, [&](int first, int units, const float* room) {
+      c, experts, kWarps, {c.acts, stride}, [&](int first, int units, const float* room) {
         each_output<kUnitColumns>(c, units, [&](int u, int t, int column) {
           const int unit = experts.unit(first + u), i = unit / rows.expert_units();
           const int slot = c.chosen->slot(i, t);
           if (slot < 0) return;
-          a.expert_act[(int64_t{t} * d.top_k + slot) * d.moe_inter +
-                       unit % rows.expert_units() * kUnitColumns + column] = gated(room, u, t, column);
+          const int64_t at = (int64_t{t} * d.top_k + slot) * d.moe_inter +
+                             unit % rows.expert_units() * kUnitColumns + column;
+          c.leave(a.expert_act, c.p.activations.expert_act, at, gated(room, u, t, column));
         });
       });
   c.grid.arrive();

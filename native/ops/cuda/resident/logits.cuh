@@ -1,4 +1,4 @@
-// Final norm and this rank's rows of the vocabulary head.
+// This rank's rows of the vocabulary head, times the normed rows.
 #pragma once
 
 #include "ops/cuda/resident/products.cuh"
@@ -9,13 +9,16 @@ __device__ __forceinline__ void logits(Context& c) {
   const LogitsArgs& a = c.p.logits;
   const Dims& d = c.p.dims;
   const int n = d.hidden;
-  NormWeights norm;
-  norm.load(a.norm, n);
-  c.owners.await(c.wires);
-  c.mark(1);
   c.tokens = c.p.in.rows;  // columns are rows of logits from here on
-  load_rows(c, c.acts, a.hidden, c.p.in.row);
-  norm_rows(c, c.acts, c.acts, norm);
+  if (c.first) {
+    c.mark(1);
+    load_normed(c, a.hidden, a.norm, c.p.in.row);
+  } else {
+    c.owners.await(c.wires);
+    c.mark(1);
+    fetch_acts(c, c.acts, stride_of(2 * n), c.p.activations.normed, c.tokens, n, c.p.in.row);
+    ptx::cp_async_wait_all();
+  }
   meet();
   const Deal deal(d.local_vocab / kUnitRows, 1, 0);
   consume<kWholePieces>(

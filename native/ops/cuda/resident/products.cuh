@@ -19,6 +19,13 @@ struct Chosen {
   uint64_t slots[kMostTokens * kMostTopK];  // a byte a token: which of its K experts, 0xff = not chosen
   float weight[kMostTokens * kMostTopK][kMostTokens];  // routing weight
   __device__ int slot(int i, int token) const { return static_cast<signed char>(slots[i] >> (8 * token)); }
+  /// Bit i: the token chose expert[i]. By a warp.
+  __device__ uint64_t of(int token) const {
+    const int lane = threadIdx.x % 32;
+    const uint32_t low = __ballot_sync(~0u, lane < count && slot(lane, token) >= 0),
+                   high = __ballot_sync(~0u, lane + 32 < count && slot(lane + 32, token) >= 0);
+    return static_cast<uint64_t>(high) << 32 | low;
+  }
 };
 
 /// What every stage sees.
@@ -37,13 +44,26 @@ struct Context {
   const int *position, *slot;  // (T) in shared memory
   uint32_t epoch;              // number of the all-reduce under way
   int turn = 0;
+  int layer;
   bool first, last;  // stage of this launch
   uint64_t* marks;   // (4) of the stage, null = this block does not measure
 
   __device__ void mark(int i) const {
     if (marks && threadIdx.x == 0) marks[i] = ptx::globaltimer();
   }
+  /// The block has a token's row of the residual stream to itself.
   __device__ bool owner() const { return static_cast<int>(blockIdx.x) < tokens; }
+  /// A rounded value for the stages to come, or, at the end of the launch, where the ops' contract has it.
+  __device__ void leave(float* contract, Bf16* to, int64_t at, float value) const {
+    if (last)
+      contract[at] = value;
+    else
+      to[at] = to_bf16(value);
+  }
+  /// Weights of the norm that the layer after this one, or the head, begins with.
+  __device__ const Bf16* following_norm() const {
+    return layer + 1 < p.layer_count ? p.layers[layer + 1].qkv.norm : p.logits.norm;
+  }
   __device__ float* next_room() {
     turn ^= 1;
     return exchange + turn * kRoomFloats;
@@ -165,7 +185,18 @@ __device__ __forceinline__ void each_output(const Context& c, int units, Each&& 
   }
 }
 
-/// Rows of fp32 activations as bfloat16 columns.
+/// Starts to bring rows of activations that other blocks have left: ptx::cp_async_wait_all() before they are read. A warp
+/// a row; index: which row each column reads, null = its own.
+__device__ __forceinline__ void fetch_acts(const Context& c, char* to, int stride, const Bf16* from, int rows,
+                                           int width, const int* index = nullptr) {
+#pragma unroll 1
+  for (int r = c.warp; r < rows; r += kWarps) {
+    const Bf16* const row = from + static_cast<int64_t>(index ? index[r] : r) * width;
+    for (int at = c.lane * 8; at < width; at += 32 * 8) ptx::cp_async_16(shared_of(to + r * stride + at * 2), row + at);
+  }
+}
+
+/// The same from fp32 memory, where a stage begins the launch.
 __device__ __forceinline__ void load_acts(char* to, int stride, const float* from, int rows, int width) {
   const int pieces = width / 4;
 #pragma unroll 4
@@ -178,33 +209,35 @@ __device__ __forceinline__ void load_acts(char* to, int stride, const float* fro
   }
 }
 
-/// Rows of the residual stream into shared memory, as they are (they are bfloat16-valued), and their squares
-/// into the sums: c.sums.take(t) after this. `index`: which row each token reads, null = its own.
-__device__ __forceinline__ void load_rows(Context& c, char* to, const float* hidden, const int* index) {
-  const int n = c.p.dims.hidden, stride = stride_of(2 * n);
-  c.sums.next();
+/// Rows of the residual stream, normed and weighted, by each block for itself: where a stage begins the launch.
+/// Out of line, and without the context, which would have to lie in memory. `sums` are after next(); `index`:
+/// which row each token reads, null = its own.
+__device__ __noinline__ inline void norm_rows(char* to, int tokens, int n, float eps, Sums sums,
+                                              const float* hidden, const Bf16* norm, const int* index) {
+  const int stride = stride_of(2 * n);
+  NormWeights weights;
+  weights.load(norm, n);
 #pragma unroll 2
-  for (int t = 0; t < c.tokens; t++) {
+  for (int t = 0; t < tokens; t++) {
     Row row;
     row.load(hidden + static_cast<int64_t>(index ? index[t] : t) * n, n);
-    row.put(to + t * stride, n);
-    c.sums.give(t, row.squares());
+    row.put(to + t * stride, n);  // as they are: they are bfloat16-valued
+    sums.give(t, row.squares());
   }
   meet();
-}
-
-/// Rows that load_rows() brought, normed and weighted. In place is fine: a thread keeps to its own elements.
-__device__ __forceinline__ void norm_rows(const Context& c, const char* from, char* to,
-                                          const NormWeights& weights) {
-  const int n = c.p.dims.hidden, stride = stride_of(2 * n);
 #pragma unroll 1
-  for (int t = 0; t < c.tokens; t++) {
-    const float inverse = inverse_rms(c.sums.take(t), n, c.p.dims.eps);
+  for (int t = 0; t < tokens; t++) {
+    const float inverse = inverse_rms(sums.take(t), n, eps);
     Row row;
-    row.get(from + t * stride, n);
+    row.get(to + t * stride, n);
     row.change([&](float x, int p, int j) { return x * inverse * weights.at(p, j); });
     row.put(to + t * stride, n);
   }
+}
+__device__ __forceinline__ void load_normed(Context& c, const float* hidden, const Bf16* norm,
+                                            const int* index = nullptr) {
+  c.sums.next();
+  norm_rows(c.acts, c.tokens, c.p.dims.hidden, c.p.dims.eps, c.sums, hidden, norm, index);
 }
 
 }  // namespace tp::cuda::resident

@@ -1,4 +1,4 @@
-// Input norm and the three projections. Norms of the heads, RoPE and the cache are attention's, which reads
+// The three projections of the normed rows. Norms of the heads, RoPE and the cache are attention's, which reads
 // whole heads.
 #pragma once
 
@@ -27,12 +27,15 @@ __device__ __forceinline__ void qkv(Context& c, const LayerArgs& layer) {
   const QkvArgs& a = layer.qkv;
   const QkvRows rows(a);
   const int n = c.p.dims.hidden, q_rows = rows.q_units * kUnitRows, kv_rows = rows.kv_units * kUnitRows;
-  NormWeights norm;
-  norm.load(a.norm, n);
-  c.owners.await(c.wires);
-  c.mark(1);
-  load_rows(c, c.acts, a.hidden, nullptr);
-  norm_rows(c, c.acts, c.acts, norm);
+  if (c.first) {
+    c.mark(1);
+    load_normed(c, a.hidden, a.norm);
+  } else {
+    c.owners.await(c.wires);
+    c.mark(1);
+    fetch_acts(c, c.acts, stride_of(2 * n), c.p.activations.normed, c.tokens, n);
+    ptx::cp_async_wait_all();
+  }
   meet();
   const Deal deal = rows.deal();
   consume<kWholePieces>(c, deal, kWarps, {c.acts, stride_of(2 * n)},

@@ -83,16 +83,16 @@ class Ring {
       const Spot s = spot(i);
       const uint32_t full = barriers_ + s.slot * 16;
       const int r = lane - i * kSlotRows;
+      const int bytes = row_bytes * __popc(rows >> i * kSlotRows & ((1 << kSlotRows) - 1));
       await_phase(full + 8, s.phase ^ 1, wires);
-      if (asked_ == kSlotsAhead) {
+      while (coming_ == slots_ || (coming_ > 0 && coming_bytes_ + bytes > kBytesAhead)) {
         await_phase(barriers_ + late_ * 16, late_phase_, wires);
+        coming_--, coming_bytes_ -= __shfl_sync(~0u, asked_, static_cast<int>(late_));
         if (++late_ == slots_) late_ = 0, late_phase_ ^= 1;
-      } else {
-        asked_++;
       }
-      if (r == 0)
-        ptx::mbarrier_arrive_expect_tx(full,
-                                       row_bytes * __popc(rows >> i * kSlotRows & ((1 << kSlotRows) - 1)));
+      coming_++, coming_bytes_ += bytes;
+      if (lane == static_cast<int>(s.slot)) asked_ = bytes;
+      if (r == 0) ptx::mbarrier_arrive_expect_tx(full, bytes);
       __syncwarp();
       if (r >= 0 && r < (adjacent ? 1 : kSlotRows) && (rows >> lane & 1))
         ptx::cp_async_bulk(data_ + s.slot * bytes_ + r * row_bytes, from,
@@ -111,8 +111,10 @@ class Ring {
   }
 
   uint32_t data_, barriers_, slots_, bytes_, at_ = 0, phase_ = 0;
-  int asked_ = 0;                       // by the warp that fills, up to kSlotsAhead
-  uint32_t late_ = 0, late_phase_ = 0;  // the oldest slot whose bytes may be on their way
+  // Of the warp that fills: slots whose bytes may be on their way, the bytes of them all, the oldest, and what
+  // was asked for the slot of the lane's number.
+  uint32_t coming_ = 0, late_ = 0, late_phase_ = 0;
+  int coming_bytes_ = 0, asked_ = 0;
 };
 
 }  // namespace tp::cuda::resident

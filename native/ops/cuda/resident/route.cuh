@@ -1,22 +1,18 @@
-// The middle of a layer. The residual after attention is one block's work a token; the router's rows are
-// dealt out to all blocks; the choice is made by every block for itself, from the same logits.
+// The middle of a layer. A token's residual after attention and the norms of it are one block's work; the
+// router's rows are dealt out to all blocks; the choice is made by every block for itself, from the same logits.
 #pragma once
 
 #include "ops/cuda/resident/products.cuh"
 
 namespace tp::cuda::resident {
 
-/// The inputs of dense MLP and experts, side by side in the room of the activations.
-__device__ inline char* expert_in(const Context& c) {
-  return c.acts + c.tokens * stride_of(2 * c.p.dims.hidden);
-}
-
-/// m = hidden + norm(sum), of the block's token.
+/// m = hidden + norm(sum), of the block's token, and what router, dense MLP and experts make of it.
 __device__ __forceinline__ void add_attention(Context& c, const RouteArgs& a) {
   const int n = c.p.dims.hidden;
   const int64_t at = static_cast<int64_t>(blockIdx.x) * n;
-  NormWeights post;
-  post.load(a.post_norm, n);
+  NormWeights post, dense, expert, scale;
+  post.load(a.post_norm, n), dense.load(a.dense_norm, n), expert.load(a.expert_norm, n);
+  scale.load(a.scale, n);
   Row hidden, sum;
   hidden.load(a.hidden + at, n);
   if (c.first)
@@ -29,6 +25,18 @@ __device__ __forceinline__ void add_attention(Context& c, const RouteArgs& a) {
   hidden.change(
       [&](float x, int p, int j) { return rounded(x + rounded(sum.x[p][j] * inverse * post.at(p, j))); });
   hidden.store(a.hidden + at, n);
+  const float of_hidden = inverse_rms(c.sums.over_block(hidden.squares()), n, c.p.dims.eps);
+  const float root = 1.0f / __builtin_sqrtf(static_cast<float>(n));
+  const auto leave = [&](Bf16* to, auto&& value) {
+    Row row = hidden;
+    row.change([&](float x, int p, int j) { return value(x * of_hidden, p, j); });
+    row.put(to + at, n);
+  };
+  const Activations& to = c.p.activations;
+  leave(to.router_in,
+        [&](float x, int p, int j) { return rounded(rounded(x) * scale.at(p, j)) * root; });
+  leave(to.dense_in, [&](float x, int p, int j) { return x * dense.at(p, j); });
+  leave(to.expert_in, [&](float x, int p, int j) { return x * expert.at(p, j); });
 }
 
 /// The K most probable experts of every token, a warp a token, and the list of them all. The block that
@@ -41,11 +49,12 @@ __device__ __forceinline__ void choose(Context& c, const RouteArgs& a, bool stor
   const int experts = c.p.dims.experts, top_k = c.p.dims.top_k, t = c.warp;
   if (t < c.tokens) {
     constexpr int kPer = kMostExperts / 32;
-    float p[kPer], max = -INFINITY, total = 0;
+    float p[kPer], scale[kPer], max = -INFINITY, total = 0;
 #pragma unroll
     for (int i = 0; i < kPer; i++) {
       const int e = c.lane + 32 * i;
       p[i] = e < experts ? __ldcg(a.router_logits + t * experts + e) : -INFINITY;
+      scale[i] = e < experts ? to_float(a.per_expert_scale[e]) : 0;  // on its way with the logits
       max = p[i] > max ? p[i] : max;
     }
     max = warp_max(max);
@@ -74,9 +83,15 @@ __device__ __forceinline__ void choose(Context& c, const RouteArgs& a, bool stor
       for (int i = 0; i < kPer; i++)
         if (c.lane + 32 * i == static_cast<int>(expert)) p[i] = -1;
     }
+    float of_who = 0;
+#pragma unroll
+    for (int i = 0; i < kPer; i++) {
+      const float there = __shfl_sync(~0u, scale[i], who % 32);
+      if (who / 32 == i) of_who = there;
+    }
     if (c.lane < top_k) {
       index[t][c.lane] = who;
-      weight[t][c.lane] = mine / chosen * to_float(a.per_expert_scale[who]);
+      weight[t][c.lane] = mine / chosen * of_who;
       if (store) {
         a.route_index[t * top_k + c.lane] = who;
         a.route_weight[t * top_k + c.lane] = weight[t][c.lane];
@@ -120,9 +135,8 @@ __device__ __forceinline__ void choose(Context& c, const RouteArgs& a, bool stor
 __device__ __forceinline__ void route(Context& c, const LayerArgs& layer) {
   const RouteArgs& a = layer.route;
   const Dims& d = c.p.dims;
-  const int n = d.hidden, stride = stride_of(2 * n);
-  NormWeights scale, dense, expert, router;
-  scale.load(a.scale, n), dense.load(a.dense_norm, n), expert.load(a.expert_norm, n);
+  const int n = d.hidden, blocks = static_cast<int>(gridDim.x);
+  NormWeights router;
   if (static_cast<int>(blockIdx.x) < d.experts)
     router.load(a.router + static_cast<int64_t>(blockIdx.x) * n, n);
   if (c.owner()) {
@@ -132,41 +146,29 @@ __device__ __forceinline__ void route(Context& c, const LayerArgs& layer) {
   c.owners.expect(c.tokens);
   c.owners.await(c.wires);
   c.mark(2);
-  char* const m = expert_in(c);
-  load_rows(c, m, a.hidden, nullptr);
-  const float root = 1.0f / __builtin_sqrtf(static_cast<float>(n));
-  Sums logits = c.sums;
-  logits.next();
+  if (!c.last) fetch_acts(c, c.acts, stride_of(2 * n), c.p.activations.dense_in, c.tokens, n);
 #pragma unroll 1
-  for (int e = blockIdx.x; e < d.experts; e += gridDim.x) {
-    if (e >= static_cast<int>(gridDim.x)) {
-      router.load(a.router + static_cast<int64_t>(e) * n, n);
-      meet();
-    }
-#pragma unroll 1
+  for (int e = blockIdx.x; e < d.experts; e += blocks) {
+    if (e >= blocks) router.load(a.router + static_cast<int64_t>(e) * n, n);
+    c.sums.next();
+#pragma unroll 4
     for (int t = 0; t < c.tokens; t++) {
-      const float inverse = inverse_rms(c.sums.take(t), n, d.eps);
       Row z;
-      z.get(m + t * stride, n);
+      z.fetch(c.p.activations.router_in + static_cast<int64_t>(t) * n, n);
       float logit = 0;
       z.change([&](float x, int p, int j) {
-        const float scaled = rounded(rounded(rounded(x * inverse) * scale.at(p, j)) * root);
-        logit = fused(scaled, router.at(p, j), logit);
-        return scaled;
+        logit = fused(x, router.at(p, j), logit);
+        return x;
       });
-      logits.give(t, logit);
+      c.sums.give(t, logit);
     }
     meet();
     if (static_cast<int>(threadIdx.x) < c.tokens)
-      a.router_logits[threadIdx.x * d.experts + e] = logits.take(threadIdx.x);
+      a.router_logits[threadIdx.x * d.experts + e] = c.sums.take(threadIdx.x);
   }
   c.grid.arrive();
   c.grid.expect(gridDim.x);
-  if (!c.last) {
-    norm_rows(c, m, c.acts, dense);
-    norm_rows(c, m, m, expert);
-    return;
-  }
+  if (!c.last) return;
   c.grid.await(c.wires);
   choose(c, a, blockIdx.x == 0);
 }

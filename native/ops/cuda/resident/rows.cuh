@@ -57,6 +57,11 @@ struct NormWeights {
 struct Row {
   float x[kRowPieces][4];
 
+  __device__ void unpack(int p, uint2 raw) {
+    x[p][0] = float_of(raw.x << 16), x[p][1] = float_of(raw.x & 0xffff0000u);
+    x[p][2] = float_of(raw.y << 16), x[p][3] = float_of(raw.y & 0xffff0000u);
+  }
+
   /// What other blocks may have written in this launch: never from the first-level cache.
   __device__ void load(const float* from, int n) {
 #pragma unroll
@@ -94,17 +99,25 @@ struct Row {
     for (int p = 0; p < kRowPieces; p++) {
       uint2 raw = make_uint2(0, 0);
       if (piece_at(p) < n) raw = *reinterpret_cast<const uint2*>(from + 2 * piece_at(p));
-      x[p][0] = float_of(raw.x << 16), x[p][1] = float_of(raw.x & 0xffff0000u);
-      x[p][2] = float_of(raw.y << 16), x[p][3] = float_of(raw.y & 0xffff0000u);
+      unpack(p, raw);
     }
   }
-  __device__ void put(char* to, int n) const {
+  __device__ void put(void* to, int n) const {
 #pragma unroll
     for (int p = 0; p < kRowPieces; p++)
       if (piece_at(p) < n)
-        *reinterpret_cast<uint2*>(to + 2 * piece_at(p)) =
+        *reinterpret_cast<uint2*>(static_cast<char*>(to) + 2 * piece_at(p)) =
             make_uint2(to_bf16(x[p][0]) | static_cast<uint32_t>(to_bf16(x[p][1])) << 16,
                        to_bf16(x[p][2]) | static_cast<uint32_t>(to_bf16(x[p][3])) << 16);
+  }
+  /// From bfloat16 that another block has left in this launch.
+  __device__ void fetch(const Bf16* from, int n) {
+#pragma unroll
+    for (int p = 0; p < kRowPieces; p++) {
+      uint2 raw = make_uint2(0, 0);
+      if (piece_at(p) < n) raw = __ldcg(reinterpret_cast<const uint2*>(from + piece_at(p)));
+      unpack(p, raw);
+    }
   }
 };
 

@@ -54,6 +54,12 @@ __device__ void fill_ring(const Parameters& p, Ring& ring, const Chosen& chosen,
       case kGateUp: {
         const GateUpRows rows(layer.gate_up, d);
         fill(rows.dense_deal(), 2 * d.hidden, true, [&](int unit, int) { return rows.dense_row(unit, r); });
+        if (step + 1 < p.to) {  // memory would rest until the experts are chosen
+          const DownRows next(layer.down, d);
+          const Deal deal = next.dense_deal();
+          for (int i = threadIdx.x % 32; i < deal.units; i += 32)
+            ptx::prefetch_l2_bulk(next.dense_row(deal.unit(i), 0), kUnitRows * 2 * d.inter);
+        }
         await_list();
         const int units = rows.expert_units();
         fill(rows.expert_deal(chosen.count), 2 * d.hidden, true, [&](int unit, int) {
@@ -159,7 +165,7 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
 #pragma unroll 1
   for (int step = p.from; step < p.to; step++) {
     const int layer = step / kStages, stage = step % kStages;
-    c.first = step == p.from, c.last = step + 1 == p.to;
+    c.layer = layer, c.first = step == p.from, c.last = step + 1 == p.to;
     c.marks = p.marks ? p.marks + (int64_t{blockIdx.x} * (p.layer_count * kStages + 1) + step) * 4 : nullptr;
     c.mark(0);
     if (layer == p.layer_count) {
@@ -185,8 +191,8 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
 
 /// Shared memory that the stages' activations take for `tokens` tokens.
 int act_bytes_of(const Decoder& decoder, const Dims& d, int tokens) {
-  int most = std::max(tokens * 2 * stride_of(2 * d.hidden),
-                      tokens * (stride_of(2 * d.inter) + d.top_k * stride_of(2 * d.moe_inter)));
+  int most = tokens * std::max(stride_of(2 * d.hidden),
+                               stride_of(2 * d.inter) + d.top_k * stride_of(2 * d.moe_inter));
   for (const LayerArgs& layer : decoder.layers) {
     most = std::max(most, tokens * stride_of(2 * layer.attn_out.columns));
     most =
@@ -243,17 +249,28 @@ class Step final : public Fused {
           static_cast<uint64_t*>(cuda.allocate(2 * static_cast<size_t>(p_.wires.floats) * sizeof(uint64_t)));
     }
     size_t rows = 0;
+    int kv_heads = 0;
     for (const LayerArgs& layer : decoder.layers) {
       const Heads& h = layer.attention.heads;
-      const int seen =
-          h.window > 0 ? std::min(h.window, layer.attention.cache.capacity) : layer.attention.cache.capacity;
-      const int chunks = seen / chunk_of(h.head_dim) + 2;  // the first and the last may be cut
+      const int tiles = layer.attention.cache.capacity / tile_of(h.head_dim) + 1;
+      const int chunks = h.window > 0 ? std::min(h.window / tile_of(h.head_dim) + 2, tiles)  // ends may be cut
+                                      : std::min(kMostChunks, tiles);
       p_.partial_chunks = std::max(p_.partial_chunks, chunks);
       rows = std::max(rows, static_cast<size_t>(h.heads) * h.head_dim);
+      kv_heads = std::max(kv_heads, h.kv_heads);
     }
     const size_t partials = kMostTokens * static_cast<size_t>(p_.partial_chunks);
     p_.partial = static_cast<float*>(cuda.allocate(partials * rows * sizeof(float)));
     p_.partial_scale = static_cast<float2*>(cuda.allocate(partials * rows / 256 * sizeof(float2)));
+    p_.chunks_done = static_cast<uint32_t*>(cuda.allocate(sizeof(uint32_t) * kMostTokens * kv_heads));
+    const auto rows_of = [&](size_t width) {  // (T, width)
+      return static_cast<Bf16*>(cuda.allocate(sizeof(Bf16) * kMostTokens * width));
+    };
+    const auto hidden = static_cast<size_t>(d.hidden), moe = static_cast<size_t>(d.moe_inter);
+    p_.activations = {rows_of(hidden), rows_of(rows),
+                      rows_of(hidden), rows_of(hidden),
+                      rows_of(hidden), rows_of(static_cast<size_t>(d.inter)),
+                      rows_of(static_cast<size_t>(d.top_k) * moe)};
     cudaFuncAttributes attributes;
     check(cudaFuncGetAttributes(&attributes, run_stages), "asking for a kernel's needs");
     room_ = cuda.shared_memory() - static_cast<int>(attributes.sharedSizeBytes) -

@@ -20,18 +20,35 @@ constexpr int kUnitRows = 8;  // weight rows of a tensor-core product
 constexpr int kSlotRows = 4;  // of them in one slot of the ring
 constexpr int kUnitSlots = kUnitRows / kSlotRows;
 constexpr int kMostSlots = 16;
-constexpr int kSlotsAhead =
-    2;  // whose bytes may be on their way at once: more only queue in the memory system
+constexpr int kBytesAhead = 46 << 10;  // of the ring on their way at once: more only queue in the memory system
 constexpr int kSumFloats = kUnitRows * kMostTokens;  // of one warp's product
 constexpr int kGroup = 4;                            // portions of 8 rows whose sums meet at once
-constexpr int kRoomFloats = kGroup * kWarps * kSumFloats;
+// Sums of an expert's rows and leaves for one token, and one float more, so that tokens lie on other banks.
+constexpr int kExpertSums = 32 + 1;
+constexpr int kRoomFloats = kWarps * kMostTokens * kExpertSums;
+static_assert(kRoomFloats >= kGroup * kWarps * kSumFloats);
 // Elements of a row that a warp takes, in pieces of 8: of a row as long as the hidden size, of a leaf of the
 // dense MLP, of a leaf of an expert. The products are compiled for the 26B model.
 constexpr int kWholePieces = 44, kDensePieces = 33, kLeafPieces = 11;
 constexpr int kAttentionChunk = 256;                      // elements of a row of o_proj that a warp takes
 constexpr int kAttentionPart = kAttentionChunk * kWarps;  // and all warps
 constexpr int kMostGroup = 8;                             // query heads of a KV head
+constexpr int kMostChunks = 128;                          // of a full layer's cache, for one token
+constexpr int kFewChunks = 8;                             // that the block which ends last joins at once
+constexpr int kFewChunksDim = 256;                        // of heads as long as this
 constexpr int kRowPieces = 3;                             // pieces of 4 that a thread keeps of a token's row
+
+/// Activations between stages of one launch, rounded: the block that makes a row leaves it as every block will
+/// multiply it.
+struct Activations {
+  Bf16* normed;      // (T, H) what qkv, or the head, multiplies
+  Bf16* attention;   // (T, heads * D) as wide as the widest layer's
+  Bf16* router_in;   // (T, H)
+  Bf16* dense_in;    // (T, H)
+  Bf16* expert_in;   // (T, H)
+  Bf16* dense_act;   // (T, inter)
+  Bf16* expert_act;  // (T, K, moeInter)
+};
 
 /// Arrivals only ever grow, over all launches; the last block to leave notes where they stand.
 struct Counters {
@@ -47,6 +64,8 @@ struct Parameters {
   Input in;
   Wires wires;
   Counters* counters;
+  Activations activations;
+  uint32_t* chunks_done;  // (T, kvHeads) chunks of attention that are there; 0 between layers
   float* partial;         // (T, heads, chunks, D) of attention, as wide as the widest layer needs
   float2* partial_scale;  // (T, heads, chunks): maximum, sum of exponentials
   int partial_chunks;
