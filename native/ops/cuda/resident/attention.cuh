@@ -1,8 +1,8 @@
-// Norms and RoPE of the heads, the cache, and one query a head over it. The cache is cut into chunks at places
-// that follow from the token's position alone; a task is one chunk of one KV head for one token and all the
-// query heads that share it, and goes through its chunk tile by tile. Positions of this step come from the
-// projections, not from the cache, where each token's own task lays them. Chunks are joined in their order, so
-// neither the batch nor timing changes a bit.
+// Norms and RoPE of the heads, the cache, and one query a head over it. The cache is cut into chunks at
+// places that follow from the token's position alone; a task is one chunk of one KV head for one token and
+// all the query heads that share it, and goes through its chunk tile by tile. Positions of this step come
+// from the projections, not from the cache, where each token's own task lays them. Chunks are joined in their
+// order, so neither the batch nor timing changes a bit.
 #pragma once
 
 #include "ops/cuda/resident/products.cuh"
@@ -192,7 +192,8 @@ __device__ __forceinline__ void attend(Context& c, const LayerArgs& layer, const
   /// Starts to bring a tile's rows of the cache, a warp a position; those of this step come later.
   const auto bring = [&](void* to, int stride, const void* of, int begin) {
 #pragma unroll 1
-    for (int i = max(sight.first - begin, 0) + warp; i < min(chunk_end - begin, Room::kPositions); i += kWarps) {
+    for (int i = max(sight.first - begin, 0) + warp; i < min(chunk_end - begin, Room::kPositions);
+         i += kWarps) {
       bool of_step = false;
 #pragma unroll 1
       for (int t = 0; t < c.tokens; t++) of_step |= c.slot[t] == c.slot[own] && c.position[t] == begin + i;
@@ -273,7 +274,8 @@ __device__ __forceinline__ void attend(Context& c, const LayerArgs& layer, const
         sum += room.score[at][warp] = exp_f32(room.score[at][warp] - max);
       sum = warp_sum(sum);
       const float keep = begin > chunk_begin ? exp_f32(before.x - max) : 0;
-      if (c.lane == 0) room.scale[warp] = make_float2(max, fused(keep, before.y, sum)), room.keep[warp] = keep;
+      if (c.lane == 0)
+        room.scale[warp] = make_float2(max, fused(keep, before.y, sum)), room.keep[warp] = keep;
     }
     ptx::cp_async_wait<1>();  // the values; the next tile's keys may be on their way
     meet();

@@ -185,14 +185,15 @@ __device__ __forceinline__ void each_output(const Context& c, int units, Each&& 
   }
 }
 
-/// Starts to bring rows of activations that other blocks have left: ptx::cp_async_wait_all() before they are read. A warp
-/// a row; index: which row each column reads, null = its own.
+/// Starts to bring rows of activations that other blocks have left: ptx::cp_async_wait_all() before they are
+/// read. A warp a row; index: which row each column reads, null = its own.
 __device__ __forceinline__ void fetch_acts(const Context& c, char* to, int stride, const Bf16* from, int rows,
                                            int width, const int* index = nullptr) {
 #pragma unroll 1
   for (int r = c.warp; r < rows; r += kWarps) {
     const Bf16* const row = from + static_cast<int64_t>(index ? index[r] : r) * width;
-    for (int at = c.lane * 8; at < width; at += 32 * 8) ptx::cp_async_16(shared_of(to + r * stride + at * 2), row + at);
+    for (int at = c.lane * 8; at < width; at += 32 * 8)
+      ptx::cp_async_16(shared_of(to + r * stride + at * 2), row + at);
   }
 }
 
@@ -209,9 +210,9 @@ __device__ __forceinline__ void load_acts(char* to, int stride, const float* fro
   }
 }
 
-/// Rows of the residual stream, normed and weighted, by each block for itself: where a stage begins the launch.
-/// Out of line, and without the context, which would have to lie in memory. `sums` are after next(); `index`:
-/// which row each token reads, null = its own.
+/// Rows of the residual stream, normed and weighted, by each block for itself: where a stage begins the
+/// launch. Out of line, and without the context, which would have to lie in memory. `sums` are after next();
+/// `index`: which row each token reads, null = its own.
 __device__ __noinline__ inline void norm_rows(char* to, int tokens, int n, float eps, Sums sums,
                                               const float* hidden, const Bf16* norm, const int* index) {
   const int stride = stride_of(2 * n);

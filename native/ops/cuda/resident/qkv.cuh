@@ -1,5 +1,5 @@
-// The three projections of the normed rows. Norms of the heads, RoPE and the cache are attention's, which reads
-// whole heads.
+// The three projections of the normed rows. Norms of the heads, RoPE and the cache are attention's, which
+// reads whole heads.
 #pragma once
 
 #include "ops/cuda/resident/products.cuh"

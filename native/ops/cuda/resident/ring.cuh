@@ -111,8 +111,8 @@ class Ring {
   }
 
   uint32_t data_, barriers_, slots_, bytes_, at_ = 0, phase_ = 0;
-  // Of the warp that fills: slots whose bytes may be on their way, the bytes of them all, the oldest, and what
-  // was asked for the slot of the lane's number.
+  // Of the warp that fills: slots whose bytes may be on their way, the bytes of them all, the oldest, and
+  // what was asked for the slot of the lane's number.
   uint32_t coming_ = 0, late_ = 0, late_phase_ = 0;
   int coming_bytes_ = 0, asked_ = 0;
 };

@@ -1,5 +1,6 @@
 // The middle of a layer. A token's residual after attention and the norms of it are one block's work; the
-// router's rows are dealt out to all blocks; the choice is made by every block for itself, from the same logits.
+// router's rows are dealt out to all blocks; the choice is made by every block for itself, from the same
+// logits.
 #pragma once
 
 #include "ops/cuda/resident/products.cuh"
@@ -33,8 +34,7 @@ __device__ __forceinline__ void add_attention(Context& c, const RouteArgs& a) {
     row.put(to + at, n);
   };
   const Activations& to = c.p.activations;
-  leave(to.router_in,
-        [&](float x, int p, int j) { return rounded(rounded(x) * scale.at(p, j)) * root; });
+  leave(to.router_in, [&](float x, int p, int j) { return rounded(rounded(x) * scale.at(p, j)) * root; });
   leave(to.dense_in, [&](float x, int p, int j) { return x * dense.at(p, j); });
   leave(to.expert_in, [&](float x, int p, int j) { return x * expert.at(p, j); });
 }

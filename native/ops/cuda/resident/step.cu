@@ -191,8 +191,8 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
 
 /// Shared memory that the stages' activations take for `tokens` tokens.
 int act_bytes_of(const Decoder& decoder, const Dims& d, int tokens) {
-  int most = tokens * std::max(stride_of(2 * d.hidden),
-                               stride_of(2 * d.inter) + d.top_k * stride_of(2 * d.moe_inter));
+  int most = tokens *
+             std::max(stride_of(2 * d.hidden), stride_of(2 * d.inter) + d.top_k * stride_of(2 * d.moe_inter));
   for (const LayerArgs& layer : decoder.layers) {
     most = std::max(most, tokens * stride_of(2 * layer.attn_out.columns));
     most =
@@ -253,8 +253,9 @@ class Step final : public Fused {
     for (const LayerArgs& layer : decoder.layers) {
       const Heads& h = layer.attention.heads;
       const int tiles = layer.attention.cache.capacity / tile_of(h.head_dim) + 1;
-      const int chunks = h.window > 0 ? std::min(h.window / tile_of(h.head_dim) + 2, tiles)  // ends may be cut
-                                      : std::min(kMostChunks, tiles);
+      const int chunks = h.window > 0
+                             ? std::min(h.window / tile_of(h.head_dim) + 2, tiles)  // ends may be cut
+                             : std::min(kMostChunks, tiles);
       p_.partial_chunks = std::max(p_.partial_chunks, chunks);
       rows = std::max(rows, static_cast<size_t>(h.heads) * h.head_dim);
       kv_heads = std::max(kv_heads, h.kv_heads);
@@ -267,9 +268,12 @@ class Step final : public Fused {
       return static_cast<Bf16*>(cuda.allocate(sizeof(Bf16) * kMostTokens * width));
     };
     const auto hidden = static_cast<size_t>(d.hidden), moe = static_cast<size_t>(d.moe_inter);
-    p_.activations = {rows_of(hidden), rows_of(rows),
-                      rows_of(hidden), rows_of(hidden),
-                      rows_of(hidden), rows_of(static_cast<size_t>(d.inter)),
+    p_.activations = {rows_of(hidden),
+                      rows_of(rows),
+                      rows_of(hidden),
+                      rows_of(hidden),
+                      rows_of(hidden),
+                      rows_of(static_cast<size_t>(d.inter)),
                       rows_of(static_cast<size_t>(d.top_k) * moe)};
     cudaFuncAttributes attributes;
     check(cudaFuncGetAttributes(&attributes, run_stages), "asking for a kernel's needs");

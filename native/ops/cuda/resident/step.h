@@ -20,7 +20,8 @@ constexpr int kUnitRows = 8;  // weight rows of a tensor-core product
 constexpr int kSlotRows = 4;  // of them in one slot of the ring
 constexpr int kUnitSlots = kUnitRows / kSlotRows;
 constexpr int kMostSlots = 16;
-constexpr int kBytesAhead = 46 << 10;  // of the ring on their way at once: more only queue in the memory system
+constexpr int kBytesAhead =
+    46 << 10;  // of the ring on their way at once: more only queue in the memory system
 constexpr int kSumFloats = kUnitRows * kMostTokens;  // of one warp's product
 constexpr int kGroup = 4;                            // portions of 8 rows whose sums meet at once
 // Sums of an expert's rows and leaves for one token, and one float more, so that tokens lie on other banks.
@@ -38,8 +39,8 @@ constexpr int kFewChunks = 8;                             // that the block whic
 constexpr int kFewChunksDim = 256;                        // of heads as long as this
 constexpr int kRowPieces = 3;                             // pieces of 4 that a thread keeps of a token's row
 
-/// Activations between stages of one launch, rounded: the block that makes a row leaves it as every block will
-/// multiply it.
+/// Activations between stages of one launch, rounded: the block that makes a row leaves it as every block
+/// will multiply it.
 struct Activations {
   Bf16* normed;      // (T, H) what qkv, or the head, multiplies
   Bf16* attention;   // (T, heads * D) as wide as the widest layer's
