@@ -9,14 +9,17 @@
 namespace tp::TP_ISA {
 
 /// acc[r][m] += weight row r . activation m over n elements, lane by lane.
-/// weight: rows `stride` apart; x: one pointer per token.
+/// weight: rows `stride` apart; x: one pointer per token. The tile behind this one begins `ahead` elements
+/// on: rows are shorter than what a prefetcher needs to get going, and with one token memory is all there is
+/// to wait for.
 template <int R, int M, class Weight>
-TP_INLINE void dot_tile(const Weight* weight, int64_t stride, const float* const* x, int n,
+TP_INLINE void dot_tile(const Weight* weight, int64_t stride, int64_t ahead, const float* const* x, int n,
                         Lanes (&acc)[R][M]) {
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     for (int r = 0; r < R; r++) {
       const Lanes w = load(weight + r * stride + i);
+      if constexpr (M == 1) __builtin_prefetch(weight + r * stride + ahead + i, 0, 2);
       for (int m = 0; m < M; m++) acc[r][m] = fused(w, load(x[m] + i), acc[r][m]);
     }
   }
@@ -33,16 +36,11 @@ TP_INLINE void clear(Lanes (&acc)[R][M]) {
     for (Lanes& lanes : row) lanes = zero();
 }
 
-/// Rows and tokens of one tile: 4 x 1 for a single token, else 2 x up to 3; 12 accumulators fill the AVX2
-/// registers. Calls tile(first row, first token) with compile-time sizes as template arguments.
+/// Rows and tokens of one tile: 2 x up to 3; 12 accumulators fill the AVX2 registers, and one token's rows
+/// are read nearly in the order of memory. Calls tile(first row, first token) with compile-time sizes as
+/// template arguments.
 template <class Tile>
 TP_INLINE void for_tiles(int rows, int tokens, Tile&& tile) {
-  if (tokens == 1) {
-    int r = 0;
-    for (; r + 4 <= rows; r += 4) tile.template operator()<4, 1>(r, 0);
-    for (; r < rows; r++) tile.template operator()<1, 1>(r, 0);
-    return;
-  }
   int r = 0;
   for (; r + 2 <= rows; r += 2) {
     int m = 0;
@@ -61,7 +59,7 @@ TP_INLINE void mat_vec(const Bf16* weight, int64_t stride, int rows, const float
   for_tiles(rows, tokens, [&]<int R, int M>(int row, int token) {
     Lanes acc[R][M];
     clear(acc);
-    dot_tile(weight + row * stride, stride, x + token, n, acc);
+    dot_tile(weight + row * stride, stride, R * stride, x + token, n, acc);
     for (int r = 0; r < R; r++)
       for (int m = 0; m < M; m++) out(row + r, token + m, sum(acc[r][m]));
   });
@@ -80,7 +78,7 @@ TP_INLINE void mat_vec_leaves(const Bf16* weight, int64_t stride, int rows, cons
       for (int m = 0; m < M; m++) shifted[m] = x[token + m] + l * leaf;
       Lanes acc[R][M];
       clear(acc);
-      dot_tile(weight + row * stride + l * leaf, stride, shifted, leaf, acc);
+      dot_tile(weight + row * stride + l * leaf, stride, R * stride, shifted, leaf, acc);
       for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) sums[r][m][l] = sum(acc[r][m]);
     }
