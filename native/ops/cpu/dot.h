@@ -42,6 +42,8 @@ TP_INLINE void clear(Lanes (&acc)[R][M]) {
 template <class Tile>
 TP_INLINE void for_tiles(int rows, int tokens, Tile&& tile) {
   int r = 0;
+  if (tokens == 1)
+    for (; r < rows; r++) tile.template operator()<1, 1>(r, 0);
   for (; r + 2 <= rows; r += 2) {
     int m = 0;
     for (; m + 3 <= tokens; m += 3) tile.template operator()<2, 3>(r, m);
@@ -59,7 +61,7 @@ TP_INLINE void mat_vec(const Bf16* weight, int64_t stride, int rows, const float
   for_tiles(rows, tokens, [&]<int R, int M>(int row, int token) {
     Lanes acc[R][M];
     clear(acc);
-    dot_tile(weight + row * stride, stride, R * stride, x + token, n, acc);
+    dot_tile(weight + row * stride, stride, 2 * stride, x + token, n, acc);
     for (int r = 0; r < R; r++)
       for (int m = 0; m < M; m++) out(row + r, token + m, sum(acc[r][m]));
   });
@@ -78,7 +80,7 @@ TP_INLINE void mat_vec_leaves(const Bf16* weight, int64_t stride, int rows, cons
       for (int m = 0; m < M; m++) shifted[m] = x[token + m] + l * leaf;
       Lanes acc[R][M];
       clear(acc);
-      dot_tile(weight + row * stride + l * leaf, stride, R * stride, shifted, leaf, acc);
+      dot_tile(weight + row * stride + l * leaf, stride, 2 * stride, shifted, leaf, acc);
       for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) sums[r][m][l] = sum(acc[r][m]);
     }
