@@ -9,9 +9,8 @@
 namespace tp::TP_ISA {
 
 /// acc[r][m] += weight row r . activation m over n elements, lane by lane.
-/// weight: rows `stride` apart; x: one pointer per token. The tile behind this one begins `ahead` elements
-/// on: rows are shorter than what a prefetcher needs to get going, and with one token memory is all there is
-/// to wait for.
+/// weight: rows `stride` apart; x: one pointer per token. With one token memory is all there is to wait for,
+/// and rows are too short for the prefetchers to get going: what lies `ahead` elements on is asked for.
 template <int R, int M, class Weight>
 TP_INLINE void dot_tile(const Weight* weight, int64_t stride, int64_t ahead, const float* const* x, int n,
                         Lanes (&acc)[R][M]) {
@@ -36,9 +35,9 @@ TP_INLINE void clear(Lanes (&acc)[R][M]) {
     for (Lanes& lanes : row) lanes = zero();
 }
 
-/// Rows and tokens of one tile: 2 x up to 3; 12 accumulators fill the AVX2 registers, and one token's rows
-/// are read nearly in the order of memory. Calls tile(first row, first token) with compile-time sizes as
-/// template arguments.
+/// Rows and tokens of one tile: a row at a time for a single token, so that memory is read in its order, else
+/// 2 x up to 3: 12 accumulators fill the AVX2 registers. Calls tile(first row, first token) with compile-time
+/// sizes as template arguments.
 template <class Tile>
 TP_INLINE void for_tiles(int rows, int tokens, Tile&& tile) {
   int r = 0;
