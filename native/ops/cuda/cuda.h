@@ -110,12 +110,6 @@ class CudaBackend final : public Backend {
   std::map<const void*, size_t> prepared_;
   std::map<uint64_t, cudaGraphExec_t> graphs_;
   std::map<uint64_t, bool> seen_;
-  /// Starts a recorded step; waits while kMostAhead are under way: a deep queue of large graphs made the GPU
-  /// wait.
-  void start(cudaGraphExec_t graph);
-  static constexpr int kMostAhead = 4;
-  cudaEvent_t ended_[kMostAhead] = {};
-  uint64_t started_ = 0;
   std::vector<std::byte> scratch_;
   void* staging_ = nullptr;  // pinned
 };
