@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "base/wires.h"
+#include "base/peer_memory.h"
 
 namespace tp {
 
@@ -33,7 +33,7 @@ class DeviceCollective {
   /// gathered (size, floats) becomes every rank's `send`, rank-major.
   virtual void all_gather(const float* send, float* gathered, int64_t floats, Stream stream) = 0;
   /// For kernels that do the sums themselves, once joined; null where memory of other ranks is out of reach.
-  virtual const Wires* wires() const { return nullptr; }
+  virtual const PeerMemory* peers() const { return nullptr; }
   /// Frees whoever waits, from any thread; the collective is of no use afterwards, and error() says so.
   virtual void abort() = 0;
   /// Empty, or what went wrong since connect().

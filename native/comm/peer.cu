@@ -27,7 +27,7 @@ constexpr int kMostBlocks = 128;  // all resident at once, so that no block wait
 /// Between looks at what lies in the host's memory: thousands of threads that look often keep the bus busy
 /// for tens of milliseconds.
 constexpr uint32_t kTriesBetweenLooks = 1 << 16;
-constexpr uint64_t kPatienceNs = 20'000'000'000;  // a peer that is this late will not come
+constexpr uint64_t kTimeoutNs = 20'000'000'000;  // a peer that is this late will not come
 
 /// Written by the device, read by the host, and the other way round: pinned host memory.
 struct Shared {
@@ -58,7 +58,7 @@ __device__ __forceinline__ uint4 peek_line(const uint4* from) {
           static_cast<uint32_t>(high >> 32)};
 }
 
-/// Waits for the line of operation `epoch`. Gives up when told to, or when its patience ends: a GPU that
+/// Waits for the line of operation `epoch`. Gives up when told to, or after a while: a GPU that
 /// hangs costs everyone on the host.
 __device__ __forceinline__ uint4 await_line(const Inboxes& in, const uint4* from, uint32_t epoch, int peer) {
   uint4 line = peek_line(from);
@@ -69,7 +69,7 @@ __device__ __forceinline__ uint4 await_line(const Inboxes& in, const uint4* from
     if (line.w == epoch) return line;
     if (tries % kTriesBetweenLooks) continue;
     if (in.shared->abort || in.shared->late) return line;
-    if (ptx::globaltimer() - start > kPatienceNs) {
+    if (ptx::globaltimer() - start > kTimeoutNs) {
       in.shared->late = 1 + static_cast<uint32_t>(peer);
       return line;
     }
@@ -179,9 +179,9 @@ class Peer final : public DeviceCollective {
     in_.rank = rank;
     in_.size = size;
     in_.lines = (max_floats + kLineFloats - 1) / kLineFloats;
-    wires_.rank = rank;
-    wires_.size = size;
-    wires_.floats = max_floats;
+    peers_.rank = rank;
+    peers_.size = size;
+    peers_.floats = max_floats;
     // Behind the lines of this file's kernels, those of kernels that sum by themselves.
     const size_t bytes = line_bytes() + size_t{2} * size * max_floats * sizeof(uint64_t);
     check(cudaMalloc(&in_.of[rank], bytes), "inbox");
@@ -193,9 +193,9 @@ class Peer final : public DeviceCollective {
     shared_->abort = 0;
     shared_->late = 0;
     check(cudaHostGetDevicePointer(&in_.shared, shared_, 0), "abort flag");
-    wires_.abort = &in_.shared->abort;
-    wires_.late = &in_.shared->late;
-    wires_.inbox[rank] = behind_lines(in_.of[rank]);
+    peers_.abort = &in_.shared->abort;
+    peers_.late = &in_.shared->late;
+    peers_.inbox[rank] = behind_lines(in_.of[rank]);
     check(cudaDeviceSynchronize(), "inbox");  // cleared before anyone may push
   }
 
@@ -229,11 +229,11 @@ class Peer final : public DeviceCollective {
       void* memory = nullptr;
       check(cudaIpcOpenMemHandle(&memory, handle, cudaIpcMemLazyEnablePeerAccess), "opening a peer's memory");
       in_.of[r] = static_cast<uint4*>(memory);
-      wires_.inbox[r] = behind_lines(in_.of[r]);
+      peers_.inbox[r] = behind_lines(in_.of[r]);
     }
   }
 
-  const Wires* wires() const override { return &wires_; }
+  const PeerMemory* peers() const override { return &peers_; }
 
   void all_reduce(float* buffer, int64_t floats, Stream on) override {
     const auto stream = static_cast<cudaStream_t>(on);
@@ -278,7 +278,7 @@ class Peer final : public DeviceCollective {
   }
 
   Inboxes in_{};
-  Wires wires_{};
+  PeerMemory peers_{};
   Shared* shared_ = nullptr;
 };
 

@@ -82,7 +82,7 @@ std::string Engine::collective_error() const { return collective_ ? collective_-
 void Engine::prepare() {
   weights_->complete();
   program_ = std::make_unique<Program>(spec_, dims_, input_, *weights_, *buffers_, *backend_);
-  fused_ = backend_->fuse(program_->decoder(), dims_, collective_ ? collective_->wires() : nullptr);
+  fused_ = backend_->fuse(program_->decoder(), dims_, collective_ ? collective_->peers() : nullptr);
 }
 
 void Engine::begin(const Batch& batch) {
@@ -215,7 +215,7 @@ size_t Engine::start_fused(size_t from, size_t to) {
   if (!fused_ || calls[from].stage_number < 0 || !fused_->takes(input_)) return from;
   // Whoever looks at every stage needs every stage by itself. A sync is fused with the stages on both its
   // sides.
-  const bool alone = fault_ || spec_.trace, syncs = dims_.size == 1 || (collective_ && collective_->wires());
+  const bool alone = fault_ || spec_.trace, syncs = dims_.size == 1 || (collective_ && collective_->peers());
   size_t end = from + 1;
   while (!alone && end < to) {
     if (calls[end].stage_number >= 0)

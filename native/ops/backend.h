@@ -81,8 +81,8 @@ class Backend {
   virtual void replay(uint64_t /*key*/, const std::function<void()>& work) { work(); }
 
   /// The decoder's stages in fewer launches than there are ops, or null where the ops are all there is.
-  /// `wires`: to the other ranks, null when they are out of reach.
-  virtual std::unique_ptr<Fused> fuse(const Decoder&, const Dims&, const Wires*) { return nullptr; }
+  /// `peers`: to the other ranks, null when they are out of reach.
+  virtual std::unique_ptr<Fused> fuse(const Decoder&, const Dims&, const PeerMemory*) { return nullptr; }
 
   template <class Work>
   void parallel(int count, Work&& work) {

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "base/wires.h"
+#include "base/peer_memory.h"
 #include "ops/ops.h"
 
 namespace tp {

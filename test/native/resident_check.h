@@ -13,18 +13,18 @@ constexpr ModelShape kSmall = {2, 4, 2, 2, 10, 3, 128, 40, 2};
 struct Rank {
   cuda::CudaBackend backend;
   Model model;
-  Wires wires{};
+  PeerMemory peers{};
   std::unique_ptr<Fused> fused;
 
   Rank(const ModelShape& shape, int rank, int size, int layer_count, int positions)
       : backend(rank), model(size, layer_count, 8, positions, 8, shape, rank, &backend) {
     set_angles(model);
-    wires.rank = rank, wires.size = size;
-    wires.floats = int64_t{2} * kHidden * 8;
-    const size_t bytes = 2 * static_cast<size_t>(size * wires.floats) * sizeof(uint64_t);
-    wires.inbox[rank] = static_cast<uint64_t*>(backend.allocate(bytes));
+    peers.rank = rank, peers.size = size;
+    peers.floats = int64_t{2} * kHidden * 8;
+    const size_t bytes = 2 * static_cast<size_t>(size * peers.floats) * sizeof(uint64_t);
+    peers.inbox[rank] = static_cast<uint64_t*>(backend.allocate(bytes));
     auto* const flags = static_cast<uint32_t*>(backend.allocate_shared(2 * sizeof(uint32_t)));
-    wires.abort = flags, wires.late = flags + 1;
+    peers.abort = flags, peers.late = flags + 1;
     backend.finish();
   }
   /// Starts a whole step; `in` lies where this rank's device reaches it.
@@ -41,11 +41,11 @@ inline void join(std::vector<std::unique_ptr<Rank>>& ranks) {
   for (auto& rank : ranks) {
     rank->backend.enter();
     for (auto& other : ranks) {
-      if (other->wires.rank != rank->wires.rank) cudaDeviceEnablePeerAccess(other->wires.rank, 0);
-      rank->wires.inbox[other->wires.rank] = other->wires.inbox[other->wires.rank];
+      if (other->peers.rank != rank->peers.rank) cudaDeviceEnablePeerAccess(other->peers.rank, 0);
+      rank->peers.inbox[other->peers.rank] = other->peers.inbox[other->peers.rank];
     }
     cudaGetLastError();  // they may be joined already
-    rank->fused = rank->backend.fuse(decoder_of(rank->model), rank->model.d, &rank->wires);
+    rank->fused = rank->backend.fuse(decoder_of(rank->model), rank->model.d, &rank->peers);
   }
 }
 

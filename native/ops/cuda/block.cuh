@@ -20,7 +20,7 @@ __device__ inline void let_next_start() { ptx::griddepcontrol_launch_dependents(
 constexpr int kListed = 14, kBlock = 15;
 
 /// Waits for kThreads threads; a block may have more that do not take part.
-__device__ inline void meet_block() { ptx::bar_sync<kBlock, kThreads>(); }
+__device__ inline void sync_block() { ptx::bar_sync<kBlock, kThreads>(); }
 
 __device__ inline float warp_sum(float x) {
   for (int span = 16; span > 0; span /= 2) x += __shfl_xor_sync(~0u, x, span);
@@ -44,13 +44,13 @@ __device__ inline void block_sums(float (&values)[N], float* room) {
     values[n] = warp_sum(values[n]);
     if (lane == 0) room[n * kWarps + warp] = values[n];
   }
-  meet_block();
+  sync_block();
   for (int n = 0; n < N; n++) {
     float x = room[n * kWarps + lane % kWarps];
     for (int span = kWarps / 2; span > 0; span /= 2) x += __shfl_xor_sync(~0u, x, span);
     values[n] = x;
   }
-  meet_block();
+  sync_block();
 }
 
 __device__ inline float inverse_rms(float squares, int n, float eps) {

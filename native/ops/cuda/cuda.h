@@ -33,7 +33,7 @@ class CudaBackend final : public Backend {
   std::unique_ptr<Upload> make_upload(size_t bytes) override;
   void require(const Dims& dims, const Heads& heads) const override;
   void replay(uint64_t key, const std::function<void()>& work) override;
-  std::unique_ptr<Fused> fuse(const Decoder& decoder, const Dims& dims, const Wires* wires) override;
+  std::unique_ptr<Fused> fuse(const Decoder& decoder, const Dims& dims, const PeerMemory* peers) override;
 
   void* allocate_shared(size_t bytes) override;
   void enter() override;

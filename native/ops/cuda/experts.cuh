@@ -36,7 +36,7 @@ __device__ inline void choose_list(Chosen* list, int* length, const int* expert_
     const int e = first + threadIdx.x;
     const int begin = e < experts ? __ldcg(expert_start + e) : 0,
               end = e < experts ? __ldcg(expert_start + e + 1) : 0;
-    meet_block();
+    sync_block();
     unsigned long long slots = ~0ull;  // a byte a column
     bool any = false;
 #pragma unroll 1
@@ -49,7 +49,7 @@ __device__ inline void choose_list(Chosen* list, int* length, const int* expert_
     }
     const unsigned voters = __ballot_sync(~0u, any);
     if (lane == 0) counts[warp] = __popc(voters);
-    meet_block();
+    sync_block();
     int at = done + __popc(voters & ((1u << lane) - 1));
 #pragma unroll
     for (int w = 0; w < kWarps; w++) {
@@ -58,7 +58,7 @@ __device__ inline void choose_list(Chosen* list, int* length, const int* expert_
     }
     if (any) list[at] = {slots, e};
     if (threadIdx.x == 0) *length = done;
-    meet_block();
+    sync_block();
   }
 }
 

@@ -323,7 +323,7 @@ __device__ inline void clear_columns(Bf16* columns, const Split& s, int count) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < count * s.plane / 8; i += kThreads)
     reinterpret_cast<uint4*>(columns)[i] = make_uint4(0, 0, 0, 0);
-  meet_block();
+  sync_block();
 }
 
 /// Puts `count` rows of s.total activations into shared memory as columns, `planes` each. All threads call
@@ -473,7 +473,7 @@ __global__ void __launch_bounds__(kGemvThreads, 1)
   work.list();
   if ((Fast || s.aligned) && !work.all_known()) ptx::bar_arrive<kListed, kGemvThreads>();
   work.load();
-  meet_block();
+  sync_block();
   const int tiles = work.tiles(), parts = work.parts();
 #pragma unroll 1
   for (Cursor at; at.tile < tiles; at.advance(parts)) {

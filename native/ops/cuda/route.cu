@@ -74,13 +74,13 @@ __global__ void __launch_bounds__(kThreads, 1) route_tokens(const __grid_constan
 #pragma unroll 1
     for (int from = 0; from < tokens; from += most) {
       const int count = least(most, tokens - from);
-      meet_block();
+      sync_block();
       const float* const z = p.args.normed + static_cast<int64_t>(first + from) * split.total;
       if (Aligned && p.bfloat16)
         load_columns<true>(columns, split, count, 1, z);
       else
         load_columns<false>(columns, split, count, planes, z);
-      meet_block();
+      sync_block();
       if (!multiplies) continue;
       const uint4* const column = column_of(columns, split, place, count * planes);
       Sums sums;

@@ -68,7 +68,7 @@ void test_peer(int size) {
   if (failures == before) std::printf("ok %s\n", where.c_str());
 }
 
-/// A peer that never comes: the kernel ends, when it is told to or when its patience does.
+/// A peer that never comes: the kernel ends, when it is told to or when it times out.
 void test_absent(bool told) {
   where = told ? "told to stop waiting" : "a peer that never comes";
   std::vector<std::unique_ptr<Rank>> ranks;
@@ -78,7 +78,7 @@ void test_absent(bool told) {
   set_step(in, {3}, kSmall.vocab);
   const int faults = simt::faults();
   simt::quiet(true);
-  if (told) simt::when_stuck([&] { *ranks[0]->wires.abort = 1; });
+  if (told) simt::when_stuck([&] { *ranks[0]->peers.abort = 1; });
   bool failed = false;
   try {
     ranks[0]->start(in, 1, 8);
@@ -89,7 +89,7 @@ void test_absent(bool told) {
   simt::quiet(false);
   expect(failed && simt::faults() == faults + 1 && simt::last_fault().find("__trap") != std::string::npos,
          "the kernel ends itself", simt::faults() - faults);
-  expect(*ranks[0]->wires.late == (told ? 0u : 2u), "and says who was late", *ranks[0]->wires.late);
+  expect(*ranks[0]->peers.late == (told ? 0u : 2u), "and says who was late", *ranks[0]->peers.late);
   simt::reset();
   if (failed) std::printf("ok %s\n", where.c_str());
 }

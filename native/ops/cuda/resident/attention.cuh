@@ -152,7 +152,7 @@ __device__ __forceinline__ void join_at_once(Context& c, const LayerArgs& layer,
     if (c.lane < kFewChunks) room.share[c.lane][c.warp] = share;
     if (c.lane == 0) room.scale[c.warp].y = weight;
   }
-  meet();
+  sync_consumers();
 #pragma unroll 1
   for (int head = 0; head < group; head++) {
     const int64_t row = first + head;
@@ -211,7 +211,7 @@ __device__ __forceinline__ void attend(Context& c, const LayerArgs& layer, const
   bring_keys(chunk_begin);
   bring_values(chunk_begin);
   if (c.lane * 64 < D) ptx::prefetch_l2(qa.q_norm + c.lane * 64), ptx::prefetch_l2(qa.k_norm + c.lane * 64);
-  if (!waited) c.grid.await(c.wires);
+  if (!waited) c.grid.wait(c.peers);
   c.mark(1);
   waited = true;
   if (warp < group) {
@@ -240,7 +240,7 @@ __device__ __forceinline__ void attend(Context& c, const LayerArgs& layer, const
                     cache_of(a.cache.k));
     }
     ptx::cp_async_wait<1>();  // the keys; values may still be on their way
-    meet();
+    sync_consumers();
 
     // Scores: a warp takes 8 positions.
     if (warp * 8 < Room::kPositions) {
@@ -260,7 +260,7 @@ __device__ __forceinline__ void attend(Context& c, const LayerArgs& layer, const
         room.score[at][c.column] = at >= from && at < to ? even[i] + odd[i] : -INFINITY;
       }
     }
-    meet();
+    sync_consumers();
     bring_keys(begin + Room::kPositions);  // behind the last tile: none
     if (warp < group) {
       const float2 before = begin > chunk_begin ? room.scale[warp] : make_float2(-INFINITY, 0);
@@ -278,7 +278,7 @@ __device__ __forceinline__ void attend(Context& c, const LayerArgs& layer, const
         room.scale[warp] = make_float2(max, fused(keep, before.y, sum)), room.keep[warp] = keep;
     }
     ptx::cp_async_wait<1>();  // the values; the next tile's keys may be on their way
-    meet();
+    sync_consumers();
     if (begin > chunk_begin)
 #pragma unroll
       for (int head = 0; head < kMostGroup; head++)
@@ -297,7 +297,7 @@ __device__ __forceinline__ void attend(Context& c, const LayerArgs& layer, const
 #pragma unroll
         for (int w = 0; w < kWide; w++) acc[head][w] = fused(p[head], v[w], acc[head][w]);
     }
-    meet();
+    sync_consumers();
     bring_values(begin + Room::kPositions);
   }
 
@@ -319,7 +319,7 @@ __device__ __forceinline__ void attend(Context& c, const LayerArgs& layer, const
     c.p.partial_scale[(first_row + c.lane) * chunks + task.chunk] = room.scale[c.lane];
   if constexpr (D == kFewChunksDim)
     if (task.chunks > 1 && task.chunks <= kFewChunks) {
-      meet();
+      sync_consumers();
       if (threadIdx.x == 0) {
         uint32_t* const done = c.p.chunks_done + own * h.kv_heads + task.kv_head;
         __threadfence();
@@ -327,10 +327,10 @@ __device__ __forceinline__ void attend(Context& c, const LayerArgs& layer, const
         __threadfence();
         if (room.last) *done = 0;  // for the next layer, which begins after all blocks have met
       }
-      meet();
+      sync_consumers();
       if (room.last) join_at_once(c, layer, task, room);
     }
-  meet();  // the room is free again
+  sync_consumers();  // the room is free again
 }
 
 /// Joins the chunks of heads that have many: a task is 32 dimensions of one head.
@@ -362,7 +362,7 @@ __device__ __forceinline__ void join_chunks(Context& c, const LayerArgs& layer) 
       weight = fused(share, of.y, weight);
     }
     parts[c.warp * 32 + c.lane] = make_float2(weighted, weight);
-    meet();
+    sync_consumers();
     if (c.warp == 0) {
       float values[kWarps], weights[kWarps];
 #pragma unroll
@@ -376,7 +376,7 @@ __device__ __forceinline__ void join_chunks(Context& c, const LayerArgs& layer) 
       c.leave(layer.attention.attention, c.p.activations.attention,
               static_cast<int64_t>(row) * h.head_dim + dim, rounded(values[0] / weights[0]));
     }
-    meet();
+    sync_consumers();
   }
 }
 
@@ -392,7 +392,7 @@ __device__ __forceinline__ void attention(Context& c, const LayerArgs& layer) {
       attend<512>(c, layer, task, waited);
   }
   if (!waited)
-    c.grid.await(c.wires);  // blocks without a task must not arrive again before all have arrived once
+    c.grid.wait(c.peers);  // blocks without a task must not arrive again before all have arrived once
   bool many = false;
 #pragma unroll 1
   for (int t = 0; t < c.tokens; t++) {
@@ -402,7 +402,7 @@ __device__ __forceinline__ void attention(Context& c, const LayerArgs& layer) {
   c.grid.arrive();
   c.grid.expect(gridDim.x);
   if (!many) return;
-  c.grid.await(c.wires);
+  c.grid.wait(c.peers);
   join_chunks(c, layer);
   c.grid.arrive();
   c.grid.expect(gridDim.x);

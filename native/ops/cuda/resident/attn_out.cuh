@@ -8,7 +8,7 @@ struct AttnOutRows {
   const Bf16* weight;
   int columns;
   __device__ int part() const { return min(columns, kAttentionPart); }
-  __device__ Deal deal(int hidden) const { return {hidden / kUnitRows, columns / part(), 0}; }
+  __device__ Schedule schedule(int hidden) const { return {hidden / kUnitRows, columns / part(), 0}; }
   __device__ const Bf16* row(int unit, int part, int r) const {
     return weight + (static_cast<int64_t>(unit) * kUnitRows + r) * columns + part * this->part();
   }
@@ -19,7 +19,7 @@ __device__ __forceinline__ void attn_out(Context& c, const LayerArgs& layer) {
   const Dims& d = c.p.dims;
   const AttnOutRows rows{a.weight, a.columns};
   const int stride = stride_of(2 * a.columns);
-  c.grid.await(c.wires);
+  c.grid.wait(c.peers);
   c.mark(1);
   if (c.first) {
     load_acts(c.acts, stride, a.attention, c.tokens, a.columns);
@@ -27,19 +27,19 @@ __device__ __forceinline__ void attn_out(Context& c, const LayerArgs& layer) {
     fetch_acts(c, c.acts, stride, c.p.activations.attention, c.tokens, a.columns);
     ptx::cp_async_wait_all();
   }
-  meet();
-  const Deal deal = rows.deal(d.hidden);
+  sync_consumers();
+  const Schedule schedule = rows.schedule(d.hidden);
   if (!c.last) c.epoch++;
   const int chunks = a.columns / kAttentionChunk;
   consume<kAttentionChunk / 8>(
-      c, deal, min(chunks, kWarps), {c.acts, stride}, [&](int first, int units, const float* room) {
+      c, schedule, min(chunks, kWarps), {c.acts, stride}, [&](int first, int units, const float* room) {
         each_output<kUnitRows>(c, units, [&](int u, int t, int row) {
-          const float x = joined_leaves(room, deal.parts, d.leaves, chunks / d.leaves, u, t, row);
-          const int64_t at = static_cast<int64_t>(t) * d.hidden + deal.unit(first + u) * kUnitRows + row;
+          const float x = joined_leaves(room, schedule.parts, d.leaves, chunks / d.leaves, u, t, row);
+          const int64_t at = static_cast<int64_t>(t) * d.hidden + schedule.unit(first + u) * kUnitRows + row;
           if (c.last)
             a.sum[at] = x;
           else
-            push(c.wires, c.epoch, at, x);
+            push(c.peers, c.epoch, at, x);
         });
       });
 }

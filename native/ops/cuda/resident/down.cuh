@@ -20,9 +20,9 @@ struct DownRows {
         moe(d.moe_inter),
         leaves(d.leaves),
         expert_rows(expert_rows_of(d.leaves)) {}
-  __device__ Deal dense_deal() const { return {hidden / kUnitRows, 1, 0}; }
+  __device__ Schedule dense_schedule() const { return {hidden / kUnitRows, 1, 0}; }
   /// A portion is 8 experts' rows. Begins where the dense units ended.
-  __device__ Deal expert_deal(int count) const {
+  __device__ Schedule expert_schedule(int count) const {
     return {hidden / expert_rows, (count + kWarps - 1) / kWarps, hidden / kUnitRows};
   }
   __device__ const Bf16* dense_row(int unit, int r) const {
@@ -33,9 +33,9 @@ struct DownRows {
   }
 };
 
-/// The portions of a deal of experts. done(unit, token, row, value) by one thread an output.
+/// The portions of a schedule of experts. done(unit, token, row, value) by one thread an output.
 template <class Done>
-__device__ __forceinline__ void consume_experts(Context& c, const Deal& deal, const DownRows& rows,
+__device__ __forceinline__ void consume_experts(Context& c, const Schedule& schedule, const DownRows& rows,
                                                 const Acts& acts, Done&& done) {
   const int lanes = 32 / rows.expert_rows;  // places for leaves: 4 or 8
   const int top_k = c.p.dims.top_k, count = c.chosen->count, row_bytes = rows.expert_rows * rows.moe * 2;
@@ -43,13 +43,13 @@ __device__ __forceinline__ void consume_experts(Context& c, const Deal& deal, co
   const int token = c.warp, row = c.lane / lanes, leaf = c.lane % lanes;
   const uint64_t mine = c.chosen->of(token);
 #pragma unroll 1
-  for (int unit = 0; unit < deal.units; unit++) {
+  for (int unit = 0; unit < schedule.units; unit++) {
     float sum = 0;
 #pragma unroll 1
-    for (int part = 0; part < deal.parts; part++) {
+    for (int part = 0; part < schedule.parts; part++) {
       float* const room = c.next_room();  // (8 experts, token, kExpertSums): row, leaf
       const int i = part * kWarps + c.warp;
-      const uint32_t taken = c.ring.take(c.warp, row_bytes, c.wires);
+      const uint32_t taken = c.ring.wait_full(c.warp, row_bytes, c.peers);
       if (i < count) {
         const int slot = c.column < c.tokens ? c.chosen->slot(i, c.column) : -1;
         uint32_t act = shared_of(acts.data) + (c.column * top_k + slot) * acts.stride;
@@ -68,7 +68,7 @@ __device__ __forceinline__ void consume_experts(Context& c, const Deal& deal, co
         }
       }
       c.ring.release();
-      meet();
+      sync_consumers();
 #pragma unroll 1
       for (unsigned own = mine >> (part * kWarps) & 0xff; own != 0; own &= own - 1) {
         const int k = __ffs(static_cast<int>(own)) - 1;
@@ -78,7 +78,7 @@ __device__ __forceinline__ void consume_experts(Context& c, const Deal& deal, co
     }
     if (token >= c.tokens) continue;
     for (int span = 1; span < lanes; span *= 2) sum += __shfl_xor_sync(~0u, sum, span);
-    if (leaf == 0) done(deal.unit(unit), token, row, sum);
+    if (leaf == 0) done(schedule.unit(unit), token, row, sum);
   }
 }
 
@@ -89,7 +89,7 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
   const int dense_stride = stride_of(2 * d.inter), expert_stride = stride_of(2 * d.moe_inter);
   char* const expert_acts = c.acts + c.tokens * dense_stride;
   if (c.first) choose(c, layer.route, false);
-  c.grid.await(c.wires);
+  c.grid.wait(c.peers);
   c.mark(1);
   if (c.first) {
     load_acts(c.acts, dense_stride, a.dense_act, c.tokens, d.inter);
@@ -100,16 +100,16 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
     fetch_acts(c, expert_acts, expert_stride, from.expert_act, c.tokens * d.top_k, d.moe_inter);
     ptx::cp_async_wait_all();
   }
-  meet();
+  sync_consumers();
   if (!c.last) c.epoch++;
   const auto put = [&](int which, int row, int t, float x) {
     const int64_t at = (int64_t{t} * 2 + which) * d.hidden + row;
     if (c.last)
       a.sum[at] = x;
     else
-      push(c.wires, c.epoch, at, x);
+      push(c.peers, c.epoch, at, x);
   };
-  const Deal dense = rows.dense_deal(), experts = rows.expert_deal(c.chosen->count);
+  const Schedule dense = rows.dense_schedule(), experts = rows.expert_schedule(c.chosen->count);
   consume<kDensePieces>(
       c, dense, d.leaves, {c.acts, dense_stride}, [&](int first, int units, const float* room) {
         each_output<kUnitRows>(c, units, [&](int u, int t, int row) {

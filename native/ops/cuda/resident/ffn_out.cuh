@@ -21,15 +21,15 @@ __device__ __forceinline__ void ffn_out(Context& c, const LayerArgs& layer) {
     if (c.first) {
       dense.load(a.sum + 2 * t * n, n), experts.load(a.sum + (2 * t + 1) * n, n);
     } else {
-      dense = reduced(c.wires, c.epoch, 2 * t * n, n);
-      experts = reduced(c.wires, c.epoch, (2 * t + 1) * n, n);
+      dense = reduced(c.peers, c.epoch, 2 * t * n, n);
+      experts = reduced(c.peers, c.epoch, (2 * t + 1) * n, n);
     }
     c.mark(1);
     dense.change([](float x, int, int) { return rounded(x); });
     experts.change([](float x, int, int) { return rounded(x); });
     c.sums.next();
     c.sums.give(0, dense.squares()), c.sums.give(1, experts.squares());
-    meet();
+    sync_consumers();
     const float of_dense = inverse_rms(c.sums.take(0), n, eps),
                 of_experts = inverse_rms(c.sums.take(1), n, eps);
     dense.change([&](float x, int p, int j) {

@@ -18,9 +18,11 @@ struct GateUpRows {
         inter(d.inter),
         moe(d.moe_inter) {}
   __device__ int expert_units() const { return moe / kUnitColumns; }
-  __device__ Deal dense_deal() const { return {inter / kUnitColumns, 1, 0}; }
+  __device__ Schedule dense_schedule() const { return {inter / kUnitColumns, 1, 0}; }
   /// Begins where the dense units ended, so that no block has more than one unit above its share.
-  __device__ Deal expert_deal(int count) const { return {count * expert_units(), 1, inter / kUnitColumns}; }
+  __device__ Schedule expert_schedule(int count) const {
+    return {count * expert_units(), 1, inter / kUnitColumns};
+  }
   __device__ const Bf16* dense_row(int unit, int r) const {
     return (r < kUnitColumns ? gate : up) + (int64_t{unit} * kUnitColumns + r % kUnitColumns) * hidden;
   }
@@ -45,8 +47,8 @@ __device__ __forceinline__ void gate_up(Context& c, const LayerArgs& layer) {
     load_normed(c, layer.route.hidden, layer.route.dense_norm);
   else
     ptx::cp_async_wait_all();  // that the router's stage began
-  meet();
-  const Deal dense = rows.dense_deal();
+  sync_consumers();
+  const Schedule dense = rows.dense_schedule();
   consume<kWholePieces>(c, dense, kWarps, {c.acts, stride}, [&](int first, int units, const float* room) {
     each_output<kUnitColumns>(c, units, [&](int u, int t, int column) {
       const int64_t at = int64_t{t} * d.inter + dense.unit(first + u) * kUnitColumns + column;
@@ -57,13 +59,13 @@ __device__ __forceinline__ void gate_up(Context& c, const LayerArgs& layer) {
     load_normed(c, layer.route.hidden, layer.route.expert_norm);
   else
     fetch_acts(c, c.acts, stride, c.p.activations.expert_in, c.tokens, d.hidden);
-  c.grid.await(c.wires);
+  c.grid.wait(c.peers);
   c.mark(1);
   choose(c, layer.route, blockIdx.x == 0);
   c.mark(2);
   ptx::cp_async_wait_all();
-  meet();
-  const Deal experts = rows.expert_deal(c.chosen->count);
+  sync_consumers();
+  const Schedule experts = rows.expert_schedule(c.chosen->count);
   consume<kWholePieces>(c, experts, kWarps, {c.acts, stride}, [&](int first, int units, const float* room) {
     each_output<kUnitColumns>(c, units, [&](int u, int t, int column) {
       const int unit = experts.unit(first + u), i = unit / rows.expert_units();

@@ -14,21 +14,22 @@ __device__ __forceinline__ void logits(Context& c) {
     c.mark(1);
     load_normed(c, a.hidden, a.norm, c.p.in.row);
   } else {
-    c.owners.await(c.wires);
+    c.owners.wait(c.peers);
     c.mark(1);
     fetch_acts(c, c.acts, stride_of(2 * n), c.p.activations.normed, c.tokens, n, c.p.in.row);
     ptx::cp_async_wait_all();
   }
-  meet();
-  const Deal deal(d.local_vocab / kUnitRows, 1, 0);
-  consume<kWholePieces>(
-      c, deal, kWarps, {c.acts, stride_of(2 * n)}, [&](int first, int units, const float* room) {
-        each_output<kUnitRows>(c, units, [&](int u, int row_of_logits, int row) {
-          const float x = joined(room, u, row_of_logits, row);
-          a.logits[static_cast<int64_t>(row_of_logits) * d.local_vocab + deal.unit(first + u) * kUnitRows +
-                   row] = d.softcap > 0 ? d.softcap * tanh_f32(x / d.softcap) : x;
-        });
-      });
+  sync_consumers();
+  const Schedule schedule(d.local_vocab / kUnitRows, 1, 0);
+  consume<kWholePieces>(c, schedule, kWarps, {c.acts, stride_of(2 * n)},
+                        [&](int first, int units, const float* room) {
+                          each_output<kUnitRows>(c, units, [&](int u, int row_of_logits, int row) {
+                            const float x = joined(room, u, row_of_logits, row);
+                            a.logits[static_cast<int64_t>(row_of_logits) * d.local_vocab +
+                                     schedule.unit(first + u) * kUnitRows + row] =
+                                d.softcap > 0 ? d.softcap * tanh_f32(x / d.softcap) : x;
+                          });
+                        });
 }
 
 }  // namespace tp::cuda::resident

@@ -31,11 +31,11 @@ struct Chosen {
 /// What every stage sees.
 struct Context {
   const Parameters& p;
-  const Wires& wires;
+  const PeerMemory& peers;
   int tokens, warp, lane;
   int column, quarter;  // of a product: the token of the lane's operand, and which 8 of every 32 elements
   Ring ring;
-  Counter grid, owners;
+  ArrivalCounter grid, owners;
   Sums sums;
   char* acts;       // bfloat16 activations
   float* exchange;  // 2 turns of kRoomFloats
@@ -113,11 +113,11 @@ struct Acts {
 /// banks.
 __device__ __forceinline__ int row_of(int column) { return (column & 1) * kSlotRows + column / 2; }
 
-/// Takes all portions of a deal. A warp takes a chunk of `Pieces` pieces of every row; a portion has `chunks`
-/// of them. done(unit, units, room) is called by all threads when the sums of `units` neighbouring units of
-/// the block's, from `unit` on, are in the room.
+/// Takes all portions of a schedule. A warp takes a chunk of `Pieces` pieces of every row; a portion has
+/// `chunks` of them. done(unit, units, room) is called by all threads when the sums of `units` neighbouring
+/// units of the block's, from `unit` on, are in the room.
 template <int Pieces, class Done>
-__device__ __forceinline__ void consume(Context& c, const Deal& deal, int chunks, const Acts& acts,
+__device__ __forceinline__ void consume(Context& c, const Schedule& schedule, int chunks, const Acts& acts,
                                         Done&& done) {
   const int row = row_of(c.column), row_bytes = chunks * Pieces * 16;
   const uint32_t offset = c.warp * Pieces * 16 + c.quarter * 16;
@@ -125,22 +125,22 @@ __device__ __forceinline__ void consume(Context& c, const Deal& deal, int chunks
   const uint32_t act = shared_of(acts.data) + c.column * acts.stride + offset;
   const int sums_at = c.warp * kSumFloats + c.column * kUnitRows + row_of(2 * c.quarter);
 #pragma unroll 1
-  for (int base = 0; base < deal.portions; base += kGroup) {
-    const int end = min(base + kGroup, deal.portions);
+  for (int base = 0; base < schedule.portions; base += kGroup) {
+    const int end = min(base + kGroup, schedule.portions);
     float* const room = c.next_room();
 #pragma unroll 1
     for (int n = base; n < end; n++) {
-      const uint32_t at = c.ring.take(row, row_bytes, c.wires) + offset;
+      const uint32_t at = c.ring.wait_full(row, row_bytes, c.peers) + offset;
       if (c.warp < chunks) {
         float sums[2];
-        product<Pieces>(at, act + (n & (deal.parts - 1)) * row_bytes, held, c.quarter, sums);
+        product<Pieces>(at, act + (n & (schedule.parts - 1)) * row_bytes, held, c.quarter, sums);
         float* const to = room + (n - base) * kWarps * kSumFloats + sums_at;
         if (held) to[0] = sums[0], to[kSlotRows] = sums[1];
       }
       c.ring.release();
     }
-    meet();
-    done(base / deal.parts, (end - base) / deal.parts, room);
+    sync_consumers();
+    done(base / schedule.parts, (end - base) / schedule.parts, room);
   }
 }
 
@@ -225,7 +225,7 @@ __device__ __noinline__ inline void norm_rows(char* to, int tokens, int n, float
     row.put(to + t * stride, n);  // as they are: they are bfloat16-valued
     sums.give(t, row.squares());
   }
-  meet();
+  sync_consumers();
 #pragma unroll 1
   for (int t = 0; t < tokens; t++) {
     const float inverse = inverse_rms(sums.take(t), n, eps);

@@ -15,7 +15,7 @@ struct QkvRows {
         v(a.v_weight),
         q_units(a.heads.heads * a.heads.head_dim / kUnitRows),
         kv_units(a.heads.kv_heads * a.heads.head_dim / kUnitRows) {}
-  __device__ Deal deal() const { return {q_units + (v ? 2 : 1) * kv_units, 1, 0}; }
+  __device__ Schedule schedule() const { return {q_units + (v ? 2 : 1) * kv_units, 1, 0}; }
   __device__ const Bf16* row(int unit, int r, int hidden) const {
     const bool of_q = unit < q_units, of_k = unit < q_units + kv_units;
     const int64_t at = (of_q ? unit : unit - q_units - (of_k ? 0 : kv_units)) * kUnitRows + r;
@@ -31,18 +31,18 @@ __device__ __forceinline__ void qkv(Context& c, const LayerArgs& layer) {
     c.mark(1);
     load_normed(c, a.hidden, a.norm);
   } else {
-    c.owners.await(c.wires);
+    c.owners.wait(c.peers);
     c.mark(1);
     fetch_acts(c, c.acts, stride_of(2 * n), c.p.activations.normed, c.tokens, n);
     ptx::cp_async_wait_all();
   }
-  meet();
-  const Deal deal = rows.deal();
-  consume<kWholePieces>(c, deal, kWarps, {c.acts, stride_of(2 * n)},
+  sync_consumers();
+  const Schedule schedule = rows.schedule();
+  consume<kWholePieces>(c, schedule, kWarps, {c.acts, stride_of(2 * n)},
                         [&](int first, int units, const float* room) {
                           each_output<kUnitRows>(c, units, [&](int u, int t, int row) {
                             const float x = rounded(joined(room, u, t, row));
-                            const int at = deal.unit(first + u) * kUnitRows + row;
+                            const int at = schedule.unit(first + u) * kUnitRows + row;
                             if (at < q_rows)
                               a.q[static_cast<int64_t>(t) * q_rows + at] = x;
                             else

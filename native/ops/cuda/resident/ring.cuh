@@ -3,19 +3,19 @@
 // they need them. A slot holds four weight rows, or parts of them.
 #pragma once
 
-#include "ops/cuda/resident/meeting.cuh"
+#include "ops/cuda/resident/sync.cuh"
 
 namespace tp::cuda::resident {
 
 __device__ inline uint32_t shared_of(const void* p) { return ptx::shared_address(p); }
 
 /// A warp waits until the phase with that parity is over.
-__device__ __forceinline__ void await_phase(uint32_t barrier, uint32_t parity, const Wires& wires) {
-  Patience patience;
+__device__ __forceinline__ void wait_phase(uint32_t barrier, uint32_t parity, const PeerMemory& peers) {
+  Timeout timeout;
   for (;;) {
     if (__all_sync(~0u, ptx::mbarrier_try_wait(barrier, parity))) return;
     __nanosleep(32);
-    patience.lose(wires, kPatienceNs);
+    timeout.poll(peers, kTimeoutNs);
   }
 }
 
@@ -24,10 +24,10 @@ inline __host__ __device__ int stride_of(int bytes) { return (bytes + 63) / 128 
 
 /// A matrix cut for the ring: units of 8 rows, dealt out to the blocks in turn from block `offset` on. A
 /// portion is 8 rows as the ring holds them; long rows make a unit of several portions.
-struct Deal {
+struct Schedule {
   int first, step, parts;  // the block's first unit, how far apart its units are, and portions of a unit
   int units, portions;     // that the block has
-  __device__ Deal(int all, int parts_, int offset) : step(gridDim.x), parts(parts_) {
+  __device__ Schedule(int all, int parts_, int offset) : step(gridDim.x), parts(parts_) {
     first = static_cast<int>(blockIdx.x) - offset % step;
     if (first < 0) first += step;
     units = first < all ? (all - 1 - first) / step + 1 : 0;
@@ -52,11 +52,11 @@ class Ring {
     ptx::fence_proxy_async();
   }
   /// Shared address of row `row` of the next portion, when all of the portion is there.
-  __device__ __forceinline__ uint32_t take(int row, int row_bytes, const Wires& wires) const {
+  __device__ __forceinline__ uint32_t wait_full(int row, int row_bytes, const PeerMemory& peers) const {
     // One warp polls, the others sleep: polls take from what the copy engine needs to write.
     if (threadIdx.x < 32)
 #pragma unroll
-      for (int i = 0; i < kUnitSlots; i++) await_phase(barriers_ + spot(i).slot * 16, spot(i).phase, wires);
+      for (int i = 0; i < kUnitSlots; i++) wait_phase(barriers_ + spot(i).slot * 16, spot(i).phase, peers);
     ptx::bar_sync<2, kThreads>();
     return data_ + spot(row / kSlotRows).slot * bytes_ + row % kSlotRows * row_bytes;
   }
@@ -74,8 +74,8 @@ class Ring {
 
   /// By the warp that fills, for the next portion: lane r brings row r, from `from` on; null: no row.
   /// Adjacent: rows that share a slot are neighbours in memory.
-  __device__ __forceinline__ void ask(const Bf16* from, int row_bytes, bool adjacent, const Wires& wires,
-                                      uint64_t policy) {
+  __device__ __forceinline__ void produce(const Bf16* from, int row_bytes, bool adjacent,
+                                          const PeerMemory& peers, uint64_t policy) {
     const int lane = threadIdx.x % 32;
     const unsigned rows = __ballot_sync(~0u, lane < kUnitRows && from != nullptr);
 #pragma unroll
@@ -84,9 +84,9 @@ class Ring {
       const uint32_t full = barriers_ + s.slot * 16;
       const int r = lane - i * kSlotRows;
       const int bytes = row_bytes * __popc(rows >> i * kSlotRows & ((1 << kSlotRows) - 1));
-      await_phase(full + 8, s.phase ^ 1, wires);
+      wait_phase(full + 8, s.phase ^ 1, peers);
       while (coming_ == slots_ || (coming_ > 0 && coming_bytes_ + bytes > kBytesAhead)) {
-        await_phase(barriers_ + late_ * 16, late_phase_, wires);
+        wait_phase(barriers_ + late_ * 16, late_phase_, peers);
         coming_--, coming_bytes_ -= __shfl_sync(~0u, asked_, static_cast<int>(late_));
         if (++late_ == slots_) late_ = 0, late_phase_ ^= 1;
       }

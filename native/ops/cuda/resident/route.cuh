@@ -19,7 +19,7 @@ __device__ __forceinline__ void add_attention(Context& c, const RouteArgs& a) {
   if (c.first)
     sum.load(a.sum + at, n);
   else
-    sum = reduced(c.wires, c.epoch, at, n);
+    sum = reduced(c.peers, c.epoch, at, n);
   c.mark(1);
   sum.change([](float x, int, int) { return rounded(x); });
   const float inverse = inverse_rms(c.sums.over_block(sum.squares()), n, c.p.dims.eps);
@@ -98,7 +98,7 @@ __device__ __forceinline__ void choose(Context& c, const RouteArgs& a, bool stor
       }
     }
   }
-  meet();
+  sync_consumers();
   const int e = threadIdx.x;
   uint64_t slots = ~0ull;
   int before = 0;
@@ -112,7 +112,7 @@ __device__ __forceinline__ void choose(Context& c, const RouteArgs& a, bool stor
   const bool any = slots != ~0ull;
   const unsigned votes = __ballot_sync(~0u, any);
   if (c.lane == 0) voters[c.warp] = __popc(votes);
-  meet();
+  sync_consumers();
   int at = __popc(votes & ((1u << c.lane) - 1)), all = 0;
   for (int w = 0; w < kWarps; w++) {
     if (w < c.warp) at += voters[w];
@@ -128,7 +128,7 @@ __device__ __forceinline__ void choose(Context& c, const RouteArgs& a, bool stor
   }
   if (e == 0) c.chosen->count = all;
   if (store && e <= experts) a.expert_start[e] = before;
-  meet();
+  sync_consumers();
   if (e == 0) ptx::mbarrier_arrive(c.listed);
 }
 
@@ -144,7 +144,7 @@ __device__ __forceinline__ void route(Context& c, const LayerArgs& layer) {
     c.owners.arrive();
   }
   c.owners.expect(c.tokens);
-  c.owners.await(c.wires);
+  c.owners.wait(c.peers);
   c.mark(2);
   if (!c.last) fetch_acts(c, c.acts, stride_of(2 * n), c.p.activations.dense_in, c.tokens, n);
 #pragma unroll 1
@@ -162,14 +162,14 @@ __device__ __forceinline__ void route(Context& c, const LayerArgs& layer) {
       });
       c.sums.give(t, logit);
     }
-    meet();
+    sync_consumers();
     if (static_cast<int>(threadIdx.x) < c.tokens)
       a.router_logits[threadIdx.x * d.experts + e] = c.sums.take(threadIdx.x);
   }
   c.grid.arrive();
   c.grid.expect(gridDim.x);
   if (!c.last) return;
-  c.grid.await(c.wires);
+  c.grid.wait(c.peers);
   choose(c, a, blockIdx.x == 0);
 }
 

@@ -2,12 +2,12 @@
 // of a sum depends on the row's length alone.
 #pragma once
 
-#include "ops/cuda/resident/meeting.cuh"
+#include "ops/cuda/resident/sync.cuh"
 
 namespace tp::cuda::resident {
 
-/// Sums over the computing threads of up to 8 values each, given to all: give() every value, meet(), then
-/// take().
+/// Sums over the computing threads of up to 8 values each, given to all: give() every value,
+/// sync_consumers(), then take().
 class Sums {
  public:
   /// `room`: 2 turns of kMostTokens * kWarps floats.
@@ -25,7 +25,7 @@ class Sums {
   __device__ float over_block(float value) {
     next();
     give(0, value);
-    meet();
+    sync_consumers();
     return take(0);
   }
 
@@ -126,7 +126,7 @@ __device__ inline float rounded(float x) { return to_float(to_bf16(x)); }
 
 /// The sum over N ranks, from `first` on, of elements `at` .. of operation `epoch`, in tree order.
 template <int N>
-__device__ __forceinline__ Row gather(const Wires& w, uint32_t epoch, int64_t at, int n, int first = 0) {
+__device__ __forceinline__ Row gather(const PeerMemory& w, uint32_t epoch, int64_t at, int n, int first = 0) {
   if constexpr (N > 2) {
     Row low = gather<N / 2>(w, epoch, at, n, first);
     const Row high = gather<N / 2>(w, epoch, at, n, first + N / 2);
@@ -134,7 +134,7 @@ __device__ __forceinline__ Row gather(const Wires& w, uint32_t epoch, int64_t at
     return low;
   } else {
     Row rows[N];
-    Patience patience;
+    Timeout timeout;
     for (;;) {
       bool there = true;
 #pragma unroll
@@ -157,7 +157,7 @@ __device__ __forceinline__ Row gather(const Wires& w, uint32_t epoch, int64_t at
         }
       }
       if (there) break;
-      patience.lose(w, kPeerPatienceNs, first == w.rank ? first + N - 1 : first);
+      timeout.poll(w, kPeerTimeoutNs, first == w.rank ? first + N - 1 : first);
     }
     if constexpr (N == 2) rows[0].change([&](float x, int p, int j) { return x + rows[1].x[p][j]; });
     return rows[0];
@@ -165,7 +165,7 @@ __device__ __forceinline__ Row gather(const Wires& w, uint32_t epoch, int64_t at
 }
 
 /// Elements at .. of the all-reduce `epoch`, as soon as all ranks have sent them.
-__device__ __noinline__ inline Row reduced(const Wires& w, uint32_t epoch, int64_t at, int n) {
+__device__ __noinline__ inline Row reduced(const PeerMemory& w, uint32_t epoch, int64_t at, int n) {
   if (w.size == 1) return gather<1>(w, epoch, at, n);
   if (w.size == 2) return gather<2>(w, epoch, at, n);
   if (w.size == 4) return gather<4>(w, epoch, at, n);

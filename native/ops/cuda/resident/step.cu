@@ -21,13 +21,13 @@ __device__ void fill_ring(const Parameters& p, Ring& ring, const Chosen& chosen,
   // Weights are read once a step: let them not drive out what is read again.
   const uint64_t policy = ptx::evict_first_policy();
   uint32_t lists = 0;
-  const auto await_list = [&] { await_phase(listed, lists++ & 1, p.wires); };
+  const auto wait_list = [&] { wait_phase(listed, lists++ & 1, p.peers); };
   const int r = threadIdx.x % kUnitRows;
-  const auto fill = [&](const Deal& deal, int bytes, bool adjacent, auto&& row) {
+  const auto fill = [&](const Schedule& schedule, int bytes, bool adjacent, auto&& row) {
 #pragma unroll 1
-    for (int n = 0, unit = deal.first, part = 0; n < deal.portions; n++) {
-      ring.ask(row(unit, part), bytes, adjacent, p.wires, policy);
-      if (++part == deal.parts) part = 0, unit += deal.step;
+    for (int n = 0, unit = schedule.first, part = 0; n < schedule.portions; n++) {
+      ring.produce(row(unit, part), bytes, adjacent, p.peers, policy);
+      if (++part == schedule.parts) part = 0, unit += schedule.step;
     }
   };
 #pragma unroll 1
@@ -41,28 +41,29 @@ __device__ void fill_ring(const Parameters& p, Ring& ring, const Chosen& chosen,
     switch (step % kStages) {
       case kQkv: {
         const QkvRows rows(layer.qkv);
-        fill(rows.deal(), 2 * d.hidden, true, [&](int unit, int) { return rows.row(unit, r, d.hidden); });
+        fill(rows.schedule(), 2 * d.hidden, true, [&](int unit, int) { return rows.row(unit, r, d.hidden); });
         break;
       }
       case kAttnOut: {
         const AttnOutRows rows{layer.attn_out.weight, layer.attn_out.columns};
-        const Deal deal = rows.deal(d.hidden);
-        fill(deal, 2 * rows.part(), deal.parts == 1,
+        const Schedule schedule = rows.schedule(d.hidden);
+        fill(schedule, 2 * rows.part(), schedule.parts == 1,
              [&](int unit, int part) { return rows.row(unit, part, r); });
         break;
       }
       case kGateUp: {
         const GateUpRows rows(layer.gate_up, d);
-        fill(rows.dense_deal(), 2 * d.hidden, true, [&](int unit, int) { return rows.dense_row(unit, r); });
+        fill(rows.dense_schedule(), 2 * d.hidden, true,
+             [&](int unit, int) { return rows.dense_row(unit, r); });
         if (step + 1 < p.to) {  // memory would rest until the experts are chosen
           const DownRows next(layer.down, d);
-          const Deal deal = next.dense_deal();
-          for (int i = threadIdx.x % 32; i < deal.units; i += 32)
-            ptx::prefetch_l2_bulk(next.dense_row(deal.unit(i), 0), kUnitRows * 2 * d.inter);
+          const Schedule schedule = next.dense_schedule();
+          for (int i = threadIdx.x % 32; i < schedule.units; i += 32)
+            ptx::prefetch_l2_bulk(next.dense_row(schedule.unit(i), 0), kUnitRows * 2 * d.inter);
         }
-        await_list();
+        wait_list();
         const int units = rows.expert_units();
-        fill(rows.expert_deal(chosen.count), 2 * d.hidden, true, [&](int unit, int) {
+        fill(rows.expert_schedule(chosen.count), 2 * d.hidden, true, [&](int unit, int) {
           const int i = unit / units;
           return rows.expert_row(chosen.expert[i], unit - i * units, r);
         });
@@ -70,9 +71,10 @@ __device__ void fill_ring(const Parameters& p, Ring& ring, const Chosen& chosen,
       }
       case kDown: {
         const DownRows rows(layer.down, d);
-        if (step == p.from) await_list();
-        fill(rows.dense_deal(), 2 * d.inter, true, [&](int unit, int) { return rows.dense_row(unit, r); });
-        fill(rows.expert_deal(chosen.count), 2 * d.moe_inter * rows.expert_rows, false,
+        if (step == p.from) wait_list();
+        fill(rows.dense_schedule(), 2 * d.inter, true,
+             [&](int unit, int) { return rows.dense_row(unit, r); });
+        fill(rows.expert_schedule(chosen.count), 2 * d.moe_inter * rows.expert_rows, false,
              [&](int unit, int part) -> const Bf16* {
                const int i = part * kWarps + r;
                return i < chosen.count ? rows.expert_row(chosen.expert[i], unit) : nullptr;
@@ -111,9 +113,9 @@ __device__ inline void fetch(LayerArgs* to, const LayerArgs* from) {
   for (int i = threadIdx.x * 8; i < static_cast<int>(sizeof(LayerArgs)); i += kThreads * 8)
     ptx::cp_async_8(shared_of(to) + i, reinterpret_cast<const char*>(from) + i);
 }
-__device__ inline void await_fetched() {
+__device__ inline void wait_fetched() {
   ptx::cp_async_wait_all();
-  meet();
+  sync_consumers();
 }
 
 __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ Parameters p) {
@@ -143,15 +145,15 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
   const int lane = threadIdx.x % 32;
   char* const acts = memory + p.slots * p.slot_bytes;
   Context c{p,
-            p.wires,
+            p.peers,
             tokens,
             static_cast<int>(threadIdx.x) / 32,
             lane,
             lane / 4,
             lane % 4,
             ring,
-            Counter(&p.counters->grid, __ldcg(&p.counters->grid_before)),
-            Counter(&p.counters->owners, __ldcg(&p.counters->owners_before)),
+            ArrivalCounter(&p.counters->grid, __ldcg(&p.counters->grid_before)),
+            ArrivalCounter(&p.counters->owners, __ldcg(&p.counters->owners_before)),
             Sums(room),
             acts,
             reinterpret_cast<float*>(acts + p.act_bytes),
@@ -172,7 +174,7 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
       logits(c);
     } else {
       if (c.first || stage == 0) {
-        await_fetched();
+        wait_fetched();
         if (layer + 1 < p.layer_count) fetch(&layers[(layer + 1) & 1], p.layers + layer + 1);
       }
       run_stage(c, stage, layers[layer & 1]);
@@ -180,7 +182,7 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
     c.mark(3);
   }
 
-  await_fetched();
+  wait_fetched();
   if (threadIdx.x > 0) return;
   __threadfence();
   if (atomicAdd(&p.counters->exited, 1u) != gridDim.x - 1) return;
@@ -229,7 +231,7 @@ bool fits(const Decoder& decoder, const Dims& d) {
 
 class Step final : public Fused {
  public:
-  Step(const Decoder& decoder, const Dims& d, const Wires* wires, CudaBackend& cuda)
+  Step(const Decoder& decoder, const Dims& d, const PeerMemory* peers, CudaBackend& cuda)
       : decoder_(decoder), cuda_(cuda) {
     p_.dims = d;
     p_.logits = decoder.logits;
@@ -240,13 +242,13 @@ class Step final : public Fused {
     p_.layers = layers;
     p_.counters = static_cast<Counters*>(cuda.allocate(sizeof(Counters)));
     p_.slot_bytes = slot_bytes_of(decoder, d);
-    if (wires) {
-      p_.wires = *wires;
+    if (peers) {
+      p_.peers = *peers;
     } else {
-      p_.wires.size = 1;
-      p_.wires.floats = int64_t{2} * d.hidden * kMostTokens;
-      p_.wires.inbox[0] =
-          static_cast<uint64_t*>(cuda.allocate(2 * static_cast<size_t>(p_.wires.floats) * sizeof(uint64_t)));
+      p_.peers.size = 1;
+      p_.peers.floats = int64_t{2} * d.hidden * kMostTokens;
+      p_.peers.inbox[0] =
+          static_cast<uint64_t*>(cuda.allocate(2 * static_cast<size_t>(p_.peers.floats) * sizeof(uint64_t)));
     }
     size_t rows = 0;
     int kv_heads = 0;
@@ -316,9 +318,9 @@ class Step final : public Fused {
 
 }  // namespace resident
 
-std::unique_ptr<Fused> CudaBackend::fuse(const Decoder& decoder, const Dims& dims, const Wires* wires) {
+std::unique_ptr<Fused> CudaBackend::fuse(const Decoder& decoder, const Dims& dims, const PeerMemory* peers) {
   if (decoder.layers.empty() || !resident::fits(decoder, dims)) return nullptr;
-  return std::make_unique<resident::Step>(decoder, dims, wires, *this);
+  return std::make_unique<resident::Step>(decoder, dims, peers, *this);
 }
 
 }  // namespace tp::cuda

@@ -2,7 +2,7 @@
 // multiprocessors from the first layer to the logits.
 #pragma once
 
-#include "base/wires.h"
+#include "base/peer_memory.h"
 #include "ops/decoder.h"
 
 namespace tp::cuda::resident {
@@ -63,7 +63,7 @@ struct Parameters {
   LogitsArgs logits;
   Dims dims;
   Input in;
-  Wires wires;
+  PeerMemory peers;
   Counters* counters;
   Activations activations;
   uint32_t* chunks_done;  // (T, kvHeads) chunks of attention that are there; 0 between layers

@@ -7,31 +7,31 @@
 
 namespace tp::cuda::resident {
 
-constexpr uint64_t kPeerPatienceNs = 20'000'000'000;  // a peer that is this late will not come
-constexpr uint64_t kPatienceNs = 25'000'000'000;
+constexpr uint64_t kPeerTimeoutNs = 20'000'000'000;  // a peer that is this late will not come
+constexpr uint64_t kTimeoutNs = 25'000'000'000;
 constexpr int kTriesBetweenLooks = 1 << 14;  // at the host's memory, which lies behind a slow bus
 
-/// The computing threads of the block meet.
-__device__ inline void meet() { ptx::bar_sync<1, kThreads>(); }
+/// A barrier of the computing (consumer) threads of the block.
+__device__ inline void sync_consumers() { ptx::bar_sync<1, kThreads>(); }
 
 /// Ends the kernel when a wait that began at `begin` has lasted too long or was called off. Kept out of line:
 /// the code of every step should stay in the instruction cache.
-__device__ __noinline__ inline void lose_patience(const Wires& wires, uint64_t& begin, uint64_t limit,
-                                                  int peer) {
+__device__ __noinline__ inline void end_if_overdue(const PeerMemory& peers, uint64_t& begin, uint64_t limit,
+                                                   int peer) {
   const uint64_t now = ptx::globaltimer();
   if (begin == 0) begin = now;
-  const bool off = wires.abort && *wires.abort;
+  const bool off = peers.abort && *peers.abort;
   if (!off && now - begin < limit) return;
-  if (!off && peer >= 0 && wires.late) *wires.late = 1 + static_cast<uint32_t>(peer);
+  if (!off && peer >= 0 && peers.late) *peers.late = 1 + static_cast<uint32_t>(peer);
   __threadfence_system();
   __trap();
 }
 
 /// Counts the tries of a wait.
-class Patience {
+class Timeout {
  public:
-  __device__ void lose(const Wires& wires, uint64_t limit, int peer = -1) {
-    if (++tries_ % kTriesBetweenLooks == 0) lose_patience(wires, begin_, limit, peer);
+  __device__ void poll(const PeerMemory& peers, uint64_t limit, int peer = -1) {
+    if (++tries_ % kTriesBetweenLooks == 0) end_if_overdue(peers, begin_, limit, peer);
   }
 
  private:
@@ -40,21 +40,21 @@ class Patience {
 };
 
 /// Arrivals of blocks, and how many there must be before this block may go on.
-class Counter {
+class ArrivalCounter {
  public:
-  __device__ Counter(uint32_t* arrived, uint32_t before) : arrived_(arrived), due_(before) {}
+  __device__ ArrivalCounter(uint32_t* arrived, uint32_t before) : arrived_(arrived), due_(before) {}
   /// The block is done; what its threads wrote is visible to whoever awaits it.
   __device__ void arrive() const {
-    meet();
+    sync_consumers();
     if (threadIdx.x == 0) ptx::red_release_gpu_add<1>(arrived_);
   }
   __device__ void expect(int blocks) { due_ += static_cast<uint32_t>(blocks); }
-  __device__ void await(const Wires& wires) const {
+  __device__ void wait(const PeerMemory& peers) const {
     if (threadIdx.x == 0) {
-      Patience patience;
-      while (static_cast<int>(ptx::ld_acquire_gpu(arrived_) - due_) < 0) patience.lose(wires, kPatienceNs);
+      Timeout timeout;
+      while (static_cast<int>(ptx::ld_acquire_gpu(arrived_) - due_) < 0) timeout.poll(peers, kTimeoutNs);
     }
-    meet();
+    sync_consumers();
   }
   __device__ uint32_t due() const { return due_; }
 
@@ -64,7 +64,7 @@ class Counter {
 };
 
 /// A value to every rank, this one included, as element `at` of operation `epoch`.
-__device__ inline void push(const Wires& w, uint32_t epoch, int64_t at, float value) {
+__device__ inline void push(const PeerMemory& w, uint32_t epoch, int64_t at, float value) {
   const uint64_t line = static_cast<uint64_t>(epoch) << 32 | bits_of(value);
   const int64_t to = ((epoch & 1) * w.size + w.rank) * w.floats + at;
 #pragma unroll 1

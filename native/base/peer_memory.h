@@ -9,7 +9,7 @@
 
 namespace tp {
 
-struct Wires {
+struct PeerMemory {
   int rank, size;
   int64_t floats;               // of one message at most
   uint64_t* inbox[kMaxLeaves];  // [r]: in rank r's memory, (2, size, floats): turns, senders, values
