@@ -31,7 +31,7 @@
 #define __align__(n) alignas(n)
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
-/// All blocks run on one host thread, whose thread-local memory is the running block's (scheduler.cc).
+/// All blocks run on one host thread, whose thread-local memory is the running block's (shared_memory.cc).
 #define __shared__ static thread_local
 #define CUDART_VERSION 13000
 
