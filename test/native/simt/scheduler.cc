@@ -77,6 +77,17 @@ void fail_all(const std::string& text) {
   report(all);
 }
 
+/// A copy at fault that lands between threads ends its block's grid.
+template <class Act>
+bool guarded(Block& block, Act act) {
+  try {
+    return act();
+  } catch (const Landed& landed) {
+    fail(*block.grid, "  a copy that landed: " + landed.what + "\n");
+    return true;
+  }
+}
+
 /// True if a copy of one of the blocks did.
 bool land_any_copy(const std::vector<Block*>& blocks) {
   if (blocks.empty()) return false;
@@ -85,12 +96,7 @@ bool land_any_copy(const std::vector<Block*>& blocks) {
     Block& block = *blocks[(first + i) % blocks.size()];
     if (block.bulk.empty() && block.copying.empty()) continue;
     enter(&block);
-    try {
-      if (land_one(block)) return true;
-    } catch (const Landed& landed) {
-      fail(*block.grid, "  a copy that landed: " + landed.what + "\n");
-      return true;
-    }
+    if (guarded(block, [&] { return land_one(block); })) return true;
   }
   return false;
 }
@@ -163,7 +169,8 @@ bool turn() {
     }
   const bool still = stillness.pauses > 1000 + 4 * static_cast<uint64_t>(threads);
   if (!runnable.empty() && !still) {
-    run(*runnable[draw(runnable.size())]);
+    Block& block = *runnable[draw(runnable.size())];
+    guarded(block, [&] { return run(block), true; });
     maybe_land_late_stores();
     if (draw(1024) == 0 &&
         std::chrono::duration<double>(std::chrono::steady_clock::now() - turns_since_).count() > kMostSeconds)
