@@ -159,14 +159,7 @@ struct ModelShape {
 constexpr ModelShape kReal = {8, 16, 8, 2, 128, 8, 262144, 1024, 6};
 constexpr int kHidden = 2816;
 
-struct Layer {
-  QkvArgs qkv;
-  AttentionArgs attention;
-  AttnOutArgs attn_out;
-  RouteArgs route;
-  GateUpArgs gate_up;
-  DownArgs down;
-  FfnOutArgs ffn_out;
+struct Layer : LayerArgs {
   double qkv_bytes, out_bytes;
 };
 
@@ -315,8 +308,7 @@ struct Model {
 
 inline Decoder decoder_of(const Model& m) {
   Decoder out;
-  for (const Layer& l : m.layers)
-    out.layers.push_back({l.qkv, l.attention, l.attn_out, l.route, l.gate_up, l.down, l.ffn_out});
+  out.layers.assign(m.layers.begin(), m.layers.end());
   out.logits = m.logits;
   return out;
 }

@@ -199,7 +199,7 @@ __device__ __forceinline__ void attend(Context& c, const LayerArgs& layer, const
       for (int t = 0; t < c.tokens; t++) of_step |= c.slot[t] == c.slot[own] && c.position[t] == begin + i;
       if (of_step) continue;
       const Bf16* const row = cached(of, begin + i);
-      const uint32_t at = shared_of(to) + i * stride;
+      const uint32_t at = ptx::shared_address(to) + i * stride;
 #pragma unroll
       for (int d = c.lane * 8; d < D; d += 256) ptx::cp_async_16(at + d * 2, row + d);
     }
@@ -318,7 +318,7 @@ __device__ __forceinline__ void attend(Context& c, const LayerArgs& layer, const
   if (task.chunks > 1 && warp == 0 && c.lane < group)
     c.p.partial_scale[(first_row + c.lane) * chunks + task.chunk] = room.scale[c.lane];
   if constexpr (D == kFewChunksDim)
-    if (task.chunks > 1 && task.chunks <= kFewChunks) {
+    if (task.chunks > 1 && joined_at_once(h, task.chunks)) {
       sync_consumers();
       if (threadIdx.x == 0) {
         uint32_t* const done = c.p.chunks_done + own * h.kv_heads + task.kv_head;

@@ -52,7 +52,7 @@ __device__ __forceinline__ void consume_experts(Context& c, const Schedule& sche
       const uint32_t taken = c.ring.wait_full(c.warp, row_bytes, c.peers);
       if (i < count) {
         const int slot = c.column < c.tokens ? c.chosen->slot(i, c.column) : -1;
-        uint32_t act = shared_of(acts.data) + (c.column * top_k + slot) * acts.stride;
+        uint32_t act = ptx::shared_address(acts.data) + (c.column * top_k + slot) * acts.stride;
         uint32_t weights = taken + c.column % rows.expert_rows * rows.moe * 2;
         act += c.quarter * 16, weights += c.quarter * 16;
         float* const to = room + (c.warp * kMostTokens + c.column) * kExpertSums + 2 * c.quarter * lanes;

@@ -122,7 +122,7 @@ __device__ __forceinline__ void consume(Context& c, const Schedule& schedule, in
   const int row = row_of(c.column), row_bytes = chunks * Pieces * 16;
   const uint32_t offset = c.warp * Pieces * 16 + c.quarter * 16;
   const bool held = c.column < c.tokens;
-  const uint32_t act = shared_of(acts.data) + c.column * acts.stride + offset;
+  const uint32_t act = ptx::shared_address(acts.data) + c.column * acts.stride + offset;
   const int sums_at = c.warp * kSumFloats + c.column * kUnitRows + row_of(2 * c.quarter);
 #pragma unroll 1
   for (int base = 0; base < schedule.portions; base += kGroup) {
@@ -193,7 +193,7 @@ __device__ __forceinline__ void fetch_acts(const Context& c, char* to, int strid
   for (int r = c.warp; r < rows; r += kWarps) {
     const Bf16* const row = from + static_cast<int64_t>(index ? index[r] : r) * width;
     for (int at = c.lane * 8; at < width; at += 32 * 8)
-      ptx::cp_async_16(shared_of(to + r * stride + at * 2), row + at);
+      ptx::cp_async_16(ptx::shared_address(to + r * stride + at * 2), row + at);
   }
 }
 

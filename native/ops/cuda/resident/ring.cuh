@@ -7,8 +7,6 @@
 
 namespace tp::cuda::resident {
 
-__device__ inline uint32_t shared_of(const void* p) { return ptx::shared_address(p); }
-
 /// A warp waits until the phase with that parity is over.
 __device__ __forceinline__ void wait_phase(uint32_t barrier, uint32_t parity, const PeerMemory& peers) {
   Timeout timeout;
@@ -41,7 +39,10 @@ struct Schedule {
 class Ring {
  public:
   __device__ Ring(const Parameters& p, char* data, uint64_t* barriers)
-      : data_(shared_of(data)), barriers_(shared_of(barriers)), slots_(p.slots), bytes_(p.slot_bytes) {}
+      : data_(ptx::shared_address(data)),
+        barriers_(ptx::shared_address(barriers)),
+        slots_(p.slots),
+        bytes_(p.slot_bytes) {}
 
   __device__ void prepare() const {
 #pragma unroll 1

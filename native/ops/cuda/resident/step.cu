@@ -111,7 +111,7 @@ __device__ __forceinline__ void run_stage(Context& c, int stage, const LayerArgs
 __device__ inline void fetch(LayerArgs* to, const LayerArgs* from) {
   static_assert(sizeof(LayerArgs) % 8 == 0);
   for (int i = threadIdx.x * 8; i < static_cast<int>(sizeof(LayerArgs)); i += kThreads * 8)
-    ptx::cp_async_8(shared_of(to) + i, reinterpret_cast<const char*>(from) + i);
+    ptx::cp_async_8(ptx::shared_address(to) + i, reinterpret_cast<const char*>(from) + i);
 }
 __device__ inline void wait_fetched() {
   ptx::cp_async_wait_all();
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
   const int tokens = p.in.tokens;
   if (threadIdx.x == 0) {
     ring.prepare();
-    ptx::mbarrier_init<1>(shared_of(&listed));
+    ptx::mbarrier_init<1>(ptx::shared_address(&listed));
     ptx::fence_mbarrier_init();
   }
   if (static_cast<int>(threadIdx.x) < tokens) {
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
   }
   __syncthreads();
   if (threadIdx.x >= kThreads) {
-    fill_ring(p, ring, chosen, shared_of(&listed));
+    fill_ring(p, ring, chosen, ptx::shared_address(&listed));
     return;
   }
 
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
             acts,
             reinterpret_cast<float*>(acts + p.act_bytes),
             &chosen,
-            shared_of(&listed),
+            ptx::shared_address(&listed),
             position,
             slot,
             __ldcg(&p.counters->epoch)};
