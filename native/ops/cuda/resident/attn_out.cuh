@@ -31,7 +31,7 @@ __device__ __forceinline__ void attn_out(Context& c, const LayerArgs& layer) {
   const Schedule schedule = rows.schedule(d.hidden);
   if (!c.last) c.epoch++;
   const int chunks = a.columns / kAttentionChunk;
-  consume<kAttentionChunk / 8>(
+  consume<kAttentionChunk / 8, true>(
       c, schedule, min(chunks, kWarps), {c.acts, stride}, [&](int first, int units, const float* room) {
         each_output<kUnitRows>(c, units, [&](int u, int t, int row) {
           const float x = joined_leaves(room, schedule.parts, d.leaves, chunks / d.leaves, u, t, row);

@@ -33,52 +33,73 @@ struct DownRows {
   }
 };
 
-/// The portions of a schedule of experts. done(unit, token, row, value) by one thread an output.
+/// Sums of an expert's rows, leaf by leaf, for the tokens that chose it, to `to`: (token, kExpertSums).
+__device__ __forceinline__ void multiply_expert(const Context& c, const DownRows& rows, uint64_t slots,
+                                                uint32_t weights, const Acts& acts, float* to) {
+  const int lanes = 32 / rows.expert_rows;
+  const int slot = static_cast<signed char>(slots >> (8 * c.column));  // absent tokens chose nothing
+  uint32_t act = ptx::shared_address(acts.data) + (c.column * c.p.dims.top_k + slot) * acts.stride;
+  weights += c.column % rows.expert_rows * rows.moe * 2;
+  act += c.quarter * 16, weights += c.quarter * 16;
+  to += 2 * c.quarter * kExpertSums + c.column * lanes;
+#pragma unroll 1
+  for (int l = 0; l < lanes; l += 2) {
+    Product products[2];
+    const int second = l + 1 < rows.leaves ? kLeafPieces * 16 : 0;
+    if (l < rows.leaves)
+      multiply<kLeafPieces, false>(products, {weights, weights + second}, {act, act + second}, slot >= 0,
+                                   c.quarter);
+    act += 2 * kLeafPieces * 16, weights += 2 * kLeafPieces * 16;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int token = 2 * c.quarter + i;
+      if (token >= c.tokens || c.column >= rows.expert_rows) continue;
+      const bool chose = static_cast<signed char>(slots >> (8 * token)) >= 0;
+#pragma unroll
+      for (int k = 0; k < 2; k++)
+        to[i * kExpertSums + l + k] = chose && l + k < rows.leaves ? products[k].sum(i) : 0;
+    }
+  }
+}
+
+/// The portions of a schedule of experts: a warp an expert, several units at once where tokens are few.
+/// done(unit, token, row, value) by one thread an output.
 template <class Done>
 __device__ __forceinline__ void consume_experts(Context& c, const Schedule& schedule, const DownRows& rows,
                                                 const Acts& acts, Done&& done) {
   const int lanes = 32 / rows.expert_rows;  // places for leaves: 4 or 8
-  const int top_k = c.p.dims.top_k, count = c.chosen->count, row_bytes = rows.expert_rows * rows.moe * 2;
-  // As one of the 256 sums (token, row, leaf):
-  const int token = c.warp, row = c.lane / lanes, leaf = c.lane % lanes;
-  const uint64_t mine = c.chosen->of(token);
+  const int count = c.chosen->count, row_bytes = rows.expert_rows * rows.moe * 2;
+  const int at_once = schedule.parts > 1 ? 1 : kMostTokens / c.tokens;
+  // As one of the 256 sums (portion, token; row, leaf):
+  const int mine = c.warp / c.tokens, token = c.warp - mine * c.tokens;
+  float sum = 0;
 #pragma unroll 1
-  for (int unit = 0; unit < schedule.units; unit++) {
-    float sum = 0;
+  for (int base = 0, unit = 0, part = 0; base < schedule.portions; base += at_once) {
+    const int portions = min(at_once, schedule.portions - base), first = part * kWarps;
+    float* const room = c.next_room();  // (portion, 8 experts, token, kExpertSums): row, leaf
 #pragma unroll 1
-    for (int part = 0; part < schedule.parts; part++) {
-      float* const room = c.next_room();  // (8 experts, token, kExpertSums): row, leaf
-      const int i = part * kWarps + c.warp;
-      const uint32_t taken = c.ring.wait_full(c.warp, row_bytes, c.peers);
-      if (i < count) {
-        const int slot = c.column < c.tokens ? c.chosen->slot(i, c.column) : -1;
-        uint32_t act = ptx::shared_address(acts.data) + (c.column * top_k + slot) * acts.stride;
-        uint32_t weights = taken + c.column % rows.expert_rows * rows.moe * 2;
-        act += c.quarter * 16, weights += c.quarter * 16;
-        float* const to = room + (c.warp * kMostTokens + c.column) * kExpertSums + 2 * c.quarter * lanes;
-        const bool stores = c.column < c.tokens && 2 * c.quarter < rows.expert_rows;
-#pragma unroll 2
-        for (int l = 0; l < lanes; l++, weights += kLeafPieces * 16) {
-          float sums[2] = {0, 0};
-          if (l < rows.leaves) {
-            product<kLeafPieces>(weights, act, slot >= 0, c.quarter, sums);
-            act += kLeafPieces * 16;
-          }
-          if (stores) to[l] = sums[0], to[lanes + l] = sums[1];
-        }
-      }
-      c.ring.release();
-      sync_consumers();
-#pragma unroll 1
-      for (unsigned own = mine >> (part * kWarps) & 0xff; own != 0; own &= own - 1) {
-        const int k = __ffs(static_cast<int>(own)) - 1;
-        sum = fused(c.chosen->weight[part * kWarps + k][token],
-                    room[(k * kMostTokens + token) * kExpertSums + c.lane], sum);
+    for (int n = 0; n < portions; n++) {
+      c.ring.wait_full(1, c.peers);
+      if (first + c.warp < count)
+        multiply_expert(c, rows, c.chosen->slots[first + c.warp], c.ring.row(0, c.warp, row_bytes), acts,
+                        room + (n * kWarps + c.warp) * c.tokens * kExpertSums);
+      c.ring.release(1);
+    }
+    sync_consumers();
+    const bool last = ++part == schedule.parts;
+    if (mine < portions) {
+      const float* const from = room + (mine * kWarps * c.tokens + token) * kExpertSums + c.lane;
+#pragma unroll
+      for (int k = 0; k < kWarps; k++)
+        if (first + k < count)
+          sum = fused(c.chosen->weight[first + k][token], from[k * c.tokens * kExpertSums], sum);
+      if (last) {
+        for (int span = 1; span < lanes; span *= 2) sum += __shfl_xor_sync(~0u, sum, span);
+        if (c.lane % lanes == 0) done(schedule.unit(unit + mine), token, c.lane / lanes, sum);
+        sum = 0;
       }
     }
-    if (token >= c.tokens) continue;
-    for (int span = 1; span < lanes; span *= 2) sum += __shfl_xor_sync(~0u, sum, span);
-    if (leaf == 0) done(schedule.unit(unit), token, row, sum);
+    if (last) part = 0, unit += portions;
   }
 }
 

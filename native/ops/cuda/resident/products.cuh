@@ -58,7 +58,7 @@ struct Context {
     if (last)
       contract[at] = value;
     else
-      to[at] = to_bf16(value);
+      to[operand_at(at)] = to_bf16(value);
   }
   /// Weights of the norm that the layer after this one, or the head, begins with.
   __device__ const Bf16* following_norm() const {
@@ -74,33 +74,46 @@ __device__ inline void multiply(float (&acc)[4], uint32_t a0, uint32_t a2, uint3
   ptx::mma_m16n8k16(acc, a0, 0, a2, 0, b0, b1);
 }
 
-/// sums[i] = products of the lane's token with the weight rows that lanes of column 2 * quarter + i hold,
-/// over `Pieces` pieces. Shared addresses of the lane's first pieces.
-template <int Pieces>
-__device__ __forceinline__ void product(uint32_t weights, uint32_t act, bool held, int quarter,
-                                        float (&sums)[2]) {
-  constexpr int kSteps = (Pieces + 3) / 4, kAhead = 6;  // steps whose operands are asked for at once
-  float acc[4][4] = {};
+/// Products of 8 weight rows with up to 8 tokens. A lane brings 16 bytes of the weight row and of the token of
+/// its column, and gets the sums of that weight row for tokens 2 * quarter and the one behind.
+///
+/// A tensor-core product has 16 rows: the first and third pair of a lane's 8 weights are taken as of row r, the
+/// second and fourth as of row r + 8, so that nothing has to be moved. Multiplied with the activations of
+/// the one half, rows r are wanted, with those of the other, rows r + 8; the other sums are thrown away.
+struct Product {
+  float acc[2][4] = {};
+  __device__ __forceinline__ void add(const uint4& w, const uint4& x) {
+    ptx::mma_m16n8k16(acc[0], w.x, w.y, w.z, w.w, x.x, x.y);
+    ptx::mma_m16n8k16(acc[1], w.x, w.y, w.z, w.w, x.z, x.w);
+  }
+  __device__ __forceinline__ float sum(int i) const { return acc[0][i] + acc[1][2 + i]; }
+};
+
+/// Two products at once, over `Pieces` pieces; shared addresses of the lane's first. Same: of one activation.
+template <int Pieces, bool Same>
+__device__ __forceinline__ void multiply(Product (&products)[2], const uint32_t (&weights)[2],
+                                         const uint32_t (&acts)[2], bool held, int quarter) {
+  constexpr int kSteps = (Pieces + 3) / 4, kAhead = 4;  // steps whose operands are asked for at once
 #pragma unroll
   for (int base = 0; base < kSteps; base += kAhead) {
-    uint4 w[kAhead], x[kAhead];
+    uint4 w[2][kAhead], x[2][kAhead];
 #pragma unroll
     for (int k = 0; k < kAhead; k++) {
       const int i = base + k;
       if (i >= kSteps) continue;
-      w[k] = x[k] = make_uint4(0, 0, 0, 0);
-      if (i * 4 + 3 < Pieces || i * 4 + quarter < Pieces)
-        w[k] = ptx::ld_shared_v4(weights + i * 64), x[k] = ptx::ld_shared_v4(act + i * 64, held);
+      const bool whole = i * 4 + 3 < Pieces, there = whole || i * 4 + quarter < Pieces;
+#pragma unroll
+      for (int n = 0; n < 2; n++) {
+        w[n][k] = whole ? ptx::ld_shared_v4(weights[n] + i * 64) : ptx::ld_shared_v4(weights[n] + i * 64, there);
+        if (!Same || n == 0) x[n][k] = ptx::ld_shared_v4(acts[n] + i * 64, held && there);
+      }
     }
 #pragma unroll
-    for (int k = 0; k < kAhead; k++) {
-      const int i = base + k;
-      if (i >= kSteps) continue;
-      multiply(acc[i % 2 * 2], x[k].x, x[k].y, w[k].x, w[k].y);
-      multiply(acc[i % 2 * 2 + 1], x[k].z, x[k].w, w[k].z, w[k].w);
-    }
+    for (int k = 0; k < kAhead; k++)
+      if (base + k < kSteps)
+#pragma unroll
+        for (int n = 0; n < 2; n++) products[n].add(w[n][k], x[Same ? 0 : n][k]);
   }
-  for (int i = 0; i < 2; i++) sums[i] = (acc[0][i] + acc[1][i]) + (acc[2][i] + acc[3][i]);
 }
 
 /// The activations of a stage: a row a token in shared memory.
@@ -109,35 +122,47 @@ struct Acts {
   int stride;  // bytes
 };
 
-/// The row of a portion that lanes of a column hold: neighbouring columns are in neighbouring slots, on other
+/// The row of a portion that lanes of a column bring: neighbouring columns are in neighbouring slots, on other
 /// banks.
 __device__ __forceinline__ int row_of(int column) { return (column & 1) * kSlotRows + column / 2; }
 
-/// Takes all portions of a schedule. A warp takes a chunk of `Pieces` pieces of every row; a portion has
-/// `chunks` of them. done(unit, units, room) is called by all threads when the sums of `units` neighbouring
-/// units of the block's, from `unit` on, are in the room.
-template <int Pieces, class Done>
+/// Takes all portions of a schedule, two at a time. A warp takes a chunk of `Pieces` pieces of every row; a
+/// portion has `chunks` of them. done(unit, units, room) is called by all threads when the sums of `units`
+/// neighbouring units of the block's, from `unit` on, are in the room. Parts: a unit may have several
+/// portions, each of its own activations.
+template <int Pieces, bool Parts = false, class Done>
 __device__ __forceinline__ void consume(Context& c, const Schedule& schedule, int chunks, const Acts& acts,
                                         Done&& done) {
   const int row = row_of(c.column), row_bytes = chunks * Pieces * 16;
   const uint32_t offset = c.warp * Pieces * 16 + c.quarter * 16;
   const bool held = c.column < c.tokens;
   const uint32_t act = ptx::shared_address(acts.data) + c.column * acts.stride + offset;
-  const int sums_at = c.warp * kSumFloats + c.column * kUnitRows + row_of(2 * c.quarter);
+  const int sums_at = c.warp * kSumFloats + 2 * c.quarter * kUnitRows + row;
+  const int at_once = c.ring.holds_pairs() ? 2 : 1;
 #pragma unroll 1
   for (int base = 0; base < schedule.portions; base += kGroup) {
     const int end = min(base + kGroup, schedule.portions);
     float* const room = c.next_room();
 #pragma unroll 1
-    for (int n = base; n < end; n++) {
-      const uint32_t at = c.ring.wait_full(row, row_bytes, c.peers) + offset;
+    for (int n = base; n < end; n += at_once) {
+      const int portions = min(at_once, end - n);  // the second may be the first once more, for nothing
+      c.ring.wait_full(portions, c.peers);
       if (c.warp < chunks) {
-        float sums[2];
-        product<Pieces>(at, act + (n & (schedule.parts - 1)) * row_bytes, held, c.quarter, sums);
+        Product products[2];
+        const auto act_of = [&](int i) { return act + (Parts ? i & (schedule.parts - 1) : 0) * row_bytes; };
+        multiply<Pieces, !Parts>(
+            products,
+            {c.ring.row(0, row, row_bytes) + offset, c.ring.row(portions - 1, row, row_bytes) + offset},
+            {act_of(n), act_of(n + portions - 1)}, held, c.quarter);
         float* const to = room + (n - base) * kWarps * kSumFloats + sums_at;
-        if (held) to[0] = sums[0], to[kSlotRows] = sums[1];
+#pragma unroll
+        for (int p = 0; p < 2; p++)
+#pragma unroll
+          for (int i = 0; i < 2; i++)
+            if (p < portions && 2 * c.quarter + i < c.tokens)
+              to[p * kWarps * kSumFloats + i * kUnitRows] = products[p].sum(i);
       }
-      c.ring.release();
+      c.ring.release(portions);
     }
     sync_consumers();
     done(base / schedule.parts, (end - base) / schedule.parts, room);
@@ -186,13 +211,15 @@ __device__ __forceinline__ void each_output(const Context& c, int units, Each&& 
 }
 
 /// Starts to bring rows of activations that other blocks have left: ptx::cp_async_wait_all() before they are
-/// read. A warp a row; index: which row each column reads, null = its own.
+/// read. Warps share a row where there are more of them; index: which row each column reads, null = its own.
 __device__ __forceinline__ void fetch_acts(const Context& c, char* to, int stride, const Bf16* from, int rows,
                                            int width, const int* index = nullptr) {
+  const int shift = rows > 4 ? 0 : rows > 2 ? 1 : rows > 1 ? 2 : 3;  // of the warps that share a row
+  const int first = ((c.warp & ((1 << shift) - 1)) * 32 + c.lane) * 8;
 #pragma unroll 1
-  for (int r = c.warp; r < rows; r += kWarps) {
+  for (int r = c.warp >> shift; r < rows; r += kWarps >> shift) {
     const Bf16* const row = from + static_cast<int64_t>(index ? index[r] : r) * width;
-    for (int at = c.lane * 8; at < width; at += 32 * 8)
+    for (int at = first; at < width; at += 256 << shift)
       ptx::cp_async_16(ptx::shared_address(to + r * stride + at * 2), row + at);
   }
 }
@@ -204,9 +231,9 @@ __device__ __forceinline__ void load_acts(char* to, int stride, const float* fro
   for (int i = threadIdx.x; i < rows * pieces; i += kThreads) {
     const int row = i / pieces, at = (i - row * pieces) * 4;
     const float4 x = __ldcg(reinterpret_cast<const float4*>(from + static_cast<int64_t>(row) * width + at));
-    *reinterpret_cast<uint2*>(to + row * stride + at * 2) =
-        make_uint2(to_bf16(x.x) | static_cast<uint32_t>(to_bf16(x.y)) << 16,
-                   to_bf16(x.z) | static_cast<uint32_t>(to_bf16(x.w)) << 16);
+    auto* const pairs = reinterpret_cast<uint32_t*>(to + row * stride + operand_at(at) * 2);
+    pairs[0] = to_bf16(x.x) | static_cast<uint32_t>(to_bf16(x.y)) << 16;
+    pairs[2] = to_bf16(x.z) | static_cast<uint32_t>(to_bf16(x.w)) << 16;
   }
 }
 

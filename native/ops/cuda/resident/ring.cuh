@@ -52,25 +52,27 @@ class Ring {
     }
     ptx::fence_proxy_async();
   }
-  /// Shared address of row `row` of the next portion, when all of the portion is there.
-  __device__ __forceinline__ uint32_t wait_full(int row, int row_bytes, const PeerMemory& peers) const {
-    // One warp polls, the others sleep: polls take from what the copy engine needs to write.
-    if (threadIdx.x < 32)
-#pragma unroll
-      for (int i = 0; i < kUnitSlots; i++) wait_phase(barriers_ + spot(i).slot * 16, spot(i).phase, peers);
+  /// Whether the ring has room for more than the portions that are taken at once.
+  __device__ bool holds_pairs() const { return slots_ > 2 * kUnitSlots; }
+  /// Until the next `portions` are there, one or two.
+  __device__ __forceinline__ void wait_full(int portions, const PeerMemory& peers) const {
+    // One warp polls, a lane a slot, and the others sleep: polls take from what the copy engine needs to write.
+    if (threadIdx.x < 32) {
+      const Spot s = spot(min(static_cast<int>(threadIdx.x), portions * kUnitSlots - 1));
+      wait_phase(barriers_ + s.slot * 16, s.phase, peers);
+    }
     ptx::bar_sync<2, kThreads>();
-    return data_ + spot(row / kSlotRows).slot * bytes_ + row % kSlotRows * row_bytes;
   }
-  /// The warp is done with the next portion, and goes on to the one behind it.
-  __device__ __forceinline__ void release() {
+  /// Shared address of row `row` of the next portion, or the one after it.
+  __device__ __forceinline__ uint32_t row(int portion, int row, int row_bytes) const {
+    return data_ + spot(portion * kUnitSlots + row / kSlotRows).slot * bytes_ + row % kSlotRows * row_bytes;
+  }
+  /// The warp is done with the next `portions`, and goes on to those behind them.
+  __device__ __forceinline__ void release(int portions) {
     __syncwarp();
-    const int lane = threadIdx.x % 32;
-    if (lane < kUnitSlots) ptx::mbarrier_arrive(barriers_ + spot(lane).slot * 16 + 8);
-    advance();
-  }
-  __device__ __forceinline__ void advance() {
-    at_ += kUnitSlots;
-    if (at_ >= slots_) at_ -= slots_, phase_ ^= 1;
+    const int lane = threadIdx.x % 32, slots = portions * kUnitSlots;
+    if (lane < slots) ptx::mbarrier_arrive(barriers_ + spot(lane).slot * 16 + 8);
+    advance(slots);
   }
 
   /// By the warp that fills, for the next portion: lane r brings row r, from `from` on; null: no row.
@@ -99,7 +101,7 @@ class Ring {
         ptx::cp_async_bulk(data_ + s.slot * bytes_ + r * row_bytes, from,
                            adjacent ? kSlotRows * row_bytes : row_bytes, full, policy);
     }
-    advance();
+    advance(kUnitSlots);
   }
 
  private:
@@ -109,6 +111,11 @@ class Ring {
   __device__ __forceinline__ Spot spot(int ahead) const {
     const uint32_t slot = at_ + ahead;
     return slot < slots_ ? Spot{slot, phase_} : Spot{slot - slots_, phase_ ^ 1};
+  }
+
+  __device__ __forceinline__ void advance(int slots) {
+    at_ += slots;
+    if (at_ >= slots_) at_ -= slots_, phase_ ^= 1;
   }
 
   uint32_t data_, barriers_, slots_, bytes_, at_ = 0, phase_ = 0;

@@ -35,6 +35,13 @@ class Sums {
 };
 static_assert(kWarps == 8);
 
+/// Where an element of an activation lies in its row: the 2nd and 3rd pairs of every 8 change places, so that
+/// the pairs which products take together are neighbours.
+template <class Index>
+__device__ __forceinline__ Index operand_at(Index i) {
+  return (i & ~Index{6}) | (i & 2) << 1 | (i & 4) >> 1;
+}
+
 /// Where a thread's piece p of four neighbours begins.
 __device__ inline int piece_at(int p) { return (p * kThreads + static_cast<int>(threadIdx.x)) * 4; }
 
@@ -93,29 +100,36 @@ struct Row {
       for (int j = 0; j < 4; j++) sum = fused(x[p][j], x[p][j], sum);
     return sum;
   }
-  /// From bfloat16 in shared memory, and into it.
+  /// As an activation, a pair at a time: from shared memory, and into memory of either kind.
   __device__ void get(const char* from, int n) {
 #pragma unroll
     for (int p = 0; p < kRowPieces; p++) {
       uint2 raw = make_uint2(0, 0);
-      if (piece_at(p) < n) raw = *reinterpret_cast<const uint2*>(from + 2 * piece_at(p));
+      if (piece_at(p) < n) {
+        const auto* const pairs = reinterpret_cast<const uint32_t*>(from + 2 * operand_at(piece_at(p)));
+        raw = make_uint2(pairs[0], pairs[2]);
+      }
       unpack(p, raw);
     }
   }
   __device__ void put(void* to, int n) const {
 #pragma unroll
     for (int p = 0; p < kRowPieces; p++)
-      if (piece_at(p) < n)
-        *reinterpret_cast<uint2*>(static_cast<char*>(to) + 2 * piece_at(p)) =
-            make_uint2(to_bf16(x[p][0]) | static_cast<uint32_t>(to_bf16(x[p][1])) << 16,
-                       to_bf16(x[p][2]) | static_cast<uint32_t>(to_bf16(x[p][3])) << 16);
+      if (piece_at(p) < n) {
+        auto* const pairs = static_cast<uint32_t*>(to) + operand_at(piece_at(p)) / 2;
+        pairs[0] = to_bf16(x[p][0]) | static_cast<uint32_t>(to_bf16(x[p][1])) << 16;
+        pairs[2] = to_bf16(x[p][2]) | static_cast<uint32_t>(to_bf16(x[p][3])) << 16;
+      }
   }
-  /// From bfloat16 that another block has left in this launch.
+  /// One that another block has left in this launch.
   __device__ void fetch(const Bf16* from, int n) {
 #pragma unroll
     for (int p = 0; p < kRowPieces; p++) {
       uint2 raw = make_uint2(0, 0);
-      if (piece_at(p) < n) raw = __ldcg(reinterpret_cast<const uint2*>(from + piece_at(p)));
+      if (piece_at(p) < n) {
+        const auto* const pairs = reinterpret_cast<const uint32_t*>(from + operand_at(piece_at(p)));
+        raw = make_uint2(__ldcg(pairs), __ldcg(pairs + 2));
+      }
       unpack(p, raw);
     }
   }

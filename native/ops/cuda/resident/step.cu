@@ -15,74 +15,83 @@ namespace tp::cuda {
 
 namespace resident {
 
-/// What the ninth warp does: portions in the order in which the stages take them.
+/// What the ninth warp does: portions in the order in which the stages take them. Lane r brings row r.
 __device__ void fill_ring(const Parameters& p, Ring& ring, const Chosen& chosen, uint32_t listed) {
   const Dims& d = p.dims;
   // Weights are read once a step: let them not drive out what is read again.
   const uint64_t policy = ptx::evict_first_policy();
+  const int r = threadIdx.x % kUnitRows;
   uint32_t lists = 0;
   const auto wait_list = [&] { wait_phase(listed, lists++ & 1, p.peers); };
-  const int r = threadIdx.x % kUnitRows;
-  const auto fill = [&](const Schedule& schedule, int bytes, bool adjacent, auto&& row) {
+  // A stage has up to two matrices. All go through one loop, which keeps its code in the instruction cache.
 #pragma unroll 1
-    for (int n = 0, unit = schedule.first, part = 0; n < schedule.portions; n++) {
-      ring.produce(row(unit, part), bytes, adjacent, p.peers, policy);
-      if (++part == schedule.parts) part = 0, unit += schedule.step;
-    }
-  };
-#pragma unroll 1
-  for (int step = p.from; step < p.to; step++) {
-    if (step == p.layer_count * kStages) {
-      fill({d.local_vocab / kUnitRows, 1, 0}, 2 * d.hidden, true,
-           [&](int unit, int) { return p.logits.table + (int64_t{unit} * kUnitRows + r) * d.hidden; });
-      return;
-    }
-    const LayerArgs& layer = p.layers[step / kStages];
-    switch (step % kStages) {
-      case kQkv: {
-        const QkvRows rows(layer.qkv);
-        fill(rows.schedule(), 2 * d.hidden, true, [&](int unit, int) { return rows.row(unit, r, d.hidden); });
+  for (int at = 2 * p.from; at < 2 * p.to; at++) {
+    const int step = at / 2;
+    const LayerArgs& layer = p.layers[min(step / kStages, p.layer_count - 1)];
+    const int stage = step == p.layer_count * kStages ? kStages : step % kStages;
+    const QkvRows qkv(layer.qkv);
+    const GateUpRows gate_up(layer.gate_up, d);
+    const DownRows down(layer.down, d);
+    Schedule schedule(0, 1, 0);
+    const Bf16* rows = nullptr;  // of unit 0, where units follow one another
+    int64_t unit_stride = 0;     // elements
+    int part_stride = 0, bytes = 2 * d.hidden;
+    bool adjacent = true;
+    const int matrix = 2 * stage + at % 2;
+    switch (matrix) {
+      case 2 * kQkv:
+        schedule = qkv.schedule();
+        break;
+      case 2 * kAttnOut: {
+        const AttnOutRows of{layer.attn_out.weight, layer.attn_out.columns};
+        schedule = of.schedule(d.hidden);
+        rows = of.row(0, 0, r), unit_stride = int64_t{kUnitRows} * of.columns, part_stride = of.part();
+        bytes = 2 * of.part(), adjacent = schedule.parts == 1;
         break;
       }
-      case kAttnOut: {
-        const AttnOutRows rows{layer.attn_out.weight, layer.attn_out.columns};
-        const Schedule schedule = rows.schedule(d.hidden);
-        fill(schedule, 2 * rows.part(), schedule.parts == 1,
-             [&](int unit, int part) { return rows.row(unit, part, r); });
+      case 2 * kGateUp:
+        schedule = gate_up.dense_schedule();
+        rows = gate_up.dense_row(0, r), unit_stride = int64_t{kUnitColumns} * d.hidden;
         break;
-      }
-      case kGateUp: {
-        const GateUpRows rows(layer.gate_up, d);
-        fill(rows.dense_schedule(), 2 * d.hidden, true,
-             [&](int unit, int) { return rows.dense_row(unit, r); });
+      case 2 * kGateUp + 1:
         if (step + 1 < p.to) {  // memory would rest until the experts are chosen
-          const DownRows next(layer.down, d);
-          const Schedule schedule = next.dense_schedule();
-          for (int i = threadIdx.x % 32; i < schedule.units; i += 32)
-            ptx::prefetch_l2_bulk(next.dense_row(schedule.unit(i), 0), kUnitRows * 2 * d.inter);
+          const Schedule next = down.dense_schedule();
+          for (int i = threadIdx.x % 32; i < next.units; i += 32)
+            ptx::prefetch_l2_bulk(down.dense_row(next.unit(i), 0), kUnitRows * 2 * d.inter);
         }
         wait_list();
-        const int units = rows.expert_units();
-        fill(rows.expert_schedule(chosen.count), 2 * d.hidden, true, [&](int unit, int) {
-          const int i = unit / units;
-          return rows.expert_row(chosen.expert[i], unit - i * units, r);
-        });
+        schedule = gate_up.expert_schedule(chosen.count);
         break;
-      }
-      case kDown: {
-        const DownRows rows(layer.down, d);
+      case 2 * kDown:
         if (step == p.from) wait_list();
-        fill(rows.dense_schedule(), 2 * d.inter, true,
-             [&](int unit, int) { return rows.dense_row(unit, r); });
-        fill(rows.expert_schedule(chosen.count), 2 * d.moe_inter * rows.expert_rows, false,
-             [&](int unit, int part) -> const Bf16* {
-               const int i = part * kWarps + r;
-               return i < chosen.count ? rows.expert_row(chosen.expert[i], unit) : nullptr;
-             });
+        schedule = down.dense_schedule();
+        rows = down.dense_row(0, r), unit_stride = int64_t{kUnitRows} * d.inter, bytes = 2 * d.inter;
         break;
-      }
+      case 2 * kDown + 1:
+        schedule = down.expert_schedule(chosen.count);
+        bytes = 2 * d.moe_inter * down.expert_rows, adjacent = false;
+        break;
+      case 2 * kStages:
+        schedule = Schedule(d.local_vocab / kUnitRows, 1, 0);
+        rows = p.logits.table + int64_t{r} * d.hidden, unit_stride = int64_t{kUnitRows} * d.hidden;
+        break;
       default:
-        break;
+        continue;
+    }
+#pragma unroll 1
+    for (int n = 0, unit = schedule.first, part = 0; n < schedule.portions; n++) {
+      const Bf16* from = rows + unit * unit_stride + part * part_stride;
+      if (matrix == 2 * kQkv) {
+        from = qkv.row(unit, r, d.hidden);
+      } else if (matrix == 2 * kGateUp + 1) {
+        const int i = unit / gate_up.expert_units();
+        from = gate_up.expert_row(chosen.expert[i], unit - i * gate_up.expert_units(), r);
+      } else if (matrix == 2 * kDown + 1) {
+        const int i = part * kWarps + r;
+        from = i < chosen.count ? down.expert_row(chosen.expert[i], unit) : nullptr;
+      }
+      ring.produce(from, bytes, adjacent, p.peers, policy);
+      if (++part == schedule.parts) part = 0, unit += schedule.step;
     }
   }
 }

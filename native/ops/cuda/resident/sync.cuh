@@ -14,24 +14,25 @@ constexpr int kTriesBetweenLooks = 1 << 14;  // at the host's memory, which lies
 /// A barrier of the computing (consumer) threads of the block.
 __device__ inline void sync_consumers() { ptx::bar_sync<1, kThreads>(); }
 
-/// Ends the kernel when a wait that began at `begin` has lasted too long or was called off. Kept out of line:
-/// the code of every step should stay in the instruction cache.
-__device__ __noinline__ inline void end_if_overdue(const PeerMemory& peers, uint64_t& begin, uint64_t limit,
-                                                   int peer) {
+/// Ends the kernel when a wait that began at `begin` (0: now) has lasted too long or was called off; returns
+/// when it began. Kept out of line: the code of every step should stay in the instruction cache.
+__device__ __noinline__ inline uint64_t end_if_overdue(const PeerMemory& peers, uint64_t begin,
+                                                       uint64_t limit, int peer) {
   const uint64_t now = ptx::globaltimer();
-  if (begin == 0) begin = now;
   const bool off = peers.abort && *peers.abort;
-  if (!off && now - begin < limit) return;
+  if (!off && begin == 0) return now;
+  if (!off && now - begin < limit) return begin;
   if (!off && peer >= 0 && peers.late) *peers.late = 1 + static_cast<uint32_t>(peer);
   __threadfence_system();
   __trap();
+  return begin;
 }
 
 /// Counts the tries of a wait.
 class Timeout {
  public:
-  __device__ void poll(const PeerMemory& peers, uint64_t limit, int peer = -1) {
-    if (++tries_ % kTriesBetweenLooks == 0) end_if_overdue(peers, begin_, limit, peer);
+  __device__ __forceinline__ void poll(const PeerMemory& peers, uint64_t limit, int peer = -1) {
+    if (++tries_ % kTriesBetweenLooks == 0) begin_ = end_if_overdue(peers, begin_, limit, peer);
   }
 
  private:
