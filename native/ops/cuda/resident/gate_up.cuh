@@ -43,6 +43,11 @@ __device__ __forceinline__ void gate_up(Context& c, const LayerArgs& layer) {
   const Dims& d = c.p.dims;
   const GateUpRows rows(a, d);
   const int stride = stride_of(2 * d.hidden);
+  // The experts come first: their weights can then be on their way behind the dense products.
+  c.grid.wait(c.peers);
+  c.mark(1);
+  choose(c, layer.route, blockIdx.x == 0);
+  c.mark(2);
   if (c.first)
     load_normed(c, layer.route.hidden, layer.route.dense_norm);
   else
@@ -55,18 +60,19 @@ __device__ __forceinline__ void gate_up(Context& c, const LayerArgs& layer) {
       c.leave(a.dense_act, c.p.activations.dense_act, at, gated(room, u, t, column));
     });
   });
-  if (c.first)
+  char* expert_in = c.expert_room(stride);
+  if (c.first) {
+    expert_in = c.acts;
     load_normed(c, layer.route.hidden, layer.route.expert_norm);
-  else
-    fetch_acts(c, c.acts, stride, c.p.activations.expert_in, c.tokens, d.hidden);
-  c.grid.wait(c.peers);
-  c.mark(1);
-  choose(c, layer.route, blockIdx.x == 0);
-  c.mark(2);
-  ptx::cp_async_wait_all();
-  sync_consumers();
+    sync_consumers();
+  } else if (expert_in == nullptr) {
+    expert_in = c.acts;
+    fetch_acts(c, expert_in, stride, c.p.activations.expert_in, c.tokens, d.hidden);
+    ptx::cp_async_wait_all();
+    sync_consumers();
+  }
   const Schedule experts = rows.expert_schedule(c.chosen->count);
-  consume<kWholePieces>(c, experts, kWarps, {c.acts, stride}, [&](int first, int units, const float* room) {
+  consume<kWholePieces>(c, experts, kWarps, {expert_in, stride}, [&](int first, int units, const float* room) {
     each_output<kUnitColumns>(c, units, [&](int u, int t, int column) {
       const int unit = experts.unit(first + u), i = unit / rows.expert_units();
       const int slot = c.chosen->slot(i, t);

@@ -64,6 +64,11 @@ struct Context {
   __device__ const Bf16* following_norm() const {
     return layer + 1 < p.layer_count ? p.layers[layer + 1].qkv.norm : p.logits.norm;
   }
+  /// Where the experts' inputs lie beside those of the dense MLP, rows of `stride` bytes; null: no room, they
+  /// take turns.
+  __device__ char* expert_room(int stride) const {
+    return 2 * tokens * stride <= p.act_bytes ? acts + tokens * stride : nullptr;
+  }
   __device__ float* next_room() {
     turn ^= 1;
     return exchange + turn * kRoomFloats;

@@ -42,7 +42,8 @@ class Ring {
       : data_(ptx::shared_address(data)),
         barriers_(ptx::shared_address(barriers)),
         slots_(p.slots),
-        bytes_(p.slot_bytes) {}
+        bytes_(p.slot_bytes),
+        ahead_(p.bytes_ahead) {}
 
   __device__ void prepare() const {
 #pragma unroll 1
@@ -88,7 +89,7 @@ class Ring {
       const int r = lane - i * kSlotRows;
       const int bytes = row_bytes * __popc(rows >> i * kSlotRows & ((1 << kSlotRows) - 1));
       wait_phase(full + 8, s.phase ^ 1, peers);
-      while (coming_ == slots_ || (coming_ > 0 && coming_bytes_ + bytes > kBytesAhead)) {
+      while (coming_ == slots_ || (coming_ > 0 && coming_bytes_ + bytes > ahead_)) {
         wait_phase(barriers_ + late_ * 16, late_phase_, peers);
         coming_--, coming_bytes_ -= __shfl_sync(~0u, asked_, static_cast<int>(late_));
         if (++late_ == slots_) late_ = 0, late_phase_ ^= 1;
@@ -122,7 +123,7 @@ class Ring {
   // Of the warp that fills: slots whose bytes may be on their way, the bytes of them all, the oldest, and
   // what was asked for the slot of the lane's number.
   uint32_t coming_ = 0, late_ = 0, late_phase_ = 0;
-  int coming_bytes_ = 0, asked_ = 0;
+  int coming_bytes_ = 0, asked_ = 0, ahead_;
 };
 
 }  // namespace tp::cuda::resident

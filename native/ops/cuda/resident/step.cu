@@ -245,6 +245,7 @@ class Step final : public Fused {
     p_.dims = d;
     p_.logits = decoder.logits;
     p_.layer_count = static_cast<int>(decoder.layers.size());
+    p_.bytes_ahead = std::getenv("AHEAD") ? atoi(std::getenv("AHEAD")) : kBytesAhead;
     const size_t bytes = decoder.layers.size() * sizeof(LayerArgs);
     auto* const layers = static_cast<LayerArgs*>(cuda.allocate(bytes));
     cuda.write(layers, decoder.layers.data(), bytes);
@@ -316,7 +317,7 @@ class Step final : public Fused {
 
  private:
   int slots_for(int tokens) const {
-    return std::min(kMostSlots, (room_ - act_bytes_of(decoder_, p_.dims, tokens)) / p_.slot_bytes);
+    return std::min(std::getenv("SLOTS") ? atoi(std::getenv("SLOTS")) : kMostSlots, (room_ - act_bytes_of(decoder_, p_.dims, tokens)) / p_.slot_bytes);
   }
 
   Decoder decoder_;
