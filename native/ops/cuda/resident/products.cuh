@@ -131,46 +131,55 @@ struct Acts {
 /// banks.
 __device__ __forceinline__ int row_of(int column) { return (column & 1) * kSlotRows + column / 2; }
 
-/// Takes all portions of a schedule, two at a time. A warp takes a chunk of `Pieces` pieces of every row; a
-/// portion has `chunks` of them. done(unit, units, room) is called by all threads when the sums of `units`
-/// neighbouring units of the block's, from `unit` on, are in the room. Parts: a unit may have several
-/// portions, each of its own activations.
+/// Takes the next `portions` of the ring, two at a time, and leaves their sums in the room, for all threads. A
+/// warp takes a chunk of `Pieces` pieces of every row; a portion has `chunks` of them. Parts: a unit has `parts`
+/// portions, each of its own activations; `portions` are those of whole units. One code for all matrices with
+/// rows of that length: it should stay in the instruction cache. So it is called, and returns how far the ring is.
+template <int Pieces, bool Parts>
+__device__ __noinline__ RingAt take_portions(Ring ring, const PeerMemory& peers, int portions, int parts,
+                                             int chunks, uint32_t acts, int stride, int tokens, float* room) {
+  const int warp = threadIdx.x / 32, column = threadIdx.x % 32 / 4, quarter = threadIdx.x % 4;
+  const int row = row_of(column), row_bytes = chunks * Pieces * 16;
+  const uint32_t offset = warp * Pieces * 16 + quarter * 16;
+  const bool held = column < tokens;
+  acts += column * stride + offset;
+  room += warp * kSumFloats + 2 * quarter * kUnitRows + row;
+  const int at_once = ring.holds_pairs() ? 2 : 1;
+#pragma unroll 1
+  for (int n = 0; n < portions; n += at_once) {
+    const int taken = min(at_once, portions - n);  // the second may be the first once more, for nothing
+    ring.wait_full(taken, peers);
+    if (warp < chunks) {
+      Product products[2];
+      const auto acts_of = [&](int i) { return acts + (Parts ? i & (parts - 1) : 0) * row_bytes; };
+      multiply<Pieces, !Parts>(
+          products, {ring.row(0, row, row_bytes) + offset, ring.row(taken - 1, row, row_bytes) + offset},
+          {acts_of(n), acts_of(n + taken - 1)}, held, quarter);
+#pragma unroll
+      for (int p = 0; p < 2; p++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          if (p < taken && 2 * quarter + i < tokens)
+            room[(n + p) * kWarps * kSumFloats + i * kUnitRows] = products[p].sum(i);
+    }
+    ring.release(taken);
+  }
+  sync_consumers();
+  return ring.at();
+}
+
+/// Takes all portions of a schedule. done(unit, units, room) is called by all threads when the sums of `units`
+/// neighbouring units of the block's, from `unit` on, are in the room.
 template <int Pieces, bool Parts = false, class Done>
 __device__ __forceinline__ void consume(Context& c, const Schedule& schedule, int chunks, const Acts& acts,
                                         Done&& done) {
-  const int row = row_of(c.column), row_bytes = chunks * Pieces * 16;
-  const uint32_t offset = c.warp * Pieces * 16 + c.quarter * 16;
-  const bool held = c.column < c.tokens;
-  const uint32_t act = ptx::shared_address(acts.data) + c.column * acts.stride + offset;
-  const int sums_at = c.warp * kSumFloats + 2 * c.quarter * kUnitRows + row;
-  const int at_once = c.ring.holds_pairs() ? 2 : 1;
 #pragma unroll 1
   for (int base = 0; base < schedule.portions; base += kGroup) {
-    const int end = min(base + kGroup, schedule.portions);
+    const int portions = min(kGroup, schedule.portions - base);
     float* const room = c.next_room();
-#pragma unroll 1
-    for (int n = base; n < end; n += at_once) {
-      const int portions = min(at_once, end - n);  // the second may be the first once more, for nothing
-      c.ring.wait_full(portions, c.peers);
-      if (c.warp < chunks) {
-        Product products[2];
-        const auto act_of = [&](int i) { return act + (Parts ? i & (schedule.parts - 1) : 0) * row_bytes; };
-        multiply<Pieces, !Parts>(
-            products,
-            {c.ring.row(0, row, row_bytes) + offset, c.ring.row(portions - 1, row, row_bytes) + offset},
-            {act_of(n), act_of(n + portions - 1)}, held, c.quarter);
-        float* const to = room + (n - base) * kWarps * kSumFloats + sums_at;
-#pragma unroll
-        for (int p = 0; p < 2; p++)
-#pragma unroll
-          for (int i = 0; i < 2; i++)
-            if (p < portions && 2 * c.quarter + i < c.tokens)
-              to[p * kWarps * kSumFloats + i * kUnitRows] = products[p].sum(i);
-      }
-      c.ring.release(portions);
-    }
-    sync_consumers();
-    done(base / schedule.parts, (end - base) / schedule.parts, room);
+    c.ring.go_to(take_portions<Pieces, Parts>(c.ring, c.peers, portions, schedule.parts, chunks,
+                                              ptx::shared_address(acts.data), acts.stride, c.tokens, room));
+    done(base / schedule.parts, portions / schedule.parts, room);
   }
 }
 

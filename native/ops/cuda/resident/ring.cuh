@@ -34,16 +34,20 @@ struct Schedule {
   __device__ int unit(int local) const { return first + local * step; }
 };
 
-/// Two barriers a slot: its bytes are there; all warps are done with it. A row's place in its slot depends on
-/// its length.
+/// How far a user of the ring has come.
+struct RingAt {
+  uint32_t slot = 0, phase = 0;
+};
+
+/// As the warps see it that take what is there. Two barriers a slot: its bytes are there; all warps are done with
+/// it. A row's place in its slot depends on its length.
 class Ring {
  public:
   __device__ Ring(const Parameters& p, char* data, uint64_t* barriers)
       : data_(ptx::shared_address(data)),
         barriers_(ptx::shared_address(barriers)),
         slots_(p.slots),
-        bytes_(p.slot_bytes),
-        ahead_(p.bytes_ahead) {}
+        bytes_(p.slot_bytes) {}
 
   __device__ void prepare() const {
 #pragma unroll 1
@@ -59,7 +63,7 @@ class Ring {
   __device__ __forceinline__ void wait_full(int portions, const PeerMemory& peers) const {
     // One warp polls, a lane a slot, and the others sleep: polls take from what the copy engine needs to write.
     if (threadIdx.x < 32) {
-      const Spot s = spot(min(static_cast<int>(threadIdx.x), portions * kUnitSlots - 1));
+      const RingAt s = spot(min(static_cast<int>(threadIdx.x), portions * kUnitSlots - 1));
       wait_phase(barriers_ + s.slot * 16, s.phase, peers);
     }
     ptx::bar_sync<2, kThreads>();
@@ -73,57 +77,60 @@ class Ring {
     __syncwarp();
     const int lane = threadIdx.x % 32, slots = portions * kUnitSlots;
     if (lane < slots) ptx::mbarrier_arrive(barriers_ + spot(lane).slot * 16 + 8);
-    advance(slots);
+    at_ = spot(slots);
+  }
+  __device__ RingAt at() const { return at_; }
+  __device__ void go_to(RingAt at) { at_ = at; }
+
+ protected:
+  __device__ __forceinline__ RingAt spot(int ahead) const {
+    const uint32_t slot = at_.slot + ahead;
+    return slot < slots_ ? RingAt{slot, at_.phase} : RingAt{slot - slots_, at_.phase ^ 1};
   }
 
-  /// By the warp that fills, for the next portion: lane r brings row r, from `from` on; null: no row.
-  /// Adjacent: rows that share a slot are neighbours in memory.
+  uint32_t data_, barriers_, slots_, bytes_;
+  RingAt at_;
+};
+
+/// As the warp sees it that fills the ring.
+class RingFiller : Ring {
+ public:
+  __device__ explicit RingFiller(const Ring& ring) : Ring(ring) {}
+
+  /// The next portion: lane r brings row r, from `from` on; null: no row. Adjacent: rows that share a slot are
+  /// neighbours in memory.
   __device__ __forceinline__ void produce(const Bf16* from, int row_bytes, bool adjacent,
                                           const PeerMemory& peers, uint64_t policy) {
     const int lane = threadIdx.x % 32;
     const unsigned rows = __ballot_sync(~0u, lane < kUnitRows && from != nullptr);
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < kUnitSlots; i++) {
-      const Spot s = spot(i);
-      const uint32_t full = barriers_ + s.slot * 16;
+      const uint32_t full = barriers_ + at_.slot * 16;
       const int r = lane - i * kSlotRows;
       const int bytes = row_bytes * __popc(rows >> i * kSlotRows & ((1 << kSlotRows) - 1));
-      wait_phase(full + 8, s.phase ^ 1, peers);
-      while (coming_ == slots_ || (coming_ > 0 && coming_bytes_ + bytes > ahead_)) {
-        wait_phase(barriers_ + late_ * 16, late_phase_, peers);
-        coming_--, coming_bytes_ -= __shfl_sync(~0u, asked_, static_cast<int>(late_));
-        if (++late_ == slots_) late_ = 0, late_phase_ ^= 1;
+      wait_phase(full + 8, at_.phase ^ 1, peers);
+      while (coming_ == slots_ || (coming_ > 0 && coming_bytes_ + bytes > kBytesAhead)) {
+        wait_phase(barriers_ + late_.slot * 16, late_.phase, peers);
+        coming_--, coming_bytes_ -= __shfl_sync(~0u, asked_, static_cast<int>(late_.slot));
+        if (++late_.slot == slots_) late_ = {0, late_.phase ^ 1};
       }
       coming_++, coming_bytes_ += bytes;
-      if (lane == static_cast<int>(s.slot)) asked_ = bytes;
+      if (lane == static_cast<int>(at_.slot)) asked_ = bytes;
       if (r == 0) ptx::mbarrier_arrive_expect_tx(full, bytes);
       __syncwarp();
       if (r >= 0 && r < (adjacent ? 1 : kSlotRows) && (rows >> lane & 1))
-        ptx::cp_async_bulk(data_ + s.slot * bytes_ + r * row_bytes, from,
+        ptx::cp_async_bulk(data_ + at_.slot * bytes_ + r * row_bytes, from,
                            adjacent ? kSlotRows * row_bytes : row_bytes, full, policy);
+      at_ = spot(1);
     }
-    advance(kUnitSlots);
   }
 
  private:
-  struct Spot {
-    uint32_t slot, phase;
-  };
-  __device__ __forceinline__ Spot spot(int ahead) const {
-    const uint32_t slot = at_ + ahead;
-    return slot < slots_ ? Spot{slot, phase_} : Spot{slot - slots_, phase_ ^ 1};
-  }
-
-  __device__ __forceinline__ void advance(int slots) {
-    at_ += slots;
-    if (at_ >= slots_) at_ -= slots_, phase_ ^= 1;
-  }
-
-  uint32_t data_, barriers_, slots_, bytes_, at_ = 0, phase_ = 0;
-  // Of the warp that fills: slots whose bytes may be on their way, the bytes of them all, the oldest, and
-  // what was asked for the slot of the lane's number.
-  uint32_t coming_ = 0, late_ = 0, late_phase_ = 0;
-  int coming_bytes_ = 0, asked_ = 0, ahead_;
+  // Slots whose bytes may be on their way, the bytes of them all, the oldest, and what was asked for the slot of
+  // the lane's number.
+  uint32_t coming_ = 0;
+  int coming_bytes_ = 0, asked_ = 0;
+  RingAt late_;
 };
 
 }  // namespace tp::cuda::resident

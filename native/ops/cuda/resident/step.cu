@@ -16,7 +16,7 @@ namespace tp::cuda {
 namespace resident {
 
 /// What the ninth warp does: portions in the order in which the stages take them. Lane r brings row r.
-__device__ void fill_ring(const Parameters& p, Ring& ring, const Chosen& chosen, uint32_t listed) {
+__device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& chosen, uint32_t listed) {
   const Dims& d = p.dims;
   // Weights are read once a step: let them not drive out what is read again.
   const uint64_t policy = ptx::evict_first_policy();
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
   }
   __syncthreads();
   if (threadIdx.x >= kThreads) {
-    fill_ring(p, ring, chosen, ptx::shared_address(&listed));
+    fill_ring(p, RingFiller(ring), chosen, ptx::shared_address(&listed));
     return;
   }
 
@@ -245,7 +245,6 @@ class Step final : public Fused {
     p_.dims = d;
     p_.logits = decoder.logits;
     p_.layer_count = static_cast<int>(decoder.layers.size());
-    p_.bytes_ahead = std::getenv("AHEAD") ? atoi(std::getenv("AHEAD")) : kBytesAhead;
     const size_t bytes = decoder.layers.size() * sizeof(LayerArgs);
     auto* const layers = static_cast<LayerArgs*>(cuda.allocate(bytes));
     cuda.write(layers, decoder.layers.data(), bytes);
@@ -317,7 +316,7 @@ class Step final : public Fused {
 
  private:
   int slots_for(int tokens) const {
-    return std::min(std::getenv("SLOTS") ? atoi(std::getenv("SLOTS")) : kMostSlots, (room_ - act_bytes_of(decoder_, p_.dims, tokens)) / p_.slot_bytes);
+    return std::min(kMostSlots, (room_ - act_bytes_of(decoder_, p_.dims, tokens)) / p_.slot_bytes);
   }
 
   Decoder decoder_;

@@ -76,7 +76,6 @@ struct Parameters {
   int slots;  // of the ring
   int slot_bytes;
   int act_bytes;  // room of the activations
-  int bytes_ahead;
 };
 
 }  // namespace tp::cuda::resident
