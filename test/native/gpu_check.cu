@@ -23,6 +23,7 @@ int main(int argc, char** argv) {
       test_fused(kReal, 6, 1100, steps, {1, 2, 5, 8}, 3);
       test_stretches(kReal, 6, 1100, {0, 70}, {1, 2, 8}, 4, 1);
       test_replay(kReal, 6, 1100, 2);
+      test_choice(kReal);
     }
     if (asked("ranks"))
       for (const int size : {2, 4}) test_ranks(kReal, size, 6, 1100, steps, {1, 2, 8});

@@ -119,6 +119,74 @@ void test_fused(const ModelShape& shape, int layer_count, int positions,
     }
 }
 
+/// The choice of experts from given logits: ties, what is no number, and experts that several tokens share.
+void test_choice(const ModelShape& shape) {
+  const int E = shape.experts, K = shape.top_k;
+  where = "choice of " + std::to_string(K) + " of " + std::to_string(E) + " experts";
+  const int before = failures;
+  Model m(1, 1, 8, 64, 8, shape);
+  set_angles(m);
+  const auto fused = gpu->fuse(decoder_of(m), m.d, nullptr);
+  const RouteArgs& a = m.layers[0].route;
+  Step in(8, 8);
+  set_step(in, {0}, shape.vocab);
+  const std::function<float(int)> patterns[] = {[](int) { return 0.5f; },
+                                                [](int e) { return e == 1 ? NAN : 1.0f; },
+                                                [](int e) { return static_cast<float>(e); },
+                                                [](int e) { return static_cast<float>(e / 2 % 7); },
+                                                [&](int e) { return e == E - 2 ? 3.0f : -INFINITY; },
+                                                [&](int e) { return e == E - 1 ? 200.0f : -200.0f; },
+                                                [](int e) { return static_cast<float>(e * 37 % 11) / 4; },
+                                                [](int e) { return static_cast<float>(-e * e % 13); }};
+  std::vector<float> logits;
+  for (const auto& pattern : patterns)
+    for (int e = 0; e < E; e++) logits.push_back(pattern(e));
+  std::vector<Bf16> scale(static_cast<size_t>(E));
+  gpu->read(scale.data(), a.per_expert_scale, scale.size() * sizeof(Bf16));
+  const int tokens = static_cast<int>(std::size(patterns));
+  std::vector<float> together;
+  for (const int T : {tokens, 1}) {  // together, and the last token alone
+    const float* const from = logits.data() + static_cast<int64_t>(tokens - T) * (T == 1) * E;
+    const int first = T == 1 ? tokens - 1 : 0;
+    gpu->ops().embed(m.embed, m.d, in.device(T, T), *gpu);
+    gpu->write(a.router_logits, from, static_cast<size_t>(T) * E * sizeof(float));
+    fused->run(4, 5, in.device(T, T));
+    std::vector<int> index(static_cast<size_t>(T) * K), start(static_cast<size_t>(E) + 1);
+    std::vector<float> weight(index.size()), expected_weight;
+    gpu->read(index.data(), a.route_index, index.size() * sizeof(int));
+    gpu->read(weight.data(), a.route_weight, weight.size() * sizeof(float));
+    gpu->read(start.data(), a.expert_start, start.size() * sizeof(int));
+    std::vector<int> expected, expected_start(start.size());
+    for (int t = 0; t < T; t++) {
+      std::vector<int> order(static_cast<size_t>(E));
+      for (int e = 0; e < E; e++) order[static_cast<size_t>(e)] = e;
+      const float* const own = from + static_cast<int64_t>(t) * E;
+      const bool numbers = first + t != 1;
+      if (numbers)
+        std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return own[x] > own[y]; });
+      double sum = 0;
+      for (int k = 0; k < K; k++) sum += std::exp(double(own[order[k]]) - own[order[0]]);
+      for (int k = 0; k < K; k++) {
+        const int e = order[static_cast<size_t>(k)];
+        expected.push_back(e);
+        expected_weight.push_back(numbers
+                                      ? static_cast<float>(std::exp(double(own[e]) - own[order[0]]) / sum) *
+                                            to_float(scale[static_cast<size_t>(e)])
+                                      : NAN);
+        for (int after = e + 1; after <= E; after++) expected_start[static_cast<size_t>(after)]++;
+      }
+    }
+    equal_bits("which experts", index, expected);
+    equal_bits("how often each", start, expected_start);
+    expect(distance(weight, expected_weight) < 1e-6, "weights", distance(weight, expected_weight));
+    if (T == 1)
+      equal_bits("weights of a token alone", weight, {together.end() - K, together.end()});
+    else
+      together = weight;
+  }
+  if (failures == before) std::printf("ok %s\n", where.c_str());
+}
+
 /// Stretches of a step against the same stages one by one: where does a stretch first leave other bits?
 /// `share`: one of how many stretches is tried, drawn at random.
 void test_stretches(const ModelShape& shape, int layer_count, int positions, const std::vector<int>& at,

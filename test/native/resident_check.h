@@ -58,6 +58,7 @@ inline std::vector<float> hidden_of(const Model& m, int rows) {
 /// repeats: of every whole step.
 void test_fused(const ModelShape&, int layer_count, int positions, const std::vector<std::vector<int>>& steps,
                 const std::vector<int>& batches, int repeats);
+void test_choice(const ModelShape&);
 void test_stretches(const ModelShape&, int layer_count, int positions, const std::vector<int>& at,
                     const std::vector<int>& batches, int repeats, uint32_t share);
 void test_ranks(const ModelShape&, int size, int layer_count, int positions,

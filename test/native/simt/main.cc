@@ -121,6 +121,9 @@ int main(int argc, char** argv) {
           {0}, {5, 31, 32, 64, 100}, {95, 47, 39, 3}, {40, 79, 80, 15}};
       for (size_t i = 0; i < steps.size(); i++)
         test_fused(kSmall, 2, 120, {steps[i]}, {of_seed({1, 2, 5, 8}, i)}, 1);
+      ModelShape many = kSmall;
+      many.experts = 21, many.top_k = of_seed({8, 5}, 0);
+      test_choice(many);
       // Long contexts: more chunks than the block that ends last joins; chunks of several tiles.
       ModelShape wide = kSmall;
       wide.window = 300;
@@ -131,6 +134,10 @@ int main(int argc, char** argv) {
     if (asked("ranks")) {
       test_ranks(kSmall, 2, 2, 120, {{0, 33}}, {of_seed({1, 3, 8}, 0)});
       test_ranks(kSmall, 2, 2, 120, {{100}}, {of_seed({1, 3, 8}, 1)});
+      // More than two ranks are summed in tree order.
+      ModelShape split = kSmall;
+      split.leaves = split.heads = of_seed({4, 8}, 0);
+      test_ranks(split, split.leaves, 1, 120, {{33}}, {1});
       test_replay(kSmall, 1, 120, 3);
     }
     if (asked("peers")) {

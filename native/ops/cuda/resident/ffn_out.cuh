@@ -8,7 +8,7 @@ namespace tp::cuda::resident {
 
 __device__ __forceinline__ void ffn_out(Context& c, const LayerArgs& layer) {
   const FfnOutArgs& a = layer.ffn_out;
-  const int n = c.p.dims.hidden;
+  constexpr int n = kRowLength;
   const float eps = c.p.dims.eps;
   if (c.owner()) {
     const int64_t t = blockIdx.x;
@@ -16,15 +16,14 @@ __device__ __forceinline__ void ffn_out(Context& c, const LayerArgs& layer) {
     dense_norm.load(a.dense_norm, n), expert_norm.load(a.expert_norm, n), norm.load(a.norm, n);
     if (!c.last) following.load(c.following_norm(), n);
     const float scalar = to_float(*a.layer_scalar);
-    Row hidden, dense, experts;
-    hidden.load(a.hidden + t * n, n);
-    if (c.first) {
+    Row hidden, sums[2];
+    Row &dense = sums[0], &experts = sums[1];
+    if (c.first)
       dense.load(a.sum + 2 * t * n, n), experts.load(a.sum + (2 * t + 1) * n, n);
-    } else {
-      dense = reduced(c.peers, c.epoch, 2 * t * n, n);
-      experts = reduced(c.peers, c.epoch, (2 * t + 1) * n, n);
-    }
+    else
+      reduced(sums, c.peers, c.epoch, 2 * t * n);
     c.mark(1);
+    hidden.load(a.hidden + t * n, n);  // there before the norms are; until now the sums took the registers
     dense.change([](float x, int, int) { return rounded(x); });
     experts.change([](float x, int, int) { return rounded(x); });
     c.sums.next();
@@ -40,13 +39,14 @@ __device__ __forceinline__ void ffn_out(Context& c, const LayerArgs& layer) {
     hidden.change([&](float m, int p, int j) {
       return rounded(rounded(m + rounded(dense.x[p][j] * inverse * norm.at(p, j))) * scalar);
     });
-    hidden.store(a.hidden + t * n, n);
     if (!c.last) {
       const float of_hidden = inverse_rms(c.sums.over_block(hidden.squares()), n, eps);
-      hidden.change([&](float x, int p, int j) { return x * of_hidden * following.at(p, j); });
-      hidden.put(c.p.activations.normed + t * n, n);
+      Row normed = hidden;
+      normed.change([&](float x, int p, int j) { return x * of_hidden * following.at(p, j); });
+      normed.put(c.p.activations.normed + t * n, n);
     }
     c.owners.arrive();
+    hidden.store(a.hidden + t * n, n);  // for this block only
   }
   c.owners.expect(c.tokens);
 }

@@ -9,23 +9,23 @@ namespace tp::cuda::resident {
 
 /// m = hidden + norm(sum), of the block's token, and what router, dense MLP and experts make of it.
 __device__ __forceinline__ void add_attention(Context& c, const RouteArgs& a) {
-  const int n = c.p.dims.hidden;
+  constexpr int n = kRowLength;
   const int64_t at = static_cast<int64_t>(blockIdx.x) * n;
   NormWeights post, dense, expert, scale;
   post.load(a.post_norm, n), dense.load(a.dense_norm, n), expert.load(a.expert_norm, n);
   scale.load(a.scale, n);
-  Row hidden, sum;
+  Row hidden, sums[1];
+  Row& sum = sums[0];
   hidden.load(a.hidden + at, n);
   if (c.first)
     sum.load(a.sum + at, n);
   else
-    sum = reduced(c.peers, c.epoch, at, n);
+    reduced(sums, c.peers, c.epoch, at);
   c.mark(1);
   sum.change([](float x, int, int) { return rounded(x); });
   const float inverse = inverse_rms(c.sums.over_block(sum.squares()), n, c.p.dims.eps);
   hidden.change(
       [&](float x, int p, int j) { return rounded(x + rounded(sum.x[p][j] * inverse * post.at(p, j))); });
-  hidden.store(a.hidden + at, n);
   const float of_hidden = inverse_rms(c.sums.over_block(hidden.squares()), n, c.p.dims.eps);
   const float root = 1.0f / __builtin_sqrtf(static_cast<float>(n));
   const auto leave = [&](Bf16* to, auto&& value) {
@@ -37,113 +37,191 @@ __device__ __forceinline__ void add_attention(Context& c, const RouteArgs& a) {
   leave(to.router_in, [&](float x, int p, int j) { return rounded(rounded(x) * scale.at(p, j)) * root; });
   leave(to.dense_in, [&](float x, int p, int j) { return x * dense.at(p, j); });
   leave(to.expert_in, [&](float x, int p, int j) { return x * expert.at(p, j); });
+  c.owners.arrive();
+  hidden.store(a.hidden + at, n);  // for this block only
 }
 
-/// The K most probable experts of every token, a warp a token, and the list of them all. The block that
-/// stores also leaves them where the ops' contract has them.
-__device__ __forceinline__ void choose(Context& c, const RouteArgs& a, bool store) {
-  __shared__ int index[kMostTokens][kMostTopK];
-  __shared__ float weight[kMostTokens][kMostTopK];
-  __shared__ int voters[kWarps];
-  static_assert(kMostExperts < kThreads);
-  const int experts = c.p.dims.experts, top_k = c.p.dims.top_k, t = c.warp;
-  if (t < c.tokens) {
-    constexpr int kPer = kMostExperts / 32;
-    float p[kPer], scale[kPer], max = -INFINITY, total = 0;
+/// a / b but for the last bit of the tiniest quotients, without the branches of a division: b is near 1.
+__device__ __forceinline__ float quotient(float a, float b) {
+  float inverse = __fdividef(1.0f, b);
+  inverse = fused(fused(-b, inverse, 1.0f), inverse, inverse);
+  const float near = a * inverse;
+  return fused(fused(-b, near, a), inverse, near);
+}
+
+/// Where the experts are chosen, a warp a token; a lane has four neighbouring experts.
+struct Choice {
+  static constexpr int kLanes = 32, kPer = kMostExperts / kLanes;
+  static_assert(kPer == 4 && kMostTopK * kPer == kLanes);
+  /// Of a warp, in the order of ids: first the most probable expert of each lane, then all of the eight lanes
+  /// that are ahead, which hold the eight most probable of all.
+  struct Rivals {
+    float probability[2][kLanes], scale[kLanes], chosen[kMostTopK];
+    int lane[kMostTopK];
+  };
+  Rivals rivals[kWarps];
+  uint64_t slots[kMostExperts];  // as in Chosen
+};
+static_assert(sizeof(Choice) <= kRoomFloats * sizeof(float));
+
+/// The K most probable experts of every token and the list of them all. The block that stores also leaves
+/// them where the ops' contract has them. Out of line, and without the context, which would have to lie in
+/// memory.
+__device__ __noinline__ inline void choose_of(const RouteArgs& a, Choice& choice, Chosen& list,
+                                              uint32_t listed, int tokens, int experts, int top_k,
+                                              bool store) {
+  constexpr int kPer = Choice::kPer;
+  const int lane = threadIdx.x % 32, t = threadIdx.x / 32, first = lane * kPer;
+  const unsigned lower = (1u << lane) - 1;
+  const float* const logits = a.router_logits + t * experts + first;
+  const Bf16* const scales = a.per_expert_scale + first;
+  float p[kPer];
+  Bf16 scale[kPer];
 #pragma unroll
-    for (int i = 0; i < kPer; i++) {
-      const int e = c.lane + 32 * i;
-      p[i] = e < experts ? __ldcg(a.router_logits + t * experts + e) : -INFINITY;
-      scale[i] = e < experts ? to_float(a.per_expert_scale[e]) : 0;  // on its way with the logits
-      max = p[i] > max ? p[i] : max;
-    }
-    max = warp_max(max);
+  for (int i = 0; i < kPer; i++) {
+    const bool there = t < tokens && first + i < experts;
+    p[i] = there ? __ldcg(logits + i) : -INFINITY;
+    scale[i] = there ? __ldg(scales + i) : 0;
+  }
+  if (threadIdx.x < kMostExperts) choice.slots[threadIdx.x] = ~0ull;
+  sync_consumers();
+  Choice::Rivals& rivals = choice.rivals[t];
+  int rank = kMostTopK, expert = 0;
+  float own = 0;
+  // Votes tell the compiler that a warp stays together: shuffles where it might not cost twice the code.
+  if (__any_sync(~0u, t < tokens)) {
+    // Bits of numbers as whole numbers of the same order, and back.
+    const auto in_order = [](int bits) { return bits ^ (bits >> 31 & INT_MAX); };
+    const float most = fmaxf(fmaxf(p[0], p[1]), fmaxf(p[2], p[3]));
+    const float max = float_of(in_order(__reduce_max_sync(~0u, in_order(static_cast<int>(bits_of(most))))));
+    float total = 0;
 #pragma unroll
-    for (int i = 0; i < kPer; i++) total += p[i] = exp_f32(p[i] - max);
+    for (float& x : p) total += x = ptx::ex2_approx((x - max) * 1.44269504f);
     total = warp_sum(total);
+    // What is no number, or no expert, is least probable; among equals the lower id is ahead.
 #pragma unroll
-    for (int i = 0; i < kPer; i++) p[i] = c.lane + 32 * i < experts ? p[i] / total : -1.0f;
-    float chosen = 0, mine = 0;  // lane k keeps the k-th
-    int who = 0;
+    for (float& x : p) x = fmaxf(quotient(x, total), 0);
+    rivals.probability[0][lane] = fmaxf(fmaxf(p[0], p[1]), fmaxf(p[2], p[3]));
 #pragma unroll 1
-    for (int k = 0; k < top_k; k++) {
-      // Probabilities are not negative: their bits are in their order.
-      uint32_t best = 0;
-      int at = INT_MAX;
+    for (int round = 0; round < 2; round++) {
+      __syncwarp();
+      const float* const all = rivals.probability[round];
+      own = all[lane], rank = 0;
+      // Larger ones, and equal ones before it. Not negative, so the bits are in the numbers' order, and no
+      // difference of theirs overflows.
 #pragma unroll
-      for (int i = 0; i < kPer; i++)
-        if (p[i] >= 0 && (at == INT_MAX || bits_of(p[i]) > best)) best = bits_of(p[i]), at = c.lane + 32 * i;
-      const uint32_t most = __reduce_max_sync(~0u, best);
-      unsigned expert = __reduce_min_sync(~0u, best == most ? static_cast<unsigned>(at) : INT_MAX);
-      if (expert >= static_cast<unsigned>(experts))
-        expert = static_cast<unsigned>(k);  // not numbers: any expert, but a valid one
-      if (c.lane == k) mine = float_of(most), who = static_cast<int>(expert);
-      chosen += float_of(most);
+      for (int j = 0; j < Choice::kLanes; j += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(all + j);
+        const uint32_t bar = bits_of(own) - (j + 4 <= lane);
+        for (const float other : {four.x, four.y, four.z, four.w}) rank += (bar - bits_of(other)) >> 31;
+      }
 #pragma unroll
-      for (int i = 0; i < kPer; i++)
-        if (c.lane + 32 * i == static_cast<int>(expert)) p[i] = -1;
+      for (int i = 0; i < 3; i++) rank += i < lane % 4 && all[lane / 4 * 4 + i] == own;
+      const bool ahead = rank < kMostTopK;
+      const int place = __popc(__ballot_sync(~0u, ahead) & lower);
+      if (round > 0 || !ahead) continue;
+      reinterpret_cast<float4*>(rivals.probability[1])[place] = make_float4(p[0], p[1], p[2], p[3]);
+      reinterpret_cast<float4*>(rivals.scale)[place] =
+          make_float4(to_float(scale[0]), to_float(scale[1]), to_float(scale[2]), to_float(scale[3]));
+      rivals.lane[place] = lane;
     }
-    float of_who = 0;
+    if (rank < kMostTopK) rivals.chosen[rank] = rank < top_k ? own : 0;
+    expert = rivals.lane[lane / kPer] * kPer + lane % kPer;
+    if (rank < top_k) reinterpret_cast<uint8_t*>(&choice.slots[expert])[t] = static_cast<uint8_t>(rank);
+  }
+  sync_consumers();
+  // An expert's place in the list: how many lower ones were chosen. The first warp writes the list, for which
+  // the ring waits; then each the weights of its token.
+  uint64_t slots[kPer];
+  const unsigned lanes_below = (1u << expert / kPer) - 1;
+  int at = 0, place = 0, count = 0;
+#pragma unroll
+  for (int i = 0; i < kPer; i++) {
+    slots[i] = choice.slots[first + i];
+    const unsigned votes = __ballot_sync(~0u, slots[i] != ~0ull);
+    at += __popc(votes & lower), count += __popc(votes);
+    place += __popc(votes & (i < expert % kPer ? 2 * lanes_below + 1 : lanes_below));
+  }
+  if (t == 0) {
 #pragma unroll
     for (int i = 0; i < kPer; i++) {
-      const float there = __shfl_sync(~0u, scale[i], who % 32);
-      if (who / 32 == i) of_who = there;
+      const bool any = slots[i] != ~0ull;
+      if (any) list.expert[at] = first + i, list.slots[at] = slots[i];
+      at += any;
     }
-    if (c.lane < top_k) {
-      index[t][c.lane] = who;
-      weight[t][c.lane] = mine / chosen * of_who;
-      if (store) {
-        a.route_index[t * top_k + c.lane] = who;
-        a.route_weight[t * top_k + c.lane] = weight[t][c.lane];
-      }
-    }
+    if (lane == 0) list.count = count;
   }
-  sync_consumers();
-  const int e = threadIdx.x;
-  uint64_t slots = ~0ull;
-  int before = 0;
+  __syncwarp();
+  if (threadIdx.x == 0) ptx::mbarrier_arrive(listed);
+  float chosen = 0;
+#pragma unroll
+  for (const float x : rivals.chosen) chosen += x;
+  if (rank < top_k) {
+    const float weight = list.weight[place][t] = quotient(own, chosen) * rivals.scale[lane];
+    if (store) a.route_index[t * top_k + rank] = expert, a.route_weight[t * top_k + rank] = weight;
+  }
+  if (!__any_sync(~0u, store)) return;
+  // Assignments of a lane's experts, and of those before them.
+  int each[kPer], before = 0;
+#pragma unroll
+  for (int i = 0; i < kPer; i++) before += each[i] = __popcll(~slots[i] & 0x8080808080808080ull);
+  const int mine = before;
+#pragma unroll
+  for (int span = 1; span < Choice::kLanes; span *= 2) {
+    const int others = __shfl_up_sync(~0u, before, span);
+    before += lane >= span ? others : 0;
+  }
+  before -= mine;
+#pragma unroll
+  for (int i = 0; i < kPer; i++) {
+    if (t == 0 && first + i < experts) a.expert_start[first + i] = before;
+    before += each[i];
+  }
+  if (threadIdx.x == 0) a.expert_start[experts] = tokens * top_k;
+}
+
+__device__ __forceinline__ void choose(Context& c, const RouteArgs& a, bool store) {
+  choose_of(a, *reinterpret_cast<Choice*>(c.next_room()), *c.chosen, c.listed, c.tokens, c.p.dims.experts,
+            c.p.dims.top_k, store);
+}
+
+/// Starts to bring the router's row of an expert.
+__device__ __forceinline__ void fetch_router(const RouteArgs& a, char* to, int expert) {
+  constexpr int kPieces = kWholePieces * kWarps;
 #pragma unroll 1
-  for (int token = 0; token < c.tokens; token++)
-#pragma unroll 2
-    for (int k = 0; k < top_k; k++) {
-      before += index[token][k] < e;
-      if (index[token][k] == e) slots ^= (0xffull ^ static_cast<uint64_t>(k)) << (8 * token);
-    }
-  const bool any = slots != ~0ull;
-  const unsigned votes = __ballot_sync(~0u, any);
-  if (c.lane == 0) voters[c.warp] = __popc(votes);
-  sync_consumers();
-  int at = __popc(votes & ((1u << c.lane) - 1)), all = 0;
-  for (int w = 0; w < kWarps; w++) {
-    if (w < c.warp) at += voters[w];
-    all += voters[w];
+  for (int i = threadIdx.x; i < kPieces; i += kThreads)
+    ptx::cp_async_16(ptx::shared_address(to) + i * 16, a.router + (int64_t{expert} * kPieces + i) * 8);
+}
+
+/// A token's router_in times a row of the router in shared memory, by a warp. Of the products of all lanes'
+/// elements with each other those of lanes of the same column count: the diagonal of a tensor-core product.
+__device__ __forceinline__ float logit_of(const Context& c, const Bf16* router_in, const char* row) {
+  constexpr int kSteps = kWholePieces * kWarps / 32;
+  uint4 z[kSteps];
+#pragma unroll
+  for (int i = 0; i < kSteps; i++) z[i] = __ldcg(reinterpret_cast<const uint4*>(router_in) + i * 32 + c.lane);
+  const uint32_t weights = ptx::shared_address(row) + c.lane * 16;
+  float acc[4][4] = {};
+#pragma unroll
+  for (int i = 0; i < kSteps; i++) {
+    const uint4 w = ptx::ld_shared_v4(weights + i * 32 * 16);
+    multiply(acc[i % 2 * 2], z[i].x, z[i].y, w.x, w.z);
+    multiply(acc[i % 2 * 2 + 1], z[i].z, z[i].w, w.y, w.w);
   }
-  if (any) {
-    c.chosen->expert[at] = e, c.chosen->slots[at] = slots;
-#pragma unroll 1
-    for (int token = 0; token < c.tokens; token++) {
-      const int slot = static_cast<signed char>(slots >> (8 * token));
-      c.chosen->weight[at][token] = slot < 0 ? 0 : weight[token][slot];
-    }
-  }
-  if (e == 0) c.chosen->count = all;
-  if (store && e <= experts) a.expert_start[e] = before;
-  sync_consumers();
-  if (e == 0) ptx::mbarrier_arrive(c.listed);
+  const int i = c.column % 2;
+  const float own = (acc[0][i] + acc[1][i]) + (acc[2][i] + acc[3][i]);
+  return warp_sum(c.quarter == c.column / 2 ? own : 0);
 }
 
 __device__ __forceinline__ void route(Context& c, const LayerArgs& layer) {
   const RouteArgs& a = layer.route;
   const Dims& d = c.p.dims;
   const int n = d.hidden, blocks = static_cast<int>(gridDim.x);
-  NormWeights router;
-  if (static_cast<int>(blockIdx.x) < d.experts)
-    router.load(a.router + static_cast<int64_t>(blockIdx.x) * n, n);
-  if (c.owner()) {
-    add_attention(c, a);
-    c.owners.arrive();
-  }
+  char* const row = reinterpret_cast<char*>(c.next_room());
+  if (static_cast<int>(blockIdx.x) < d.experts) fetch_router(a, row, blockIdx.x);
+  if (c.owner()) add_attention(c, a);
   c.owners.expect(c.tokens);
+  ptx::cp_async_wait_all();
   c.owners.wait(c.peers);
   c.mark(2);
   if (!c.last) {  // what the next stage multiplies
@@ -153,22 +231,15 @@ __device__ __forceinline__ void route(Context& c, const LayerArgs& layer) {
   }
 #pragma unroll 1
   for (int e = blockIdx.x; e < d.experts; e += blocks) {
-    if (e >= blocks) router.load(a.router + static_cast<int64_t>(e) * n, n);
-    c.sums.next();
-#pragma unroll 4
-    for (int t = 0; t < c.tokens; t++) {
-      Row z;
-      z.fetch(c.p.activations.router_in + static_cast<int64_t>(t) * n, n);
-      float logit = 0;
-      z.change([&](float x, int p, int j) {
-        logit = fused(x, router.at(p, j), logit);
-        return x;
-      });
-      c.sums.give(t, logit);
+    if (e >= blocks) {
+      sync_consumers();
+      fetch_router(a, row, e);
+      ptx::cp_async_wait_all();
+      sync_consumers();
     }
-    sync_consumers();
-    if (static_cast<int>(threadIdx.x) < c.tokens)
-      a.router_logits[threadIdx.x * d.experts + e] = c.sums.take(threadIdx.x);
+    if (!__any_sync(~0u, c.warp < c.tokens)) continue;
+    const float logit = logit_of(c, c.p.activations.router_in + int64_t{c.warp} * n, row);
+    if (c.lane == 0) a.router_logits[c.warp * d.experts + e] = logit;
   }
   c.grid.arrive();
   c.grid.expect(gridDim.x);

@@ -42,8 +42,20 @@ __device__ __forceinline__ Index operand_at(Index i) {
   return (i & ~Index{6}) | (i & 2) << 1 | (i & 4) >> 1;
 }
 
+/// Every activation is rounded where the reference rounds; resident steps are bfloat16 steps. As the high
+/// half of a pair it is the float at once.
+__device__ inline float rounded(float x) { return float_of(ptx::cvt_rn_bf16x2(0, x)); }
+
+constexpr int kRowLength = 8 * kWholePieces * kWarps;  // the hidden size
+static_assert(kRowPieces == 3 && kRowLength <= kRowPieces * kThreads * 4);
+
 /// Where a thread's piece p of four neighbours begins.
 __device__ inline int piece_at(int p) { return (p * kThreads + static_cast<int>(threadIdx.x)) * 4; }
+
+/// Whether the thread has a piece p of a row of n: only of the last piece a question when it runs.
+__device__ inline bool has_piece(int p, int n = kRowLength) {
+  return (p + 1) * kThreads * 4 <= kRowLength || piece_at(p) < n;
+}
 
 /// A row of weights as stored, asked for before the inputs are there.
 struct NormWeights {
@@ -52,7 +64,7 @@ struct NormWeights {
 #pragma unroll
     for (int p = 0; p < kRowPieces; p++) {
       raw[p] = make_uint2(0, 0);
-      if (piece_at(p) < n) raw[p] = ptx::ld_global_nc_v2(from + piece_at(p));
+      if (has_piece(p, n)) raw[p] = ptx::ld_global_nc_v2(from + piece_at(p));
     }
   }
   __device__ float at(int p, int j) const {
@@ -74,14 +86,14 @@ struct Row {
 #pragma unroll
     for (int p = 0; p < kRowPieces; p++) {
       float4 four = make_float4(0, 0, 0, 0);
-      if (piece_at(p) < n) four = __ldcg(reinterpret_cast<const float4*>(from + piece_at(p)));
+      if (has_piece(p, n)) four = __ldcg(reinterpret_cast<const float4*>(from + piece_at(p)));
       x[p][0] = four.x, x[p][1] = four.y, x[p][2] = four.z, x[p][3] = four.w;
     }
   }
   __device__ void store(float* to, int n) const {
 #pragma unroll
     for (int p = 0; p < kRowPieces; p++)
-      if (piece_at(p) < n)
+      if (has_piece(p, n))
         *reinterpret_cast<float4*>(to + piece_at(p)) = make_float4(x[p][0], x[p][1], x[p][2], x[p][3]);
   }
   /// x = f(x, piece, place in it)
@@ -93,19 +105,19 @@ struct Row {
       for (int j = 0; j < 4; j++) x[p][j] = f(x[p][j], p, j);
   }
   __device__ float squares() const {
-    float sum = 0;
+    float sum[kRowPieces] = {};
 #pragma unroll
-    for (int p = 0; p < kRowPieces; p++)
+    for (int j = 0; j < 4; j++)
 #pragma unroll
-      for (int j = 0; j < 4; j++) sum = fused(x[p][j], x[p][j], sum);
-    return sum;
+      for (int p = 0; p < kRowPieces; p++) sum[p] = fused(x[p][j], x[p][j], sum[p]);
+    return (sum[0] + sum[1]) + sum[2];
   }
   /// As an activation, a pair at a time: from shared memory, and into memory of either kind.
   __device__ void get(const char* from, int n) {
 #pragma unroll
     for (int p = 0; p < kRowPieces; p++) {
       uint2 raw = make_uint2(0, 0);
-      if (piece_at(p) < n) {
+      if (has_piece(p, n)) {
         const auto* const pairs = reinterpret_cast<const uint32_t*>(from + 2 * operand_at(piece_at(p)));
         raw = make_uint2(pairs[0], pairs[2]);
       }
@@ -115,75 +127,88 @@ struct Row {
   __device__ void put(void* to, int n) const {
 #pragma unroll
     for (int p = 0; p < kRowPieces; p++)
-      if (piece_at(p) < n) {
+      if (has_piece(p, n)) {
         auto* const pairs = static_cast<uint32_t*>(to) + operand_at(piece_at(p)) / 2;
-        pairs[0] = to_bf16(x[p][0]) | static_cast<uint32_t>(to_bf16(x[p][1])) << 16;
-        pairs[2] = to_bf16(x[p][2]) | static_cast<uint32_t>(to_bf16(x[p][3])) << 16;
+        pairs[0] = ptx::cvt_rn_bf16x2(x[p][0], x[p][1]);
+        pairs[2] = ptx::cvt_rn_bf16x2(x[p][2], x[p][3]);
       }
-  }
-  /// One that another block has left in this launch.
-  __device__ void fetch(const Bf16* from, int n) {
-#pragma unroll
-    for (int p = 0; p < kRowPieces; p++) {
-      uint2 raw = make_uint2(0, 0);
-      if (piece_at(p) < n) {
-        const auto* const pairs = reinterpret_cast<const uint32_t*>(from + operand_at(piece_at(p)));
-        raw = make_uint2(__ldcg(pairs), __ldcg(pairs + 2));
-      }
-      unpack(p, raw);
-    }
   }
 };
 
-/// Every activation is rounded where the reference rounds; resident steps are bfloat16 steps.
-__device__ inline float rounded(float x) { return to_float(to_bf16(x)); }
-
-/// The sum over N ranks, from `first` on, of elements `at` .. of operation `epoch`, in tree order.
-template <int N>
-__device__ __forceinline__ Row gather(const PeerMemory& w, uint32_t epoch, int64_t at, int n, int first = 0) {
-  if constexpr (N > 2) {
-    Row low = gather<N / 2>(w, epoch, at, n, first);
-    const Row high = gather<N / 2>(w, epoch, at, n, first + N / 2);
-    low.change([&](float x, int p, int j) { return x + high.x[p][j]; });
-    return low;
-  } else {
-    Row rows[N];
-    Timeout timeout;
-    for (;;) {
+/// sums[r] = row r of operation `epoch`, from element `at` on, of ranks `first` and, if there is one,
+/// first + 1. Everything is asked for at once, but again only rows that were not there: all of them would
+/// take longer than the access that brings the last line.
+template <int Rows>
+__device__ __forceinline__ void gather_pair(Row (&sums)[Rows], const PeerMemory& w, uint32_t epoch,
+                                            int64_t at, int first) {
+  const bool two = first + 1 < w.size;
+  const uint64_t* const low = w.inbox[w.rank] + ((epoch & 1) * w.size + first) * w.floats + at + piece_at(0);
+  const uint64_t* const high = two ? low + w.floats : low;
+  const auto step = [](int p) { return has_piece(p) ? p * kThreads * 4 : 0; };  // a piece too many: the first
+  const auto each = [](auto&& visit) {
+#pragma unroll
+    for (int i = 0; i < Rows * 2; i++) visit(i / 2, i % 2, 1u << i);
+  };
+  uint64_t v[Rows][2][kRowPieces][4] = {};
+  uint32_t missing = (1u << Rows * 2) - 1;
+  for (Timeout timeout; missing != 0;
+       timeout.poll(w, kPeerTimeoutNs, first == w.rank && two ? first + 1 : first)) {
+    each([&](int r, int s, uint32_t bit) {
+      if (!(missing & bit)) return;
+#pragma unroll
+      for (int p = 0; p < kRowPieces; p++) {
+        uint64_t (&line)[4] = v[r][s][p];
+        const uint64_t* const from = (s ? high : low) + r * kRowLength + step(p);
+        ptx::ld_relaxed_sys_v2(line[0], line[1], from);
+        ptx::ld_relaxed_sys_v2(line[2], line[3], from + 2);
+      }
+    });
+    each([&](int r, int s, uint32_t bit) {
       bool there = true;
 #pragma unroll
-      for (int s = 0; s < N; s++) {
-        const uint64_t* const from = w.inbox[w.rank] + ((epoch & 1) * w.size + first + s) * w.floats + at;
-#pragma unroll
-        for (int p = 0; p < kRowPieces; p++) {
-          if (piece_at(p) >= n) {
-            for (float& x : rows[s].x[p]) x = 0;
-            continue;
-          }
-          uint64_t v[4];
-          ptx::ld_relaxed_sys_v2(v[0], v[1], from + piece_at(p));
-          ptx::ld_relaxed_sys_v2(v[2], v[3], from + piece_at(p) + 2);
-#pragma unroll
-          for (int j = 0; j < 4; j++) {
-            there &= static_cast<uint32_t>(v[j] >> 32) == epoch;
-            rows[s].x[p][j] = float_of(static_cast<uint32_t>(v[j]));
-          }
-        }
-      }
-      if (there) break;
-      timeout.poll(w, kPeerTimeoutNs, first == w.rank ? first + N - 1 : first);
-    }
-    if constexpr (N == 2) rows[0].change([&](float x, int p, int j) { return x + rows[1].x[p][j]; });
-    return rows[0];
+      for (int i = 0; i < kRowPieces * 4; i++)
+        there &= static_cast<uint32_t>(v[r][s][i / 4][i % 4] >> 32) == epoch;
+      if (there) missing &= ~bit;
+    });
   }
+  // Without a second rank -0 is added, which changes nothing.
+#pragma unroll
+  for (int r = 0; r < Rows; r++)
+    sums[r].change([&](float, int p, int j) {
+      const float second = float_of(static_cast<uint32_t>(v[r][1][p][j]));
+      const float sum = float_of(static_cast<uint32_t>(v[r][0][p][j])) + (two ? second : -0.0f);
+      return has_piece(p) ? sum : 0;
+    });
 }
 
-/// Elements at .. of the all-reduce `epoch`, as soon as all ranks have sent them.
-__device__ __noinline__ inline Row reduced(const PeerMemory& w, uint32_t epoch, int64_t at, int n) {
-  if (w.size == 1) return gather<1>(w, epoch, at, n);
-  if (w.size == 2) return gather<2>(w, epoch, at, n);
-  if (w.size == 4) return gather<4>(w, epoch, at, n);
-  return gather<8>(w, epoch, at, n);
+/// The same over 4 or 8 ranks, in tree order.
+__device__ __noinline__ inline Row gather(const PeerMemory& w, uint32_t epoch, int64_t at) {
+  Row of_two, of_four, sum[1];
+#pragma unroll 1
+  for (int first = 0; first < w.size; first += 2) {
+    gather_pair(sum, w, epoch, at, first);
+    const auto add = [&](const Row& low) {
+      sum[0].change([&](float x, int p, int j) { return low.x[p][j] + x; });
+    };
+    if (first % 4 == 0) {
+      of_two = sum[0];
+      continue;
+    }
+    add(of_two);
+    if (first == 2)
+      of_four = sum[0];
+    else
+      add(of_four);
+  }
+  return sum[0];
+}
+
+/// Neighbouring rows from element `at` on of the all-reduce `epoch`, as soon as all ranks have sent them.
+template <int Rows>
+__device__ __forceinline__ void reduced(Row (&sums)[Rows], const PeerMemory& w, uint32_t epoch, int64_t at) {
+  if (w.size <= 2) return gather_pair(sums, w, epoch, at, 0);
+#pragma unroll
+  for (int r = 0; r < Rows; r++) sums[r] = gather(w, epoch, at + r * kRowLength);
 }
 
 }  // namespace tp::cuda::resident

@@ -200,15 +200,18 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
   p.counters->epoch = c.epoch;
 }
 
+/// What products exchange; it lies behind the activations and is free while attention runs, which takes both.
+constexpr int kExchangeBytes = 2 * kRoomFloats * static_cast<int>(sizeof(float));
+
 /// Shared memory that the stages' activations take for `tokens` tokens.
 int act_bytes_of(const Decoder& decoder, const Dims& d, int tokens) {
   int most = tokens *
              std::max(stride_of(2 * d.hidden), stride_of(2 * d.inter) + d.top_k * stride_of(2 * d.moe_inter));
   for (const LayerArgs& layer : decoder.layers) {
     most = std::max(most, tokens * stride_of(2 * layer.attn_out.columns));
-    most =
-        std::max(most, static_cast<int>(layer.attention.heads.head_dim == 256 ? sizeof(AttentionRoom<256>)
-                                                                              : sizeof(AttentionRoom<512>)));
+    const size_t room =
+        layer.attention.heads.head_dim == 256 ? sizeof(AttentionRoom<256>) : sizeof(AttentionRoom<512>);
+    most = std::max(most, static_cast<int>(room) - kExchangeBytes);
   }
   return (most + 127) / 128 * 128;
 }
@@ -288,8 +291,7 @@ class Step final : public Fused {
                       rows_of(static_cast<size_t>(d.top_k) * moe)};
     cudaFuncAttributes attributes;
     check(cudaFuncGetAttributes(&attributes, run_stages), "asking for a kernel's needs");
-    room_ = cuda.shared_memory() - static_cast<int>(attributes.sharedSizeBytes) -
-            2 * kRoomFloats * static_cast<int>(sizeof(float));
+    room_ = cuda.shared_memory() - static_cast<int>(attributes.sharedSizeBytes) - kExchangeBytes;
   }
 
   bool takes(const Input& in) const override {
@@ -305,7 +307,7 @@ class Step final : public Fused {
     p.act_bytes = act_bytes_of(decoder_, p.dims, in.tokens);
     p.slots = slots_for(in.tokens);
     const size_t shared =
-        static_cast<size_t>(p.slots * p.slot_bytes + p.act_bytes) + 2 * kRoomFloats * sizeof(float);
+        static_cast<size_t>(p.slots * p.slot_bytes + p.act_bytes + kExchangeBytes);
     const dim3 grid(static_cast<unsigned>(blocks()));
     cuda_.launch_together(run_stages, grid, kBlock, shared, p);
     if (to > p.layer_count * kStages) summarise_logits(p.logits, p.dims, in, cuda_);

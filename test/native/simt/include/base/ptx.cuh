@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "base/dtype.h"
 #include "cuda_runtime.h"
 
 namespace tp::ptx {
@@ -139,5 +140,8 @@ inline void griddepcontrol_launch_dependents() { simt::grid_launch_dependents();
 
 inline uint64_t globaltimer() { return simt::clock_ns(); }
 inline float ex2_approx(float x) { return std::exp2(x); }
+inline uint32_t cvt_rn_bf16x2(float low, float high) {
+  return to_bf16(low) | static_cast<uint32_t>(to_bf16(high)) << 16;
+}
 
 }  // namespace tp::ptx
