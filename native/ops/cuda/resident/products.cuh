@@ -17,7 +17,7 @@ struct Chosen {
   int count;
   int expert[kMostTokens * kMostTopK];
   uint64_t slots[kMostTokens * kMostTopK];  // a byte a token: which of its K experts, 0xff = not chosen
-  float weight[kMostTokens * kMostTopK][kMostTokens];  // routing weight
+  float weight[kMostTokens * kMostTopK][kMostTokens];  // routing weight, 0 = not chosen
   __device__ int slot(int i, int token) const { return static_cast<signed char>(slots[i] >> (8 * token)); }
   /// Bit i: the token chose expert[i]. By a warp.
   __device__ uint64_t of(int token) const {

@@ -142,17 +142,22 @@ __device__ __noinline__ inline void choose_of(const RouteArgs& a, Choice& choice
     at += __popc(votes & lower), count += __popc(votes);
     place += __popc(votes & (i < expert % kPer ? 2 * lanes_below + 1 : lanes_below));
   }
-  if (t == 0) {
+  const auto each_listed = [&](auto&& visit) {
+    int i_th = at;
 #pragma unroll
-    for (int i = 0; i < kPer; i++) {
-      const bool any = slots[i] != ~0ull;
-      if (any) list.expert[at] = first + i, list.slots[at] = slots[i];
-      at += any;
-    }
+    for (int i = 0; i < kPer; i++)
+      if (slots[i] != ~0ull) visit(i_th++, i);
+  };
+  if (t == 0) {
+    each_listed([&](int i_th, int i) { list.expert[i_th] = first + i, list.slots[i_th] = slots[i]; });
     if (lane == 0) list.count = count;
   }
   __syncwarp();
   if (threadIdx.x == 0) ptx::mbarrier_arrive(listed);
+  if (t < tokens)
+    each_listed([&](int i_th, int i) {
+      if (slots[i] >> (8 * t + 7) & 1) list.weight[i_th][t] = 0;  // this token did not choose it
+    });
   float chosen = 0;
 #pragma unroll
   for (const float x : rivals.chosen) chosen += x;
