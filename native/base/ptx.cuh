@@ -224,6 +224,15 @@ template <int Value>
 __device__ __forceinline__ void red_release_gpu_add(uint32_t* to) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(to), "n"(Value) : "memory");
 }
+/// What the block wrote before a barrier is visible to whoever comes after; so is here what came before.
+__device__ __forceinline__ uint32_t atom_acq_rel_gpu_add(uint32_t* to, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(to), "r"(value)
+               : "memory");
+  return before;
+}
 /// Between GPUs: 8 bytes, or 16, are one access, in no order with others.
 __device__ __forceinline__ void st_relaxed_sys(uint64_t* to, uint64_t value) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");

@@ -313,11 +313,12 @@ inline Decoder decoder_of(const Model& m) {
   return out;
 }
 
-/// Positions and tokens of a step of T sequences.
+/// Positions and tokens of a step. A token at the position behind the one before it is of the same sequence.
 inline void set_step(Step& in, const std::vector<int>& positions, int vocab = kReal.vocab) {
   for (int t = 0; t < 8; t++) {
-    in.token.host[t] = (1000 + 17 * t) % vocab, in.position.host[t] = positions[t % positions.size()],
-    in.slot.host[t] = t, in.row.host[t] = t;
+    in.token.host[t] = (1000 + 17 * t) % vocab, in.position.host[t] = positions[t % positions.size()];
+    const bool follows = t > 0 && in.position.host[t] == in.position.host[t - 1] + 1;
+    in.slot.host[t] = follows ? in.slot.host[t - 1] : t, in.row.host[t] = t;
     in.target.host[t] = -1, in.temperature.host[t] = 0, in.top_k.host[t] = 0, in.top_p.host[t] = 1;
     in.seed.host[t] = 1, in.sequence.host[t] = t;
   }

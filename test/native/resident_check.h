@@ -6,8 +6,8 @@
 namespace tp::test {
 
 /// A small model of the widths that the resident kernel takes: two leaves, 4 heads of 256 or 512, layers by
-/// turns sliding and full. Its window is shorter than two of the attention's chunks and its ring wraps.
-constexpr ModelShape kSmall = {2, 4, 2, 2, 10, 3, 128, 40, 2};
+/// turns sliding and full. Its window is shorter than two of the attention's tiles and its ring wraps.
+constexpr ModelShape kSmall = {2, 4, 2, 1, 10, 3, 128, 40, 2};
 
 /// One rank on a device of its own.
 struct Rank {

@@ -115,19 +115,19 @@ int main(int argc, char** argv) {
     };
     if (asked("ops")) check_quick();
     if (asked("stages")) {
-      // Chunks are 32 positions of a sliding layer and 16 of a full one; the window is 40, its ring at
-      // most 47.
+      // Tiles are 32 positions of a sliding layer and 16 of a full one; the window is 40, its ring at
+      // most 47. Neighbouring positions are of one sequence.
       const std::vector<std::vector<int>> steps = {
-          {0}, {5, 31, 32, 64, 100}, {95, 47, 39, 3}, {40, 79, 80, 15}};
+          {0}, {5, 31, 32, 64, 100}, {95, 47, 39, 3}, {40, 79, 80, 15}, {61, 62, 63, 64, 65, 66, 33}};
       for (size_t i = 0; i < steps.size(); i++)
         test_fused(kSmall, 2, 120, {steps[i]}, {of_seed({1, 2, 5, 8}, i)}, 1);
       ModelShape many = kSmall;
       many.experts = 21, many.top_k = of_seed({8, 5}, 0);
       test_choice(many);
-      // Long contexts: more chunks than the block that ends last joins; chunks of several tiles.
+      // Long contexts: chunks of several tiles; more of them than the block that ends last joins.
       ModelShape wide = kSmall;
-      wide.window = 300;
-      test_fused(wide, 2, 4200, {{310, 200}}, {of_seed({1, 2}, 1)}, 1);
+      wide.window = 600;
+      test_fused(wide, 2, 4200, {{620, 621, 200}}, {of_seed({1, 2, 3}, 1)}, 1);
       test_fused(wide, 2, 4200, {{4100, 2047}}, {of_seed({1, 2}, 0)}, 1);
     }
     if (asked("stretches")) test_stretches(kSmall, 2, 120, {17, 70}, {of_seed({1, 3, 8}, 0)}, 1, 8);

@@ -1,7 +1,8 @@
 // Norms and RoPE of the heads, the cache, and one query a head over it. The cache is cut into chunks at
-// places that follow from the token's position alone; a task is one chunk of one KV head for one token and
-// all the query heads that share it, and goes through its chunk tile by tile. Positions of this step come
-// from the projections, not from the cache, where each token's own task lays them. Chunks are joined in their
+// places that follow from the token's position and the layer's shape alone; a task is one chunk of one KV
+// head for one token and all the query heads that share it. A block goes through its tasks tile by tile, and
+// asks for a tile, be it of its next task, while it computes the one before. Positions of this step come from
+// the projections, not from the cache, where each token's own task lays them. Chunks are joined in their
 // order, so neither the batch nor timing changes a bit.
 #pragma once
 
@@ -11,370 +12,529 @@ namespace tp::cuda::resident {
 
 /// Positions of a tile: 16 KB of keys.
 inline __host__ __device__ constexpr int tile_of(int head_dim) { return 8192 / head_dim; }
+/// Query heads of a KV head, at most.
+inline __host__ __device__ constexpr int most_group(int head_dim) { return head_dim == 256 ? 2 : 8; }
 
-/// What a token sees of a layer's cache.
+/// What a token sees of the caches of one kind of layer.
 struct Sight {
-  int first, last;  // positions
-  int chunk;        // positions of one: as many tiles as keep a long context to kMostChunks
-  __device__ Sight(int position, const Heads& h)
-      : first(h.window > 0 && position >= h.window ? position - h.window + 1 : 0),
-        last(position),
-        chunk(tile_of(h.head_dim)) {
-    if (h.window > 0) return;
-    while (last / chunk >= kMostChunks) chunk *= 2;
+  int first, last;          // positions
+  int slot;                 // of the caches
+  int chunk;                // positions of one: whole tiles, few of them or few chunks
+  int first_chunk, chunks;  // that hold something to see
+  int before;               // tasks of the tokens before this one
+  uint32_t mates;           // tokens of the step in the same slot, this one included: a bit each
+  __device__ void look(int position, const Heads& h) {
+    first = h.window > 0 && position >= h.window ? position - h.window + 1 : 0, last = position;
+    const int tile = tile_of(h.head_dim), seen = last - first;
+    const int few = seen / (tile * (kFewChunks - 1)) + 1, most = seen / (tile * kMostChunks) + 1;
+    chunk = tile * (h.window > 0 ? few : min(few, max(kLongChunk, most)));
+    first_chunk = first / chunk, chunks = last / chunk - first_chunk + 1;
   }
-  __device__ int first_chunk() const { return first / chunk; }
-  __device__ int chunks() const { return last / chunk - first_chunk() + 1; }
-};
-
-struct AttentionTask {
-  int token, kv_head, chunk, chunks;
 };
 
 /// Whether the block that ends a head's last chunk joins them all; else all blocks share that work, after a
-/// meeting. The sums are the same.
-__device__ __forceinline__ bool joined_at_once(const Heads& h, int chunks) {
-  return chunks <= kFewChunks && h.head_dim == kFewChunksDim;
-}
+/// meeting.
+__device__ inline bool joined_at_once(int chunks) { return chunks <= kFewChunks; }
 
-/// Task i of the step, or false. Tasks of a token: chunks of KV head 0, of head 1, ...
-__device__ __forceinline__ bool task_of(const Context& c, const Heads& h, int i, AttentionTask& task) {
+/// A task, at one of its tiles. A row of the tile is a bit.
+struct AttentionTask {
+  int token, kv_head, chunk;
+  int begin, end;       // position of the tile's first row; behind the task's last position
+  int at, edge;         // where its first row lies in the caches; the row that lies at the ring's begin again
+  uint32_t seen;        // rows that the token sees
+  uint32_t fresh_rows;  // of them, those of this step
+  uint32_t fresh;       // and the tokens they are of, a bit each
+};
+
+/// The tasks of one kind of layer, window or full, and what they need of the launch: the same in all layers,
+/// and looked up where time is short. In shared memory.
+struct Tasks {
+  char* room;  // of the activations
+  float* partial;
+  float2* partial_scale;
+  Bf16* out;  // activations
+  uint32_t* chunks_done;
+  const PeerMemory* peers;
+  int partial_chunks, tokens;
+  float eps;
+  int count;                      // of the step
+  int kv_heads, group, capacity;  // group: query heads of a KV head
+  bool many;                      // some token's chunks are not joined at once
+  Sight of[kMostTokens];
+  AttentionTask first;  // of this block
+
+  /// By one warp.
+  __device__ void prepare(const Parameters& p, const LayerKind& kind, char* acts) {
+    const Input& in = p.in;
+    const Heads& h = kind.heads;
+    const int t = threadIdx.x % 32;
+    const bool there = t < in.tokens;
+    Sight sight{};
+    if (there) sight.look(in.position[t], h), sight.slot = in.slot[t];
+    int sum = 0;
 #pragma unroll 1
-  for (int t = 0; t < c.tokens; t++) {
-    const int chunks = Sight(c.position[t], h).chunks(), tasks = chunks * h.kv_heads;
-    if (i < tasks) {
-      task = {t, i / chunks, i % chunks, chunks};
-      return true;
+    for (int u = 0; u < in.tokens; u++) {
+      if (u == t) sight.before = sum;
+      sum += __shfl_sync(~0u, sight.chunks, u) * h.kv_heads;
+      if (__shfl_sync(~0u, sight.slot, u) == sight.slot) sight.mates |= 1u << u;
     }
-    i -= tasks;
+    const bool any = __any_sync(~0u, there && !joined_at_once(sight.chunks));
+    if (there) of[t] = sight;
+    if (t == 0) {
+      room = acts, partial = p.partial, partial_scale = p.partial_scale, chunks_done = p.chunks_done;
+      out = p.activations.attention, peers = &p.peers, partial_chunks = p.partial_chunks, eps = p.dims.eps;
+      tokens = in.tokens, count = sum, many = any;
+      kv_heads = h.kv_heads, group = h.heads / h.kv_heads, capacity = kind.capacity;
+    }
+    __syncwarp();
+    if (static_cast<int>(blockIdx.x) >= sum) return;
+    AttentionTask task = at(blockIdx.x, tile_of(h.head_dim));
+    look(task, tile_of(h.head_dim));
+    if (t == 0) first = task;
   }
-  return false;
-}
+  /// Task i, at its first tile. Tasks of a token: chunks of KV head 0, of head 1, ... By whole warps.
+  __device__ __forceinline__ AttentionTask at(int i, int tile) const {
+    const int lane = threadIdx.x % 32;
+    AttentionTask task;
+    task.token = __popc(__ballot_sync(~0u, lane < tokens && of[lane % kMostTokens].before <= i)) - 1;
+    const Sight& sight = of[task.token];
+    const auto own = static_cast<uint32_t>(i - sight.before), chunks = static_cast<uint32_t>(sight.chunks);
+    task.kv_head = static_cast<int>(own / chunks);
+    task.chunk = static_cast<int>(own) - task.kv_head * sight.chunks;
+    const int begin = (sight.first_chunk + task.chunk) * sight.chunk;
+    task.begin = max(begin, sight.first & -tile), task.end = min(begin + sight.chunk, sight.last + 1);
+    const auto row = static_cast<int>(static_cast<uint32_t>(task.begin) % static_cast<uint32_t>(capacity));
+    task.at = (sight.slot * kv_heads + task.kv_head) * capacity + row, task.edge = capacity - row;
+    return task;
+  }
+  __device__ __forceinline__ void next_tile(AttentionTask& task, int tile) const {
+    task.begin += tile, task.at += tile, task.edge -= tile;
+    if (task.edge <= 0) task.at -= capacity, task.edge += capacity;
+  }
+  /// Looks at the tile that the task is at.
+  __device__ __forceinline__ void look(AttentionTask& task, int tile) const {
+    const Sight& sight = of[task.token];
+    task.seen = ~0u >> (32 - min(task.end - task.begin, tile)) & ~0u << max(sight.first - task.begin, 0);
+    task.fresh_rows = task.fresh = 0;
+#pragma unroll 1
+    for (uint32_t left = sight.mates; left; left &= left - 1) {
+      const int t = __ffs(static_cast<int>(left)) - 1;
+      const auto row = static_cast<uint32_t>(of[t].last - task.begin);
+      if (row < 32 && (task.seen >> row & 1)) task.fresh_rows |= 1u << row, task.fresh |= 1u << t;
+    }
+  }
+};
 
 /// One head by one warp: a lane holds D / 64 neighbours of the first half and those that RoPE pairs with
-/// them.
+/// them. What does not depend on the step's stages can be asked for ahead.
 template <int D>
 struct Head {
   static constexpr int kHalf = D / 64;
-  float low[kHalf], high[kHalf];
+  uint2 weight[2][kHalf / 4];
+  float4 cos[kHalf / 4], sin[kHalf / 4];
 
-  __device__ void load(const float* from) {
+  /// `norm` null: without weight; `cosine` null: without RoPE. Times one and zero they change no bit.
+  __device__ __forceinline__ void ask(const Bf16* norm, const float* cosine, const float* sine, int pairs) {
     const int at = threadIdx.x % 32 * kHalf;
+    const bool turns = cosine && at < pairs;
 #pragma unroll
-    for (int i = 0; i < kHalf; i += 4) {
-      const float4 a = __ldcg(reinterpret_cast<const float4*>(from + at + i)),
-                   b = __ldcg(reinterpret_cast<const float4*>(from + D / 2 + at + i));
-      low[i] = a.x, low[i + 1] = a.y, low[i + 2] = a.z, low[i + 3] = a.w;
-      high[i] = b.x, high[i + 1] = b.y, high[i + 2] = b.z, high[i + 3] = b.w;
+    for (int i = 0; i < kHalf / 4; i++) {
+      weight[0][i] = weight[1][i] = make_uint2(0x3f803f80u, 0x3f803f80u);
+      if (norm)
+        weight[0][i] = ptx::ld_global_nc_v2(norm + at + i * 4),
+        weight[1][i] = ptx::ld_global_nc_v2(norm + D / 2 + at + i * 4);
+      cos[i] = make_float4(1, 1, 1, 1), sin[i] = make_float4(0, 0, 0, 0);
+      if (turns)
+        cos[i] = __ldg(reinterpret_cast<const float4*>(cosine + at) + i),
+        sin[i] = __ldg(reinterpret_cast<const float4*>(sine + at) + i);
     }
   }
-  /// weight null: without.
-  __device__ void norm(const Bf16* weight, float eps) {
+  /// norm(raw), rotated, to shared memory and, unless null, to the cache.
+  __device__ __forceinline__ void place(const float* raw, float eps, Bf16* to, Bf16* cache) const {
     const int at = threadIdx.x % 32 * kHalf;
+    float4 x[2][kHalf / 4];
     float sum = 0;
 #pragma unroll
-    for (int i = 0; i < kHalf; i++) sum = fused(low[i], low[i], sum);
+    for (int half = 0; half < 2; half++)
 #pragma unroll
-    for (int i = 0; i < kHalf; i++) sum = fused(high[i], high[i], sum);
+      for (int i = 0; i < kHalf / 4; i++)
+        x[half][i] = __ldcg(reinterpret_cast<const float4*>(raw + half * (D / 2) + at) + i);
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+      for (int i = 0; i < kHalf / 4; i++) {
+        const float4 v = x[half][i];
+        sum = fused(v.w, v.w, fused(v.z, v.z, fused(v.y, v.y, fused(v.x, v.x, sum))));
+      }
     const float inverse = inverse_rms(warp_sum(sum), D, eps);
+    const auto normed = [&](float v, uint32_t w) { return rounded(v * inverse * float_of(w)); };
 #pragma unroll
-    for (int i = 0; i < kHalf; i++) {
-      low[i] = rounded(weight ? low[i] * inverse * to_float(weight[at + i]) : low[i] * inverse);
-      high[i] = rounded(weight ? high[i] * inverse * to_float(weight[D / 2 + at + i]) : high[i] * inverse);
-    }
-  }
-  __device__ void rope(const float* cosine, const float* sine, int pairs) {
-    const int at = threadIdx.x % 32 * kHalf;
+    for (int half = 0; half < 2; half++)
 #pragma unroll
-    for (int i = 0; i < kHalf; i++) {
-      if (at + i >= pairs) continue;
-      const float x = low[i], y = high[i], cos = __ldg(cosine + at + i), sin = __ldg(sine + at + i);
-      low[i] = rounded(fused(x, cos, -(y * sin)));
-      high[i] = rounded(fused(y, cos, x * sin));
-    }
-  }
-  __device__ void put(Bf16* to) const {
-    const int at = threadIdx.x % 32 * kHalf;
+      for (int i = 0; i < kHalf / 4; i++) {
+        float4& v = x[half][i];
+        const uint2 w = weight[half][i];
+        v = make_float4(normed(v.x, w.x << 16), normed(v.y, w.x & 0xffff0000u), normed(v.z, w.y << 16),
+                        normed(v.w, w.y & 0xffff0000u));
+      }
+    const auto pair = [](float a, float b) { return to_bf16(a) | static_cast<uint32_t>(to_bf16(b)) << 16; };
 #pragma unroll
-    for (int i = 0; i < kHalf; i += 2) {
-      *reinterpret_cast<uint32_t*>(to + at + i) = to_bf16(low[i]) | static_cast<uint32_t>(to_bf16(low[i + 1]))
-                                                                        << 16;
-      *reinterpret_cast<uint32_t*>(to + D / 2 + at + i) =
-          to_bf16(high[i]) | static_cast<uint32_t>(to_bf16(high[i + 1])) << 16;
+    for (int i = 0; i < kHalf / 4; i++) {
+      const float4 a = x[0][i], b = x[1][i], co = cos[i], si = sin[i];
+      const uint2 low = make_uint2(pair(fused(a.x, co.x, -(b.x * si.x)), fused(a.y, co.y, -(b.y * si.y))),
+                                   pair(fused(a.z, co.z, -(b.z * si.z)), fused(a.w, co.w, -(b.w * si.w)))),
+                  high = make_uint2(pair(fused(b.x, co.x, a.x * si.x), fused(b.y, co.y, a.y * si.y)),
+                                    pair(fused(b.z, co.z, a.z * si.z), fused(b.w, co.w, a.w * si.w)));
+      reinterpret_cast<uint2*>(to + at)[i] = low, reinterpret_cast<uint2*>(to + D / 2 + at)[i] = high;
+      if (!cache) continue;
+      reinterpret_cast<uint2*>(cache + at)[i] = low, reinterpret_cast<uint2*>(cache + D / 2 + at)[i] = high;
     }
   }
 };
 
-/// norm(raw), weighted unless `weight` is null, and rotated unless `cosine` is, to shared memory and, unless
-/// null, to the cache. By one warp.
-template <int D>
-__device__ __noinline__ void place_head(const float* raw, const Bf16* weight, const float* cosine,
-                                        const float* sine, int pairs, float eps, Bf16* to, Bf16* cache) {
-  Head<D> head;
-  head.load(raw);
-  head.norm(weight, eps);
-  if (cosine) head.rope(cosine, sine, pairs);
-  head.put(to);
-  if (cache) head.put(cache);
-}
-
-/// Shared memory of a task, in the room of the activations.
+/// Shared memory of a task, in the room of the activations. A warp takes 8 rows of a tile and 128 dimensions.
 template <int D>
 struct AttentionRoom {
-  static constexpr int kPositions = tile_of(D);
+  static constexpr int kRows = tile_of(D), kHeads = most_group(D);
+  static constexpr int kParts = D / 128, kGroups = kWarps / kParts;  // of dimensions; of rows
+  static_assert(kGroups * 8 == kRows);
   static constexpr int kStride = D * 2 + 64;  // of queries and keys: eight rows use all banks
-  char query[kMostGroup * kStride];
-  char key[kPositions * kStride];
-  Bf16 value[kPositions][D];
-  float score[kPositions][kMostGroup];  // then probabilities, not yet divided by their sum
-  float2 scale[kMostGroup];             // maximum, sum of the tiles so far
-  float keep[kMostGroup];               // what the tiles before count for under the new maximum
-  float share[kFewChunks][kMostGroup];  // of a chunk in its head's sum
-  bool last;                            // no other block has a chunk of the head left
+  struct Scores {
+    char query[kHeads * kStride];
+    float part[2][kParts][kRows][kHeads];  // products; tiles take turns
+    float weight[kWarps][8 + 1][kHeads];   // of a warp's rows, then what the tiles before count for
+  };
+  union {
+    Scores scores;
+    float4 sum[kGroups - 1][kHeads][D / 4];  // of the groups but the first, behind the last tile
+    float share[kWarps][kFewChunks];         // of a chunk in its head's sum, where chunks are joined
+  };
+  char key[kRows * kStride];
+  Bf16 value[kRows][D];
+  float total[kGroups][kHeads];  // of weights
+  bool last;                     // no other block has a chunk of the head left
 };
+static_assert(sizeof(AttentionRoom<512>) <= 50 << 10);  // more would cost the ring a slot
 
-/// Joins the few chunks of the heads that share one KV head, by the block that has come last: the tree of
-/// join_chunks.
-__device__ __forceinline__ void join_at_once(Context& c, const LayerArgs& layer, const AttentionTask& task,
-                                             AttentionRoom<kFewChunksDim>& room) {
-  constexpr int D = kFewChunksDim;
-  static_assert(D == kThreads);  // a thread a dimension
-  const Heads& h = layer.attention.heads;
-  const int group = h.heads / h.kv_heads;
-  const int64_t first = static_cast<int64_t>(task.token) * h.heads + task.kv_head * group;
-  if (c.warp < group) {
-    const bool there = c.lane < task.chunks;
-    const float2 of = there ? __ldcg(c.p.partial_scale + (first + c.warp) * c.p.partial_chunks + c.lane)
-                            : make_float2(-INFINITY, 0);
-    const float max = warp_max(of.x), share = there ? exp_f32(of.x - max) : 0;
-    float weight = fused(share, of.y, 0.0f);
-    for (int span = 1; span < kFewChunks; span *= 2) weight += __shfl_xor_sync(~0u, weight, span);
-    if (c.lane < kFewChunks) room.share[c.lane][c.warp] = share;
-    if (c.lane == 0) room.scale[c.warp].y = weight;
-  }
-  sync_consumers();
+__device__ inline float4 scaled(float4 x, float by) {
+  return make_float4(x.x * by, x.y * by, x.z * by, x.w * by);
+}
+__device__ inline float4 fused_four(float a, float4 x, float4 sum) {
+  return make_float4(fused(a, x.x, sum.x), fused(a, x.y, sum.y), fused(a, x.z, sum.z), fused(a, x.w, sum.w));
+}
+__device__ inline float4 plus(float4 a, float4 b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+/// Four neighbours of the output, as Context::leave(). `contract` null: the launch goes on.
+__device__ __forceinline__ void leave_four(float* contract, Bf16* out, int64_t at, float4 x) {
+  if (contract)
+    *reinterpret_cast<float4*>(contract + at) =
+        make_float4(rounded(x.x), rounded(x.y), rounded(x.z), rounded(x.w));
+  else
+    *reinterpret_cast<uint2*>(out + at) =
+        make_uint2(to_bf16(x.x) | static_cast<uint32_t>(to_bf16(x.y)) << 16,
+                   to_bf16(x.z) | static_cast<uint32_t>(to_bf16(x.w)) << 16);
+}
+
+/// Joins the few chunks of a head, `row` of (T, heads), by the block that has come last: `dims` dimensions
+/// from `left` on by each warp. `shares`: kFewChunks floats of the warp. Out of line: few blocks come here.
+__device__ __noinline__ inline void join_at_once(const Tasks& tasks, float* contract, int row, int chunks,
+                                                 int head_dim, int left, int dims, float* shares) {
+  const int lane = threadIdx.x % 32;
+  const int64_t at = static_cast<int64_t>(row) * tasks.partial_chunks;
+  const float* const partial = tasks.partial + at * head_dim;
+  float2 of = make_float2(-INFINITY, 0);
+  if (lane < chunks) of = __ldcg(tasks.partial_scale + at + lane);
+  float inverse = 0;
 #pragma unroll 1
-  for (int head = 0; head < group; head++) {
-    const int64_t row = first + head;
-    const float* const part = c.p.partial + row * c.p.partial_chunks * D + threadIdx.x;
-    float value[kFewChunks];
+  for (int d = 0; d < dims; d += 128) {
+    const int dim = left + d + lane * 4, there = d + lane * 4 < dims ? chunks : 0;
+    float4 value[kFewChunks], sum = make_float4(0, 0, 0, 0);
 #pragma unroll
-    for (int k = 0; k < kFewChunks; k++) value[k] = k < task.chunks ? __ldcg(part + k * D) : 0;
+    for (int k = 0; k < kFewChunks; k++) {
+      value[k] = make_float4(0, 0, 0, 0);
+      if (k < there) value[k] = __ldcg(reinterpret_cast<const float4*>(partial + dim + k * head_dim));
+    }
+    if (d == 0) {  // while the values are on their way
+      const float share = exp_f32(of.x - warp_max(of.x));
+      inverse = __fdividef(1, warp_sum(share * of.y));
+      if (lane < kFewChunks) shares[lane] = share;
+      __syncwarp();
+    }
 #pragma unroll
-    for (int k = 0; k < kFewChunks; k++) value[k] = fused(room.share[k][head], value[k], 0.0f);
-#pragma unroll
-    for (int span = 1; span < kFewChunks; span *= 2)
-#pragma unroll
-      for (int k = 0; k < kFewChunks; k += 2 * span) value[k] += value[k + span];
-    c.leave(layer.attention.attention, c.p.activations.attention, row * D + threadIdx.x,
-            rounded(value[0] / room.scale[head].y));
+    for (int k = 0; k < kFewChunks; k++) sum = fused_four(shares[k], value[k], sum);
+    if (there)
+      leave_four(contract, tasks.out, static_cast<int64_t>(row) * head_dim + dim, scaled(sum, inverse));
   }
 }
-static_assert(kFewChunks == kWarps);
 
+/// The block's tasks, of which there is one at least.
 template <int D>
-__device__ __forceinline__ void attend(Context& c, const LayerArgs& layer, const AttentionTask& task,
-                                       bool& waited) {
+__device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& layer, const ArrivalCounter& grid,
+                                       float* contract, uint64_t* inputs_there) {
   using Room = AttentionRoom<D>;
-  const AttentionArgs& a = layer.attention;
+  constexpr int kRows = Room::kRows, kHeads = Room::kHeads, kStride = Room::kStride;
+  const Cache& cache = layer.attention.cache;
   const QkvArgs& qa = layer.qkv;
-  const Heads& h = a.heads;
-  const int group = h.heads / h.kv_heads, q_rows = h.heads * D, kv_rows = h.kv_heads * D;
-  const int warp = c.warp, own = task.token;
-  const Sight sight(c.position[own], h);
-  const int chunk_begin = (sight.first_chunk() + task.chunk) * sight.chunk,
-            chunk_end = min(chunk_begin + sight.chunk, sight.last + 1);
-  auto& room = *reinterpret_cast<Room*>(c.acts);
-  const int64_t cache = (static_cast<int64_t>(c.slot[own]) * h.kv_heads + task.kv_head) * a.cache.capacity;
-  const auto cached = [&](const void* of, int position) {
-    return static_cast<const Bf16*>(of) + (cache + position % a.cache.capacity) * D;
+  const int kv_heads = tasks.kv_heads, group = tasks.group, capacity = tasks.capacity;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = lane / 4, quarter = lane % 4;
+  const int of_group = warp / Room::kParts, of_dims = warp % Room::kParts;
+  const int top = of_group * 8, left = of_dims * 128;  // the warp's first row and dimension
+  auto& room = *reinterpret_cast<Room*>(tasks.room);
+  auto& scores = room.scores;
+  const auto row_of = [&](const AttentionTask& task, int row) {  // of the caches
+    return static_cast<int64_t>(task.at + row - (row >= task.edge ? capacity : 0)) * D;
   };
-  /// Starts to bring a tile's rows of the cache, a warp a position; those of this step come later.
-  const auto bring = [&](void* to, int stride, const void* of, int begin) {
+  /// Starts to bring what the warp takes of a tile from a cache; what the token does not see becomes zero.
+  const auto bring = [&](const void* to, int stride, const void* from, const AttentionTask& task) {
+    const int first = top + lane / 16, dim = left + lane % 16 * 8;
+    const uint32_t fresh = task.fresh_rows >> first, seen = task.seen >> first;
 #pragma unroll 1
-    for (int i = max(sight.first - begin, 0) + warp; i < min(chunk_end - begin, Room::kPositions);
-         i += kWarps) {
-      bool of_step = false;
-#pragma unroll 1
-      for (int t = 0; t < c.tokens; t++) of_step |= c.slot[t] == c.slot[own] && c.position[t] == begin + i;
-      if (of_step) continue;
-      const Bf16* const row = cached(of, begin + i);
-      const uint32_t at = ptx::shared_address(to) + i * stride;
-#pragma unroll
-      for (int d = c.lane * 8; d < D; d += 256) ptx::cp_async_16(at + d * 2, row + d);
-    }
+    for (int i = 0; i < 8; i += 2)
+      if (!(fresh >> i & 1))
+        ptx::cp_async_16(ptx::shared_address(to) + (first + i) * stride + dim * 2,
+                         static_cast<const Bf16*>(from) + row_of(task, first + i) + dim,
+                         seen >> i & 1 ? 16 : 0);
     ptx::cp_async_commit();
   };
-  const auto bring_keys = [&](int begin) { bring(room.key, Room::kStride, a.cache.k, begin); };
-  const auto bring_values = [&](int begin) { bring(room.value, D * 2, a.cache.v, begin); };
 
-  bring_keys(chunk_begin);
-  bring_values(chunk_begin);
-  if (c.lane * 64 < D) ptx::prefetch_l2(qa.q_norm + c.lane * 64), ptx::prefetch_l2(qa.k_norm + c.lane * 64);
-  if (!waited) c.grid.wait(c.peers);
-  c.mark(1);
-  waited = true;
-  if (warp < group) {
-    place_head<D>(qa.q + static_cast<int64_t>(own) * q_rows + (task.kv_head * group + warp) * D, qa.q_norm,
-                  qa.cosine + own * h.rotary_pairs, qa.sine + own * h.rotary_pairs, h.rotary_pairs,
-                  c.p.dims.eps, reinterpret_cast<Bf16*>(room.query + warp * Room::kStride), nullptr);
-  }
-  // Values: a thread takes D / 256 neighbouring dimensions of all heads, position by position.
-  constexpr int kWide = D / 256;
-  float acc[kMostGroup][kWide] = {};
-  const int dim = threadIdx.x * kWide;
+  AttentionTask now = tasks.first;
+  bring(room.key, kStride, cache.k, now);
+  bring(room.value, 2 * D, cache.v, now);
+
+  bool waited = false, begins = true, more = true;
+  int turn = 0;
+  // A lane of the softmax has one head, of a row of each 32 / kHeads. Every warp looks at all rows for the
+  // maximum, the warp's own first, and sums its own.
+  constexpr int kApart = 32 / kHeads, kLooks = kRows / kApart;
+  const int head = lane % kHeads, look = lane / kHeads;
+  float max = 0, total = 0;
+  float4 acc[kHeads];  // values: a lane takes 4 dimensions of all heads
+
 #pragma unroll 1
-  for (int begin = chunk_begin; begin < chunk_end; begin += Room::kPositions) {
-    const int from = max(sight.first - begin, 0), to = min(chunk_end - begin, Room::kPositions);  // seen
-    const int t = kWarps - 1 - warp;  // the other end of the warps: with few tokens they do not do both
-    const int fresh = t < c.tokens && c.slot[t] == c.slot[own] ? c.position[t] - begin : -1;
-    if (fresh >= from && fresh < to) {
-      const float* const raw = qa.kv + static_cast<int64_t>(t) * 2 * kv_rows + task.kv_head * D;
-      const auto cache_of = [&](const void* of) {
-        return t == own ? const_cast<Bf16*>(cached(of, begin + fresh)) : nullptr;
-      };
-      place_head<D>(qa.v_weight ? raw + kv_rows : raw, nullptr, nullptr, nullptr, 0, c.p.dims.eps,
-                    room.value[fresh], cache_of(a.cache.v));
-      place_head<D>(raw, qa.k_norm, qa.cosine + t * h.rotary_pairs, qa.sine + t * h.rotary_pairs,
-                    h.rotary_pairs, c.p.dims.eps, reinterpret_cast<Bf16*>(room.key + fresh * Room::kStride),
-                    cache_of(a.cache.k));
+  for (int i = blockIdx.x; more;) {
+    // Queries where a task begins, keys and values of this step: a warp a head.
+    const int queries = begins ? group : 0, jobs = queries + 2 * __popc(now.fresh);
+    if (!begins && jobs > 0) sync_consumers();  // the tile before is not read any more
+#pragma unroll 1
+    for (int job = warp; job < jobs || !waited; job += kWarps) {
+      Head<D> to_place;
+      const float* raw = nullptr;
+      Bf16 *to = nullptr, *kept = nullptr;
+      if (job < jobs) {
+        const Bf16* norm = qa.q_norm;
+        int t = now.token;
+        const bool of_query = job < queries, of_key = (job - queries) % 2 == 0;
+        if (of_query) {
+          raw = qa.q + static_cast<int64_t>((t * kv_heads + now.kv_head) * group + job) * D;
+          to = reinterpret_cast<Bf16*>(scores.query + job * kStride);
+        } else {
+          uint32_t fresh = now.fresh;
+#pragma unroll 1
+          for (int n = (job - queries) / 2; n > 0; n--) fresh &= fresh - 1;
+          t = __ffs(static_cast<int>(fresh)) - 1;
+          const int row = tasks.of[t].last - now.begin;
+          raw = qa.kv + static_cast<int64_t>((2 * t + (!of_key && qa.v_weight)) * kv_heads + now.kv_head) * D;
+          to = of_key ? reinterpret_cast<Bf16*>(room.key + row * kStride) : room.value[row];
+          norm = of_key ? qa.k_norm : nullptr;
+          if (t == now.token) kept = static_cast<Bf16*>(of_key ? cache.k : cache.v) + row_of(now, row);
+        }
+        const int angles = t * qa.heads.rotary_pairs;
+        to_place.ask(norm, norm ? qa.cosine + angles : nullptr, qa.sine + angles, qa.heads.rotary_pairs);
+      }
+      if (!waited) {
+        grid.wait(*tasks.peers);
+        if (inputs_there && threadIdx.x == 0) *inputs_there = ptx::globaltimer();
+        waited = true;
+      }
+      if (job < jobs) to_place.place(raw, tasks.eps, to, kept);
+    }
+    if (begins) {
+      max = -INFINITY, total = 0;
+#pragma unroll
+      for (float4& x : acc) x = make_float4(0, 0, 0, 0);
     }
     ptx::cp_async_wait<1>();  // the keys; values may still be on their way
-    sync_consumers();
+    if (jobs > 0)
+      sync_consumers();
+    else
+      __syncwarp();
 
-    // Scores: a warp takes 8 positions.
-    if (warp * 8 < Room::kPositions) {
+    {
       float even[4] = {}, odd[4] = {};
-      const char* const key = room.key + (warp * 8 + c.column) * Room::kStride + c.quarter * 16;
-      const char* const query = room.query + c.column * Room::kStride + c.quarter * 16;
-#pragma unroll 4
-      for (int i = 0; i < D / 32; i++) {
-        const uint4 k = *reinterpret_cast<const uint4*>(key + i * 64);
-        uint4 q = make_uint4(0, 0, 0, 0);
-        if (c.column < group) q = *reinterpret_cast<const uint4*>(query + i * 64);
-        multiply(even, q.x, q.y, k.x, k.y);
-        multiply(odd, q.z, q.w, k.z, k.w);
+      const uint32_t at = left * 2 + quarter * 16;
+      const uint32_t key = ptx::shared_address(room.key) + (top + column) * kStride + at,
+                     query = ptx::shared_address(scores.query) + column * kStride + at;
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const uint4 x = ptx::ld_shared_v4(key + k * 64),
+                    q = ptx::ld_shared_v4(query + k * 64, column < group);
+        multiply(even, q.x, q.y, x.x, x.y);
+        multiply(odd, q.z, q.w, x.z, x.w);
       }
-      for (int i = 0; i < 2; i++) {
-        const int at = warp * 8 + 2 * c.quarter + i;
-        room.score[at][c.column] = at >= from && at < to ? even[i] + odd[i] : -INFINITY;
-      }
+      if (column < kHeads)
+#pragma unroll
+        for (int k = 0; k < 2; k++)
+          scores.part[turn][of_dims][top + 2 * quarter + k][column] = even[k] + odd[k];
+    }
+    // What comes next: the block's memory should never rest.
+    AttentionTask next = now;
+    tasks.next_tile(next, kRows);
+    const bool ends = next.begin >= next.end;
+    if (ends) {
+      i += gridDim.x;
+      more = i < tasks.count;
+      if (more) next = tasks.at(i, kRows);
+    }
+    __syncwarp();
+    if (more) {
+      tasks.look(next, kRows);
+      bring(room.key, kStride, cache.k, next);
+    } else {
+      ptx::cp_async_commit();
     }
     sync_consumers();
-    bring_keys(begin + Room::kPositions);  // behind the last tile: none
-    if (warp < group) {
-      const float2 before = begin > chunk_begin ? room.scale[warp] : make_float2(-INFINITY, 0);
-      float max = before.x, sum = 0;
-#pragma unroll 1
-      for (int at = c.lane; at < Room::kPositions; at += 32)
-        max = room.score[at][warp] > max ? room.score[at][warp] : max;
-      max = warp_max(max);
-#pragma unroll 1
-      for (int at = c.lane; at < Room::kPositions; at += 32)
-        sum += room.score[at][warp] = exp_f32(room.score[at][warp] - max);
-      sum = warp_sum(sum);
-      const float keep = begin > chunk_begin ? exp_f32(before.x - max) : 0;
-      if (c.lane == 0)
-        room.scale[warp] = make_float2(max, fused(keep, before.y, sum)), room.keep[warp] = keep;
-    }
-    ptx::cp_async_wait<1>();  // the values; the next tile's keys may be on their way
-    sync_consumers();
-    if (begin > chunk_begin)
-#pragma unroll
-      for (int head = 0; head < kMostGroup; head++)
-#pragma unroll
-        for (int w = 0; w < kWide; w++) acc[head][w] *= head < group ? room.keep[head] : 0;
-#pragma unroll 2
-    for (int i = from; i < to; i++) {
-      float v[kWide];
-#pragma unroll
-      for (int w = 0; w < kWide; w++) v[w] = to_float(room.value[i][dim + w]);
-      const float4 low = *reinterpret_cast<const float4*>(room.score[i]),
-                   high = *reinterpret_cast<const float4*>(room.score[i] + 4);
-      const float p[kMostGroup] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-      for (int head = 0; head < kMostGroup; head++)
-#pragma unroll
-        for (int w = 0; w < kWide; w++) acc[head][w] = fused(p[head], v[w], acc[head][w]);
-    }
-    sync_consumers();
-    bring_values(begin + Room::kPositions);
-  }
 
-  const int64_t first_row = static_cast<int64_t>(own) * h.heads + task.kv_head * group;
-  const int64_t chunks = c.p.partial_chunks;
+    float score[kLooks], most = max;
 #pragma unroll
-  for (int head = 0; head < kMostGroup; head++) {
-    if (head >= group) continue;
-    const int64_t row = first_row + head;
-    const float sum = room.scale[head].y;
+    for (int k = 0; k < kLooks; k++) {
+      const int row = (top + look + k * kApart) % kRows;
+      score[k] = scores.part[turn][0][row][head];
 #pragma unroll
-    for (int w = 0; w < kWide; w++)
-      if (task.chunks > 1)
-        c.p.partial[(row * chunks + task.chunk) * D + dim + w] = acc[head][w];
-      else
-        c.leave(a.attention, c.p.activations.attention, row * D + dim + w, rounded(acc[head][w] / sum));
-  }
-  if (task.chunks > 1 && warp == 0 && c.lane < group)
-    c.p.partial_scale[(first_row + c.lane) * chunks + task.chunk] = room.scale[c.lane];
-  if constexpr (D == kFewChunksDim)
-    if (task.chunks > 1 && joined_at_once(h, task.chunks)) {
-      sync_consumers();
-      if (threadIdx.x == 0) {
-        uint32_t* const done = c.p.chunks_done + own * h.kv_heads + task.kv_head;
-        __threadfence();
-        room.last = atomicAdd(done, 1u) == static_cast<uint32_t>(task.chunks) - 1;
-        __threadfence();
-        if (room.last) *done = 0;  // for the next layer, which begins after all blocks have met
-      }
-      sync_consumers();
-      if (room.last) join_at_once(c, layer, task, room);
+      for (int p = 1; p < Room::kParts; p++) score[k] += scores.part[turn][p][row][head];
+      if (!(now.seen >> row & 1)) score[k] = -INFINITY;
+      most = score[k] > most ? score[k] : most;
     }
-  sync_consumers();  // the room is free again
+#pragma unroll
+    for (int span = kHeads; span < 32; span *= 2) {
+      const float other = __shfl_xor_sync(~0u, most, span);
+      most = other > most ? other : most;
+    }
+    auto& weight = scores.weight[warp];
+    const float keep = exp_f32(max - most);
+    max = most, total *= keep;
+    weight[8][head] = keep;  // lanes of a head have the same
+#pragma unroll
+    for (int k = 0; k < kLooks && k * kApart < 8; k++)
+      if (look + k * kApart < 8) total += weight[look + k * kApart][head] = exp_f32(score[k] - max);
+    ptx::cp_async_wait<1>();  // the values; the next keys may be on their way
+    __syncwarp();
+
+    const Bf16* const value = room.value[top] + left + lane * 4;
+#pragma unroll
+    for (int k = 0; k < kHeads; k++) acc[k] = scaled(acc[k], weight[8][k]);
+#pragma unroll 4
+    for (int r = 0; r < 8; r++) {
+      const uint2 raw = *reinterpret_cast<const uint2*>(value + r * D);
+      const float4 v = make_float4(float_of(raw.x << 16), float_of(raw.x & 0xffff0000u),
+                                   float_of(raw.y << 16), float_of(raw.y & 0xffff0000u));
+#pragma unroll
+      for (int k = 0; k < kHeads; k += 2) {
+        const float2 w = *reinterpret_cast<const float2*>(&weight[r][k]);
+        acc[k] = fused_four(w.x, v, acc[k]), acc[k + 1] = fused_four(w.y, v, acc[k + 1]);
+      }
+    }
+    __syncwarp();
+    if (more) bring(room.value, 2 * D, cache.v, next);
+
+    if (ends) {
+      // The groups' sums, in their order.
+      sync_consumers();
+#pragma unroll
+      for (int span = kHeads; span < 32; span *= 2) total += __shfl_xor_sync(~0u, total, span);
+      if (of_dims == 0 && lane < kHeads) room.total[of_group][lane] = total;
+      const int four = left / 4 + lane;
+      if (of_group > 0)
+#pragma unroll
+        for (int k = 0; k < kHeads; k++) room.sum[of_group - 1][k][four] = acc[k];
+      sync_consumers();
+      const int pair = now.token * kv_heads + now.kv_head, chunks = tasks.of[now.token].chunks;
+      const int64_t first = static_cast<int64_t>(pair) * group * tasks.partial_chunks + now.chunk;
+      if (of_group == 0)
+#pragma unroll
+        for (int k = 0; k < kHeads; k++) {
+          if (k >= group) continue;
+#pragma unroll
+          for (int g = 1; g < Room::kGroups; g++) acc[k] = plus(acc[k], room.sum[g - 1][k][four]);
+          reinterpret_cast<float4*>(tasks.partial + (first + k * tasks.partial_chunks) * D)[four] = acc[k];
+        }
+      if (warp == 0 && lane < group) {
+#pragma unroll
+        for (int g = 1; g < Room::kGroups; g++) total += room.total[g][lane];
+        tasks.partial_scale[first + lane * tasks.partial_chunks] = make_float2(max, total);
+      }
+      if (joined_at_once(chunks)) {
+        sync_consumers();
+        if (threadIdx.x == 0) {
+          uint32_t* const done = tasks.chunks_done + pair;
+          room.last = chunks == 1 || ptx::atom_acq_rel_gpu_add(done, 1) == static_cast<uint32_t>(chunks) - 1;
+          if (room.last) *done = 0;  // for the next layer, which begins after all blocks have met
+        }
+        sync_consumers();
+        constexpr int kSharing = kWarps / kHeads, kDims = D / kSharing;  // warps of a head, and their share
+        if (room.last && warp / kSharing < group)
+          join_at_once(tasks, contract, pair * group + warp / kSharing, chunks, D, warp % kSharing * kDims,
+                       kDims, room.share[warp]);
+      }
+      if (more) sync_consumers();  // the room is free again
+    }
+    now = next, begins = ends, turn ^= 1;
+  }
 }
 
-/// Joins the chunks of heads that have many: a task is 32 dimensions of one head.
-__device__ __forceinline__ void join_chunks(Context& c, const LayerArgs& layer) {
-  const Heads& h = layer.attention.heads;
-  const int slices = h.head_dim / 32, tasks = c.tokens * h.heads * slices;
-  auto* const parts = reinterpret_cast<float2*>(c.acts);  // (8, 32): weighted values, weights
+/// Out of line, where few layers come by: the registers of others are not spilled for its sums.
+__device__ __noinline__ inline void attend_wide(const Tasks& tasks, const LayerArgs& layer,
+                                                ArrivalCounter grid, float* contract,
+                                                uint64_t* inputs_there) {
+  attend<512>(tasks, layer, grid, contract, inputs_there);
+}
+
+/// Joins the chunks of heads that have many: a task is 128 dimensions of one head.
+__device__ __forceinline__ void join_chunks(const Context& c, const Tasks& tasks, int dims, float* contract) {
+  const int heads = tasks.kv_heads * tasks.group;
+  const int slices = dims / 128, all = c.tokens * heads * slices;
+  struct Room {
+    float4 sum[kWarps][32];
+    float share[kWarps][kMostChunks];
+  };
+  auto& room = *reinterpret_cast<Room*>(c.acts);
 #pragma unroll 1
-  for (int i = blockIdx.x; i < tasks; i += gridDim.x) {
-    const int row = i / slices, t = row / h.heads, dim = i % slices * 32 + c.lane;
-    const int chunks = Sight(c.position[t], h).chunks();
-    if (chunks == 1 || joined_at_once(h, chunks)) continue;
-    const float2* const scale = c.p.partial_scale + static_cast<int64_t>(row) * c.p.partial_chunks;
-    const float* const value =
-        c.p.partial + static_cast<int64_t>(row) * c.p.partial_chunks * h.head_dim + dim;
-    float max = -INFINITY;
-#pragma unroll 1
-    for (int k = c.lane; k < chunks; k += 32) {
-      const float x = __ldcg(&scale[k].x);
-      max = x > max ? x : max;
+  for (int i = blockIdx.x; i < all; i += gridDim.x) {
+    const int row = i / slices, dim = i % slices * 128 + c.lane * 4;
+    const int chunks = tasks.of[row / heads].chunks;
+    if (joined_at_once(chunks)) continue;
+    const int64_t first = static_cast<int64_t>(row) * c.p.partial_chunks;
+    float2 of[kMostChunks / 32];
+    float max = -INFINITY, total = 0;
+#pragma unroll
+    for (int j = 0; j < kMostChunks / 32; j++) {
+      of[j] = make_float2(-INFINITY, 0);
+      if (c.lane + j * 32 < chunks) of[j] = __ldcg(c.p.partial_scale + first + c.lane + j * 32);
     }
+#pragma unroll
+    for (const float2& x : of) max = x.x > max ? x.x : max;
     max = warp_max(max);
-    float weighted = 0, weight = 0;
-#pragma unroll 4
-    for (int k = c.warp; k < chunks; k += kWarps) {
-      const float2 of = __ldcg(scale + k);
-      const float share = exp_f32(of.x - max);
-      weighted = fused(share, __ldcg(value + static_cast<int64_t>(k) * h.head_dim), weighted);
-      weight = fused(share, of.y, weight);
+    float* const shares = room.share[c.warp];
+#pragma unroll
+    for (int j = 0; j < kMostChunks / 32; j++) {
+      const float share = exp_f32(of[j].x - max);
+      shares[c.lane + j * 32] = share, total = fused(share, of[j].y, total);
     }
-    parts[c.warp * 32 + c.lane] = make_float2(weighted, weight);
+    total = warp_sum(total);
+    __syncwarp();
+    const float* const value = c.p.partial + first * dims + dim;
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+    for (int k = c.warp; k < chunks; k += kWarps)
+      sum = fused_four(shares[k], __ldcg(reinterpret_cast<const float4*>(value + k * dims)), sum);
+    room.sum[c.warp][c.lane] = sum;
     sync_consumers();
     if (c.warp == 0) {
-      float values[kWarps], weights[kWarps];
 #pragma unroll
-      for (int w = 0; w < kWarps; w++)
-        values[w] = parts[w * 32 + c.lane].x, weights[w] = parts[w * 32 + c.lane].y;
-#pragma unroll
-      for (int span = 1; span < kWarps; span *= 2)
-#pragma unroll
-        for (int w = 0; w < kWarps; w += 2 * span)
-          values[w] += values[w + span], weights[w] += weights[w + span];
-      c.leave(layer.attention.attention, c.p.activations.attention,
-              static_cast<int64_t>(row) * h.head_dim + dim, rounded(values[0] / weights[0]));
+      for (int w = 1; w < kWarps; w++) sum = plus(sum, room.sum[w][c.lane]);
+      leave_four(contract, tasks.out, static_cast<int64_t>(row) * dims + dim,
+                 scaled(sum, __fdividef(1, total)));
     }
     sync_consumers();
   }
@@ -382,28 +542,20 @@ __device__ __forceinline__ void join_chunks(Context& c, const LayerArgs& layer) 
 
 __device__ __forceinline__ void attention(Context& c, const LayerArgs& layer) {
   const Heads& h = layer.attention.heads;
-  bool waited = false;
-  AttentionTask task;
-#pragma unroll 1
-  for (int i = blockIdx.x; task_of(c, h, i, task); i += gridDim.x) {
-    if (h.head_dim == 256)
-      attend<256>(c, layer, task, waited);
-    else
-      attend<512>(c, layer, task, waited);
-  }
-  if (!waited)
-    c.grid.wait(c.peers);  // blocks without a task must not arrive again before all have arrived once
-  bool many = false;
-#pragma unroll 1
-  for (int t = 0; t < c.tokens; t++) {
-    const int chunks = Sight(c.position[t], h).chunks();
-    many |= chunks > 1 && !joined_at_once(h, chunks);
-  }
+  const Tasks& tasks = c.tasks[h.window == 0];
+  float* const contract = c.last ? layer.attention.attention : nullptr;
+  uint64_t* const inputs_there = c.marks ? c.marks + 1 : nullptr;
+  if (static_cast<int>(blockIdx.x) >= tasks.count)
+    c.grid.wait(c.peers);  // it must not arrive again before all have arrived once
+  else if (h.head_dim == 256)
+    attend<256>(tasks, layer, c.grid, contract, inputs_there);
+  else
+    attend_wide(tasks, layer, c.grid, contract, inputs_there);
   c.grid.arrive();
   c.grid.expect(gridDim.x);
-  if (!many) return;
+  if (!tasks.many) return;
   c.grid.wait(c.peers);
-  join_chunks(c, layer);
+  join_chunks(c, tasks, h.head_dim, contract);
   c.grid.arrive();
   c.grid.expect(gridDim.x);
 }

@@ -28,6 +28,8 @@ struct Chosen {
   }
 };
 
+struct Tasks;  // of attention
+
 /// What every stage sees.
 struct Context {
   const Parameters& p;
@@ -40,9 +42,9 @@ struct Context {
   char* acts;       // bfloat16 activations
   float* exchange;  // 2 turns of kRoomFloats
   Chosen* chosen;
-  uint32_t listed;             // barrier: `chosen` is there, for the warp that fills the ring
-  const int *position, *slot;  // (T) in shared memory
-  uint32_t epoch;              // number of the all-reduce under way
+  uint32_t listed;     // barrier: `chosen` is there, for the warp that fills the ring
+  const Tasks* tasks;  // (2) of layers with a window, without
+  uint32_t epoch;      // number of the all-reduce under way
   int turn = 0;
   int layer;
   bool first, last;  // stage of this launch

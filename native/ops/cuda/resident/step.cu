@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
   __shared__ uint64_t barriers[2 * kMostSlots], listed;
   __shared__ Chosen chosen;
   __shared__ float room[2 * kMostTokens * kWarps];
-  __shared__ int position[kMostTokens], slot[kMostTokens];
+  __shared__ Tasks tasks[2];
   __shared__ LayerArgs layers[2];
   Ring ring(p, memory, barriers);
   const int tokens = p.in.tokens;
@@ -140,10 +140,6 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
     ring.prepare();
     ptx::mbarrier_init<1>(ptx::shared_address(&listed));
     ptx::fence_mbarrier_init();
-  }
-  if (static_cast<int>(threadIdx.x) < tokens) {
-    position[threadIdx.x] = p.in.position[threadIdx.x];
-    slot[threadIdx.x] = p.in.slot[threadIdx.x];
   }
   __syncthreads();
   if (threadIdx.x >= kThreads) {
@@ -168,11 +164,11 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
             reinterpret_cast<float*>(acts + p.act_bytes),
             &chosen,
             ptx::shared_address(&listed),
-            position,
-            slot,
+            tasks,
             __ldcg(&p.counters->epoch)};
   const int first_layer = p.from / kStages;
   if (first_layer < p.layer_count) fetch(&layers[first_layer & 1], p.layers + first_layer);
+  if (c.warp < 2 && p.kinds[c.warp].heads.heads > 0) tasks[c.warp].prepare(p, p.kinds[c.warp], acts);
 #pragma unroll 1
   for (int step = p.from; step < p.to; step++) {
     const int layer = step / kStages, stage = step % kStages;
@@ -224,6 +220,19 @@ int slot_bytes_of(const Decoder& decoder, const Dims& d) {
   return stride_of(kSlotRows * most);
 }
 
+LayerKind kind_of(const Decoder& decoder, bool full) {
+  for (const LayerArgs& layer : decoder.layers)
+    if ((layer.attention.heads.window == 0) == full)
+      return {layer.attention.heads, layer.attention.cache.capacity};
+  return {};
+}
+
+bool same_kind(const LayerArgs& layer, const LayerKind& kind) {
+  const Heads &a = layer.attention.heads, &b = kind.heads;
+  return a.heads == b.heads && a.kv_heads == b.kv_heads && a.head_dim == b.head_dim && a.window == b.window &&
+         a.rotary_pairs == b.rotary_pairs && layer.attention.cache.capacity == kind.capacity;
+}
+
 bool power_of_two(int n) { return n > 0 && (n & (n - 1)) == 0; }
 
 /// Whether the stages take these shapes.
@@ -235,7 +244,10 @@ bool fits(const Decoder& decoder, const Dims& d) {
   return model && std::all_of(decoder.layers.begin(), decoder.layers.end(), [&](const LayerArgs& layer) {
            const Heads& h = layer.attention.heads;
            const int chunks = layer.attn_out.columns / kAttentionChunk;
-           return (h.head_dim == 256 || h.head_dim == 512) && h.heads / h.kv_heads <= kMostGroup &&
+           return (h.head_dim == 256 || h.head_dim == 512) &&
+                  h.heads / h.kv_heads <= most_group(h.head_dim) && h.rotary_pairs % (h.head_dim / 64) == 0 &&
+                  same_kind(layer, kind_of(decoder, h.window == 0)) &&
+                  (h.window == 0 || h.window >= tile_of(h.head_dim)) &&  // a tile wraps once at most
                   layer.attn_out.columns % kAttentionChunk == 0 && power_of_two(chunks) &&
                   chunks <= kGroup * kWarps && chunks % d.leaves == 0;
          });
@@ -248,6 +260,7 @@ class Step final : public Fused {
     p_.dims = d;
     p_.logits = decoder.logits;
     p_.layer_count = static_cast<int>(decoder.layers.size());
+    for (const bool full : {false, true}) p_.kinds[full] = kind_of(decoder, full);
     const size_t bytes = decoder.layers.size() * sizeof(LayerArgs);
     auto* const layers = static_cast<LayerArgs*>(cuda.allocate(bytes));
     cuda.write(layers, decoder.layers.data(), bytes);
@@ -266,11 +279,9 @@ class Step final : public Fused {
     int kv_heads = 0;
     for (const LayerArgs& layer : decoder.layers) {
       const Heads& h = layer.attention.heads;
-      const int tiles = layer.attention.cache.capacity / tile_of(h.head_dim) + 1;
-      const int chunks = h.window > 0
-                             ? std::min(h.window / tile_of(h.head_dim) + 2, tiles)  // ends may be cut
-                             : std::min(kMostChunks, tiles);
-      p_.partial_chunks = std::max(p_.partial_chunks, chunks);
+      const int long_chunks = layer.attention.cache.capacity / (tile_of(h.head_dim) * kLongChunk) + 1;
+      p_.partial_chunks =
+          std::max({p_.partial_chunks, kFewChunks, h.window > 0 ? 0 : std::min(kMostChunks, long_chunks)});
       rows = std::max(rows, static_cast<size_t>(h.heads) * h.head_dim);
       kv_heads = std::max(kv_heads, h.kv_heads);
     }

@@ -33,10 +33,9 @@ static_assert(kRoomFloats >= kGroup * kWarps * kSumFloats);
 constexpr int kWholePieces = 44, kDensePieces = 33, kLeafPieces = 11;
 constexpr int kAttentionChunk = 256;                      // elements of a row of o_proj that a warp takes
 constexpr int kAttentionPart = kAttentionChunk * kWarps;  // and all warps
-constexpr int kMostGroup = 8;                             // query heads of a KV head
 constexpr int kMostChunks = 128;                          // of a full layer's cache, for one token
-constexpr int kFewChunks = 8;                             // that the block which ends last joins at once
-constexpr int kFewChunksDim = 256;                        // of heads as long as this
+constexpr int kFewChunks = 16;                            // that the block which ends last joins at once
+constexpr int kLongChunk = 4;                             // tiles of a full layer's chunk, if not a few do
 constexpr int kRowPieces = 3;                             // pieces of 4 that a thread keeps of a token's row
 
 /// Activations between stages of one launch, rounded: the block that makes a row leaves it as every block
@@ -58,9 +57,16 @@ struct Counters {
   uint32_t exited, grid_before, owners_before, epoch;
 };
 
+/// What all layers with a window have in common, or all without.
+struct LayerKind {
+  Heads heads;
+  int capacity;  // of a ring
+};
+
 struct Parameters {
   const LayerArgs* layers;  // (layers) in device memory
   LogitsArgs logits;
+  LayerKind kinds[2];  // with a window, without; no heads: no such layer
   Dims dims;
   Input in;
   PeerMemory peers;

@@ -117,6 +117,7 @@ void red_release_gpu_add(uint32_t* to) {
   *to += Value;
   simt::changed();
 }
+inline uint32_t atom_acq_rel_gpu_add(uint32_t* to, uint32_t value) { return atomicAdd(to, value); }
 inline void st_relaxed_sys(uint64_t* to, uint64_t value) { simt::store_late(to, &value, 8); }
 inline void ld_relaxed_sys_v2(uint64_t& a, uint64_t& b, const uint64_t* from) {
   simt::load_shared_with_others(from);
