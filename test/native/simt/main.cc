@@ -136,7 +136,7 @@ int main(int argc, char** argv) {
       test_ranks(kSmall, 2, 2, 120, {{100}}, {of_seed({1, 3, 8}, 1)});
       // More than two ranks are summed in tree order.
       ModelShape split = kSmall;
-      split.leaves = split.heads = of_seed({4, 8}, 0);
+      split.leaves = split.heads = of_seed({4, 8}, 0), split.kv_heads = split.heads / 2;
       test_ranks(split, split.leaves, 1, 120, {{33}}, {1});
       test_replay(kSmall, 1, 120, 3);
     }

@@ -67,18 +67,20 @@ void mbarrier_arrive(uint32_t barrier, int bytes) {
   maybe_pause();
   arrive(*self->block, barrier, bytes);
 }
-bool mbarrier_try_wait(uint32_t address, uint32_t parity) {
+bool mbarrier_test_wait(uint32_t address, uint32_t parity) {
   self->where = __builtin_return_address(0);
-  const Mbarrier& barrier = mbarrier_at(address);
-  const auto over = [&] { return static_cast<uint32_t>(barrier.bytes_and_phase & 1) != (parity & 1); };
-  if (over()) return true;
+  return static_cast<uint32_t>(mbarrier_at(address).bytes_and_phase & 1) != (parity & 1);
+}
+bool mbarrier_try_wait(uint32_t address, uint32_t parity) {
+  if (mbarrier_test_wait(address, parity)) return true;
+  self->where = __builtin_return_address(0);
   if (draw(16) == 0) {
     pause();
   } else {
     self->block->sleepers.push_back({self, address, parity});
     wait_in("an mbarrier");
   }
-  return over();
+  return mbarrier_test_wait(address, parity);
 }
 
 }  // namespace simt

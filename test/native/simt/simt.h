@@ -71,6 +71,7 @@ struct MmaOperands {
 
 /// threads 0: all of the block that have not ended.
 void barrier_wait(int id, int threads);
+bool barrier_vote(int id, int threads, bool vote);
 void barrier_arrive(int id, int threads);
 void cluster_wait();
 int cluster_rank();
@@ -83,6 +84,7 @@ char* shared_memory(uint32_t address, int bytes);
 void mbarrier_init(uint32_t barrier, int arrivals);
 void mbarrier_arrive(uint32_t barrier, int bytes);
 bool mbarrier_try_wait(uint32_t barrier, uint32_t parity);
+bool mbarrier_test_wait(uint32_t barrier, uint32_t parity);
 
 void copy_async(uint32_t to, const void* from, int bytes, int room);
 void copy_async_commit();

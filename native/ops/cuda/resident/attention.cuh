@@ -232,9 +232,7 @@ __device__ __forceinline__ void leave_four(float* contract, Bf16* out, int64_t a
     *reinterpret_cast<float4*>(contract + at) =
         make_float4(rounded(x.x), rounded(x.y), rounded(x.z), rounded(x.w));
   else
-    *reinterpret_cast<uint2*>(out + at) =
-        make_uint2(to_bf16(x.x) | static_cast<uint32_t>(to_bf16(x.y)) << 16,
-                   to_bf16(x.z) | static_cast<uint32_t>(to_bf16(x.w)) << 16);
+    put_four(out, at, x);
 }
 
 /// Joins the few chunks of a head, `row` of (T, heads), by the block that has come last: `dims` dimensions

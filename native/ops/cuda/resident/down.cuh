@@ -79,7 +79,7 @@ __device__ __forceinline__ void consume_experts(Context& c, const Schedule& sche
     float* const room = c.next_room();  // (portion, 8 experts, token, kExpertSums): row, leaf
 #pragma unroll 1
     for (int n = 0; n < portions; n++) {
-      c.ring.wait_full(1, c.peers);
+      c.ring.wait_full(false, c.peers);
       if (first + c.warp < count)
         multiply_expert(c, rows, c.chosen->slots[first + c.warp], c.ring.row(0, c.warp, row_bytes), acts,
                         room + (n * kWarps + c.warp) * c.tokens * kExpertSums);

@@ -133,7 +133,7 @@ struct Acts {
 /// banks.
 __device__ __forceinline__ int row_of(int column) { return (column & 1) * kSlotRows + column / 2; }
 
-/// Takes the next `portions` of the ring, two at a time, and leaves their sums in the room, for all threads. A
+/// Takes the next `portions` of the ring, two at a time where they are there, and leaves their sums in the room, for all threads. A
 /// warp takes a chunk of `Pieces` pieces of every row; a portion has `chunks` of them. Parts: a unit has `parts`
 /// portions, each of its own activations; `portions` are those of whole units. One code for all matrices with
 /// rows of that length: it should stay in the instruction cache. So it is called, and returns how far the ring is.
@@ -146,11 +146,11 @@ __device__ __noinline__ RingAt take_portions(Ring ring, const PeerMemory& peers,
   const bool held = column < tokens;
   acts += column * stride + offset;
   room += warp * kSumFloats + 2 * quarter * kUnitRows + row;
-  const int at_once = ring.holds_pairs() ? 2 : 1;
+  const bool pairs = ring.holds_pairs();
 #pragma unroll 1
-  for (int n = 0; n < portions; n += at_once) {
-    const int taken = min(at_once, portions - n);  // the second may be the first once more, for nothing
-    ring.wait_full(taken, peers);
+  for (int n = 0, taken; n < portions; n += taken) {
+    // Alone, it is multiplied twice: one code for both.
+    taken = ring.wait_full(pairs && n + 1 < portions, peers) ? 2 : 1;
     if (warp < chunks) {
       Product products[2];
       const auto acts_of = [&](int i) { return acts + (Parts ? i & (parts - 1) : 0) * row_bytes; };
@@ -247,9 +247,7 @@ __device__ __forceinline__ void load_acts(char* to, int stride, const float* fro
   for (int i = threadIdx.x; i < rows * pieces; i += kThreads) {
     const int row = i / pieces, at = (i - row * pieces) * 4;
     const float4 x = __ldcg(reinterpret_cast<const float4*>(from + static_cast<int64_t>(row) * width + at));
-    auto* const pairs = reinterpret_cast<uint32_t*>(to + row * stride + operand_at(at) * 2);
-    pairs[0] = to_bf16(x.x) | static_cast<uint32_t>(to_bf16(x.y)) << 16;
-    pairs[2] = to_bf16(x.z) | static_cast<uint32_t>(to_bf16(x.w)) << 16;
+    put_four(to + row * stride, at, x);
   }
 }
 

@@ -59,14 +59,24 @@ class Ring {
   }
   /// Whether the ring has room for more than the portions that are taken at once.
   __device__ bool holds_pairs() const { return slots_ > 2 * kUnitSlots; }
-  /// Until the next `portions` are there, one or two.
-  __device__ __forceinline__ void wait_full(int portions, const PeerMemory& peers) const {
+  /// Until the next portion is there. Whether the one after it is there too, if it is `wanted`.
+  __device__ __forceinline__ bool wait_full(bool wanted, const PeerMemory& peers) const {
     // One warp polls, a lane a slot, and the others sleep: polls take from what the copy engine needs to write.
+    bool both = false;
     if (threadIdx.x < 32) {
-      const RingAt s = spot(min(static_cast<int>(threadIdx.x), portions * kUnitSlots - 1));
-      wait_phase(barriers_ + s.slot * 16, s.phase, peers);
+      const RingAt s = spot(threadIdx.x % (2 * kUnitSlots));
+      const bool second = threadIdx.x % (2 * kUnitSlots) >= kUnitSlots;
+      Timeout timeout;
+      for (;;) {
+        const bool there = (second && !wanted) || ptx::mbarrier_test_wait(barriers_ + s.slot * 16, s.phase);
+        const unsigned all = __ballot_sync(~0u, there);
+        both = wanted && all == ~0u;
+        if (__ballot_sync(~0u, there || second) == ~0u) break;
+        __nanosleep(32);
+        timeout.poll(peers, kTimeoutNs);
+      }
     }
-    ptx::bar_sync<2, kThreads>();
+    return ptx::bar_sync_any<2, kThreads>(both);
   }
   /// Shared address of row `row` of the next portion, or the one after it.
   __device__ __forceinline__ uint32_t row(int portion, int row, int row_bytes) const {

@@ -42,6 +42,12 @@ __device__ __forceinline__ Index operand_at(Index i) {
   return (i & ~Index{6}) | (i & 2) << 1 | (i & 4) >> 1;
 }
 
+/// Four neighbours of a row of activations, from `at` on.
+__device__ __forceinline__ void put_four(void* row, int64_t at, float4 x) {
+  auto* const pairs = static_cast<uint32_t*>(row) + operand_at(at) / 2;
+  pairs[0] = ptx::cvt_rn_bf16x2(x.x, x.y), pairs[2] = ptx::cvt_rn_bf16x2(x.z, x.w);
+}
+
 /// Every activation is rounded where the reference rounds; resident steps are bfloat16 steps. As the high
 /// half of a pair it is the float at once.
 __device__ inline float rounded(float x) { return float_of(ptx::cvt_rn_bf16x2(0, x)); }
@@ -127,11 +133,7 @@ struct Row {
   __device__ void put(void* to, int n) const {
 #pragma unroll
     for (int p = 0; p < kRowPieces; p++)
-      if (has_piece(p, n)) {
-        auto* const pairs = static_cast<uint32_t*>(to) + operand_at(piece_at(p)) / 2;
-        pairs[0] = ptx::cvt_rn_bf16x2(x[p][0], x[p][1]);
-        pairs[2] = ptx::cvt_rn_bf16x2(x[p][2], x[p][3]);
-      }
+      if (has_piece(p, n)) put_four(to, piece_at(p), make_float4(x[p][0], x[p][1], x[p][2], x[p][3]));
   }
 };
 
