@@ -72,16 +72,17 @@ __device__ __forceinline__ void gate_up(Context& c, const LayerArgs& layer) {
     sync_consumers();
   }
   const Schedule experts = rows.expert_schedule(c.chosen->count);
-  consume<kWholePieces>(c, experts, kWarps, {expert_in, stride}, [&](int first, int units, const float* room) {
-    each_output<kUnitColumns>(c, units, [&](int u, int t, int column) {
-      const int unit = experts.unit(first + u), i = unit / rows.expert_units();
-      const int slot = c.chosen->slot(i, t);
-      if (slot < 0) return;
-      const int64_t at =
-          (int64_t{t} * d.top_k + slot) * d.moe_inter + unit % rows.expert_units() * kUnitColumns + column;
-      c.leave(a.expert_act, c.p.activations.expert_act, at, gated(room, u, t, column));
-    });
-  });
+  consume<kWholePieces>(c, experts, kWarps, {expert_in, stride},
+                        [&](int first, int units, const float* room) {
+                          each_output<kUnitColumns>(c, units, [&](int u, int t, int column) {
+                            const int unit = experts.unit(first + u), i = unit / rows.expert_units();
+                            const int slot = c.chosen->slot(i, t);
+                            if (slot < 0) return;
+                            const int64_t at = (int64_t{t} * d.top_k + slot) * d.moe_inter +
+                                               unit % rows.expert_units() * kUnitColumns + column;
+                            c.leave(a.expert_act, c.p.activations.expert_act, at, gated(room, u, t, column));
+                          });
+                        });
   c.grid.arrive();
   c.grid.expect(gridDim.x);
 }

@@ -81,11 +81,11 @@ __device__ inline void multiply(float (&acc)[4], uint32_t a0, uint32_t a2, uint3
   ptx::mma_m16n8k16(acc, a0, 0, a2, 0, b0, b1);
 }
 
-/// Products of 8 weight rows with up to 8 tokens. A lane brings 16 bytes of the weight row and of the token of
-/// its column, and gets the sums of that weight row for tokens 2 * quarter and the one behind.
+/// Products of 8 weight rows with up to 8 tokens. A lane brings 16 bytes of the weight row and of the token
+/// of its column, and gets the sums of that weight row for tokens 2 * quarter and the one behind.
 ///
-/// A tensor-core product has 16 rows: the first and third pair of a lane's 8 weights are taken as of row r, the
-/// second and fourth as of row r + 8, so that nothing has to be moved. Multiplied with the activations of
+/// A tensor-core product has 16 rows: the first and third pair of a lane's 8 weights are taken as of row r,
+/// the second and fourth as of row r + 8, so that nothing has to be moved. Multiplied with the activations of
 /// the one half, rows r are wanted, with those of the other, rows r + 8; the other sums are thrown away.
 struct Product {
   float acc[2][4] = {};
@@ -111,7 +111,8 @@ __device__ __forceinline__ void multiply(Product (&products)[2], const uint32_t 
       const bool whole = i * 4 + 3 < Pieces, there = whole || i * 4 + quarter < Pieces;
 #pragma unroll
       for (int n = 0; n < 2; n++) {
-        w[n][k] = whole ? ptx::ld_shared_v4(weights[n] + i * 64) : ptx::ld_shared_v4(weights[n] + i * 64, there);
+        w[n][k] =
+            whole ? ptx::ld_shared_v4(weights[n] + i * 64) : ptx::ld_shared_v4(weights[n] + i * 64, there);
         if (!Same || n == 0) x[n][k] = ptx::ld_shared_v4(acts[n] + i * 64, held && there);
       }
     }
@@ -129,14 +130,15 @@ struct Acts {
   int stride;  // bytes
 };
 
-/// The row of a portion that lanes of a column bring: neighbouring columns are in neighbouring slots, on other
-/// banks.
+/// The row of a portion that lanes of a column bring: neighbouring columns are in neighbouring slots, on
+/// other banks.
 __device__ __forceinline__ int row_of(int column) { return (column & 1) * kSlotRows + column / 2; }
 
-/// Takes the next `portions` of the ring, two at a time where they are there, and leaves their sums in the room, for all threads. A
-/// warp takes a chunk of `Pieces` pieces of every row; a portion has `chunks` of them. Parts: a unit has `parts`
-/// portions, each of its own activations; `portions` are those of whole units. One code for all matrices with
-/// rows of that length: it should stay in the instruction cache. So it is called, and returns how far the ring is.
+/// Takes the next `portions` of the ring, two at a time where they are there, and leaves their sums in the
+/// room, for all threads. A warp takes a chunk of `Pieces` pieces of every row; a portion has `chunks` of
+/// them. Parts: a unit has `parts` portions, each of its own activations; `portions` are those of whole
+/// units. One code for all matrices with rows of that length: it should stay in the instruction cache. So it
+/// is called, and returns how far the ring is.
 template <int Pieces, bool Parts>
 __device__ __noinline__ RingAt take_portions(Ring ring, const PeerMemory& peers, int portions, int parts,
                                              int chunks, uint32_t acts, int stride, int tokens, float* room) {
@@ -170,8 +172,8 @@ __device__ __noinline__ RingAt take_portions(Ring ring, const PeerMemory& peers,
   return ring.at();
 }
 
-/// Takes all portions of a schedule. done(unit, units, room) is called by all threads when the sums of `units`
-/// neighbouring units of the block's, from `unit` on, are in the room.
+/// Takes all portions of a schedule. done(unit, units, room) is called by all threads when the sums of
+/// `units` neighbouring units of the block's, from `unit` on, are in the room.
 template <int Pieces, bool Parts = false, class Done>
 __device__ __forceinline__ void consume(Context& c, const Schedule& schedule, int chunks, const Acts& acts,
                                         Done&& done) {

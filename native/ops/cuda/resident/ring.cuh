@@ -39,8 +39,8 @@ struct RingAt {
   uint32_t slot = 0, phase = 0;
 };
 
-/// As the warps see it that take what is there. Two barriers a slot: its bytes are there; all warps are done with
-/// it. A row's place in its slot depends on its length.
+/// As the warps see it that take what is there. Two barriers a slot: its bytes are there; all warps are done
+/// with it. A row's place in its slot depends on its length.
 class Ring {
  public:
   __device__ Ring(const Parameters& p, char* data, uint64_t* barriers)
@@ -61,7 +61,8 @@ class Ring {
   __device__ bool holds_pairs() const { return slots_ > 2 * kUnitSlots; }
   /// Until the next portion is there. Whether the one after it is there too, if it is `wanted`.
   __device__ __forceinline__ bool wait_full(bool wanted, const PeerMemory& peers) const {
-    // One warp polls, a lane a slot, and the others sleep: polls take from what the copy engine needs to write.
+    // One warp polls, a lane a slot, and the others sleep: polls take from what the copy engine needs to
+    // write.
     bool both = false;
     if (threadIdx.x < 32) {
       const RingAt s = spot(threadIdx.x % (2 * kUnitSlots));
@@ -107,8 +108,8 @@ class RingFiller : Ring {
  public:
   __device__ explicit RingFiller(const Ring& ring) : Ring(ring) {}
 
-  /// The next portion: lane r brings row r, from `from` on; null: no row. Adjacent: rows that share a slot are
-  /// neighbours in memory.
+  /// The next portion: lane r brings row r, from `from` on; null: no row. Adjacent: rows that share a slot
+  /// are neighbours in memory.
   __device__ __forceinline__ void produce(const Bf16* from, int row_bytes, bool adjacent,
                                           const PeerMemory& peers, uint64_t policy) {
     const int lane = threadIdx.x % 32;
@@ -136,8 +137,8 @@ class RingFiller : Ring {
   }
 
  private:
-  // Slots whose bytes may be on their way, the bytes of them all, the oldest, and what was asked for the slot of
-  // the lane's number.
+  // Slots whose bytes may be on their way, the bytes of them all, the oldest, and what was asked for the slot
+  // of the lane's number.
   uint32_t coming_ = 0;
   int coming_bytes_ = 0, asked_ = 0;
   RingAt late_;

@@ -232,7 +232,8 @@ __device__ __forceinline__ void route(Context& c, const LayerArgs& layer) {
   if (!c.last) {  // what the next stage multiplies
     const int stride = stride_of(2 * n);
     fetch_acts(c, c.acts, stride, c.p.activations.dense_in, c.tokens, n);
-    if (char* const to = c.expert_room(stride)) fetch_acts(c, to, stride, c.p.activations.expert_in, c.tokens, n);
+    if (char* const to = c.expert_room(stride))
+      fetch_acts(c, to, stride, c.p.activations.expert_in, c.tokens, n);
   }
 #pragma unroll 1
   for (int e = blockIdx.x; e < d.experts; e += blocks) {

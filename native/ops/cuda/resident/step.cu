@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
   TP_DYNAMIC_SHARED(char, memory, 128);  // ring, activations, exchange
   __shared__ uint64_t barriers[2 * kMostSlots], listed;
   __shared__ Chosen chosen;
-  __shared__ float room[2 * kMostTokens * kWarps];
+  __shared__ alignas(16) float room[2 * kMostTokens * kWarps];
   __shared__ Tasks tasks[2];
   __shared__ LayerArgs layers[2];
   Ring ring(p, memory, barriers);
@@ -317,8 +317,7 @@ class Step final : public Fused {
     p.from = from, p.to = to;
     p.act_bytes = act_bytes_of(decoder_, p.dims, in.tokens);
     p.slots = slots_for(in.tokens);
-    const size_t shared =
-        static_cast<size_t>(p.slots * p.slot_bytes + p.act_bytes + kExchangeBytes);
+    const size_t shared = static_cast<size_t>(p.slots * p.slot_bytes + p.act_bytes + kExchangeBytes);
     const dim3 grid(static_cast<unsigned>(blocks()));
     cuda_.launch_together(run_stages, grid, kBlock, shared, p);
     if (to > p.layer_count * kStages) summarise_logits(p.logits, p.dims, in, cuda_);
