@@ -18,7 +18,13 @@ import { fileURLToPath } from 'node:url';
 
 const MOST_MIB = 60;
 /** What `npm run test:gpu` and `npm run bench` are: they run with nothing but the bundled Node. */
-const GPU_SCRIPTS = ['test/gpu', 'test/bench/run.mjs', 'test/bench/markdown.mjs', 'test/fixtures'];
+const GPU_SCRIPTS = [
+  'test/gpu',
+  'test/bench/run.mjs',
+  'test/bench/markdown.mjs',
+  'test/fixtures',
+  'scripts/soak.mjs',
+];
 const root = join(dirname(fileURLToPath(import.meta.url)), '..');
 const out = resolve(
   process.argv[2] ?? join(root, '.bundle', `tp-run-${process.platform}-${process.arch}.tar.gz`),
