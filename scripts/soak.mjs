@@ -1,6 +1,6 @@
 // `node scripts/soak.mjs [--minutes 30] [--out FILE.json] [more words for tp-run, such as --gpus 4 --device cpu]`: one run that
 // decodes without end, short sequences that come and go. Watches memory and descriptors of this process, which is the
-// launcher, and of every rank, and the time between steps. A line per verdict; ends with 1 when one of them is bad. Needs dist/.
+// launcher, and of every rank, and the time of steps. A line per verdict; ends with 1 when one of them is bad. Needs dist/.
 
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { availableParallelism, loadavg } from 'node:os';
@@ -18,7 +18,7 @@ import { provenance } from '../dist/report/provenance.js';
 const MOST_GROWTH = 32;
 /** An allocator breathes: so much growth in all says nothing, in MiB. */
 const BREATH = 4;
-/** Of the time between steps: a run that stalls now and then has a longer tail than noise gives. */
+/** Of the time of a step: a run that stalls now and then has a longer tail than noise gives. */
 const MOST_P99_OF_MEDIAN = 3;
 /** A shorter run shows how V8's heap grows into its size, and no leak: its memory is told and not judged. */
 const LONG_ENOUGH = 10;
@@ -57,8 +57,8 @@ const started = performance.now();
 const elapsed = () => (performance.now() - started) / 60_000 / minutes;
 /** By process: [hours, MiB, descriptors]. */
 const samples = new Map();
-/** Milliseconds between steps, in buckets of one per cent: constant memory. */
-const between = new Map();
+/** Milliseconds of steps, in buckets of one per cent: constant memory. */
+const taken = new Map();
 let jobs = 0;
 let steps = 0;
 const sampling = setInterval(sample, EVERY_MS);
@@ -73,24 +73,22 @@ try {
 }
 report();
 
-/** One job; the time between its decode steps. */
+/** One job; how long each of its decode steps took rank 0, the host's part included: on GPUs steps come in bursts, each of them
+ * timed on the device. */
 async function decodeOnce() {
   const sequences = Array.from({ length: SEQUENCES }, (_, sequence) => ({
     promptIds: [2, (jobs * SEQUENCES + sequence) % vocab],
     maxTokens: TOKENS,
     sequence,
   }));
-  let before = null;
   const sampling = { temperature: 0, topK: 0, topP: 1, seed: 0 };
   const job = { kind: 'generate', sequences, sampling, stopTokenIds: [], keepLogits: false, fault: null };
-  await run.execute(job, ({ kind }) => {
-    const now = performance.now();
+  await run.execute(job, ({ kind, ranks: [{ time }] }) => {
     steps++;
-    if (kind === 'decode' && before !== null && elapsed() > WARM_UP) {
-      const bucket = Math.round(Math.log(now - before) / Math.log(1.01));
-      between.set(bucket, (between.get(bucket) ?? 0) + 1);
-    }
-    before = now;
+    if (kind !== 'decode' || elapsed() <= WARM_UP) return;
+    const { computeMs, syncMs, hostMs } = time;
+    const bucket = Math.round(Math.log(computeMs + syncMs + hostMs) / Math.log(1.01));
+    taken.set(bucket, (taken.get(bucket) ?? 0) + 1);
   });
   jobs++;
 }
@@ -196,7 +194,7 @@ function slopeOf(points) {
 
 /** Quantiles to one per cent. */
 function times() {
-  const sorted = [...between].sort(([a], [b]) => a - b);
+  const sorted = [...taken].sort(([a], [b]) => a - b);
   const count = sorted.reduce((n, [, times]) => n + times, 0);
   const quantile = (q) => {
     let seen = 0;

@@ -1,11 +1,10 @@
 // The page that people read of one bench result.
 
+import { basename } from 'node:path';
 import { stageCells } from '../../dist/report/stages.js';
 
 /** Published for TP=2 on two H200 (vLLM PR #41379), ms a token, by batch size. */
 const PUBLISHED = { 1: 2.82, 4: 3.28, 8: 3.65 };
-/** GB/s that a plain read kernel reaches on one H200: what floors are measured against. */
-const H200_GB_PER_S = 4550;
 
 export function markdown(result, file) {
   const sections = [
@@ -47,9 +46,8 @@ function table(headings, rows) {
   return line(headings) + line(headings.map(() => '--:')) + rows.map(line).join('');
 }
 
-/** Ms that reading a step's bytes must take: at what an H200 gives, or what was measured on a CPU. */
-const floorOf = ({ run, read_bandwidth_gb_per_s }, { read_gb }) =>
-  (read_gb * 1000) / (run.device === 'cuda' ? H200_GB_PER_S * run.tp : read_bandwidth_gb_per_s);
+/** Ms that reading a step's bytes must take at what a plain read reaches on the same devices. */
+const floorOf = ({ read_bandwidth_gb_per_s }, { read_gb }) => (read_gb * 1000) / read_bandwidth_gb_per_s;
 
 /** Of a step, as the timed steps of the same shape have it; waiting for other ranks included. */
 function sumsShare({ run }, { batch }, stages) {
@@ -59,7 +57,7 @@ function sumsShare({ run }, { batch }, stages) {
 
 function byBatch(decode, { stages }) {
   const runs = byDegree(decode);
-  const { model, dtype, device } = runs[0].run;
+  const { model, dtype } = runs[0].run;
   const { context, steps } = runs[0].rows[0];
   const published = model.endsWith('gemma-4-26b-a4b.json');
   const columns = ['median', 'p10', 'p90', 'floor', 'x floor', 'GB/s', 'of bandwidth', 'sums'];
@@ -76,9 +74,9 @@ function byBatch(decode, { stages }) {
     }),
   );
   return (
-    `## Time per output token, ms\n\n${model}, ${dtype}, context ${context}, ${steps} steps; ` +
+    `## Time per output token, ms\n\n${basename(model)}, ${dtype}, context ${context}, ${steps} steps; ` +
     `${runs.map(({ run }) => `TP=${run.tp}: ${run.collective_why}`).join('; ')}. ` +
-    `The floor reads the step's bytes at ${device === 'cuda' ? `${H200_GB_PER_S} GB/s a card` : 'the read bandwidth'}.\n\n` +
+    `The floor reads the step's bytes as fast as a plain read does: ${runs.map(({ run, read_bandwidth_gb_per_s: rate }) => `${cell(rate, 0)} GB/s at TP=${run.tp}`).join(', ')}.\n\n` +
     table(['TP', 'batch', ...columns, ...(published ? ['vLLM PR #41379, 2 x H200'] : [])], rows)
   );
 }
@@ -119,18 +117,22 @@ function stages(runs) {
   return `## Where a step goes, on one rank\n\n${parts.join('\n')}`;
 }
 
-function experts(runs) {
+function experts(runs, { gpus, decode }) {
+  // a long read of one card, or the doctor's short one
+  const one = decode.find(({ run }) => run.tp === 1);
+  const rate = one?.read_bandwidth_gb_per_s ?? gpus.devices[0].read_gb_per_s;
   const rows = runs.flatMap(({ tp, rows }) =>
-    rows.map((row) => [
-      ...[`${tp}`, `${row.tokens}`, row.variant],
-      ...[row.time_us.median, row.time_us.p90, row.floor_us, row.time_us.median / row.floor_us].map((us) =>
-        cell(us),
-      ),
-      cell(row.gb_per_s, 0),
-    ]),
+    rows.map(({ tokens, variant, time_us: { median, p90 }, read_mb, gb_per_s }) => {
+      const floor = (read_mb * 1000) / rate;
+      return [
+        ...[`${tp}`, `${tokens}`, variant],
+        ...[median, p90, floor, median / floor].map((x) => cell(x)),
+        cell(gb_per_s, 0),
+      ];
+    }),
   );
   const headings = ['TP', 'tokens', 'kernels', 'median us', 'p90', 'floor', 'x floor', 'GB/s'];
-  return `## The experts of one layer alone\n\n${table(headings, rows)}`;
+  return `## The experts of one layer alone\n\nThe floor reads their weights at ${cell(rate, 0)} GB/s.\n\n${table(headings, rows)}`;
 }
 
 function sums(allreduce) {
