@@ -99,7 +99,7 @@ describe('the page', () => {
       model: 'configs/gemma-4-26b-a4b.json',
       collective_why: 'peer',
     },
-    read_bandwidth_gb_per_s: 4500 * tp,
+    read_bandwidth_gb_per_s: 4550 * tp,
     rows: [
       {
         ...{ batch: 1, context: 32, steps: 200, read_gb: 7.65, gb_per_s: 3000, share_of_bandwidth: 0.5 },

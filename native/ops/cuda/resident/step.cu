@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
   TP_DYNAMIC_SHARED(char, memory, 128);  // ring, activations, exchange
   __shared__ uint64_t barriers[2 * kMostSlots], listed;
   __shared__ Chosen chosen;
-  __shared__ alignas(16) float room[2 * kMostTokens * kWarps];
+  alignas(16) __shared__ float room[2 * kMostTokens * kWarps];
   __shared__ Tasks tasks[2];
   __shared__ LayerArgs layers[2];
   Ring ring(p, memory, barriers);

@@ -1,6 +1,6 @@
-// What of the caches a token sees, cut into the attention's tasks. Chunks begin at places that follow from the
-// token's position and the layer's shape alone; a task is one chunk of one KV head for one token and all the
-// query heads that share it.
+// What of the caches a token sees, cut into the attention's tasks. Chunks begin at places that follow from
+// the token's position and the layer's shape alone; a task is one chunk of one KV head for one token and all
+// the query heads that share it.
 #pragma once
 
 #include "ops/cuda/resident/products.cuh"
