@@ -16,9 +16,10 @@ namespace simt {
 
 namespace {
 
-/// When nobody gets on, this much time passes at once, so that kernels that have patience lose it.
-constexpr uint64_t kLeapNs = 10'000'000;
-constexpr int kMostLeaps = 100'000;
+/// When nobody gets on, this much time passes at once, so that kernels that have patience lose it: not so
+/// much that of two waits the one with the later limit could be the first to look at the clock.
+constexpr uint64_t kLeapNs = 200'000;
+constexpr int kMostLeaps = 1'000'000;
 constexpr double kMostSeconds = 300;  // of one wait of the host for the device
 
 uint64_t clock_ = 1'000'000'000;
