@@ -60,14 +60,15 @@ struct Head {
         v = make_float4(normed(v.x, w.x << 16), normed(v.y, w.x & 0xffff0000u), normed(v.z, w.y << 16),
                         normed(v.w, w.y & 0xffff0000u));
       }
-    const auto pair = [](float a, float b) { return to_bf16(a) | static_cast<uint32_t>(to_bf16(b)) << 16; };
 #pragma unroll
     for (int i = 0; i < kHalf / 4; i++) {
       const float4 a = x[0][i], b = x[1][i], co = cos[i], si = sin[i];
-      const uint2 low = make_uint2(pair(fused(a.x, co.x, -(b.x * si.x)), fused(a.y, co.y, -(b.y * si.y))),
-                                   pair(fused(a.z, co.z, -(b.z * si.z)), fused(a.w, co.w, -(b.w * si.w)))),
-                  high = make_uint2(pair(fused(b.x, co.x, a.x * si.x), fused(b.y, co.y, a.y * si.y)),
-                                    pair(fused(b.z, co.z, a.z * si.z), fused(b.w, co.w, a.w * si.w)));
+      const uint2 low = make_uint2(
+                      ptx::cvt_rn_bf16x2(fused(a.x, co.x, -(b.x * si.x)), fused(a.y, co.y, -(b.y * si.y))),
+                      ptx::cvt_rn_bf16x2(fused(a.z, co.z, -(b.z * si.z)), fused(a.w, co.w, -(b.w * si.w)))),
+                  high = make_uint2(
+                      ptx::cvt_rn_bf16x2(fused(b.x, co.x, a.x * si.x), fused(b.y, co.y, a.y * si.y)),
+                      ptx::cvt_rn_bf16x2(fused(b.z, co.z, a.z * si.z), fused(b.w, co.w, a.w * si.w)));
       reinterpret_cast<uint2*>(to + at)[i] = low, reinterpret_cast<uint2*>(to + D / 2 + at)[i] = high;
       if (!cache) continue;
       reinterpret_cast<uint2*>(cache + at)[i] = low, reinterpret_cast<uint2*>(cache + D / 2 + at)[i] = high;

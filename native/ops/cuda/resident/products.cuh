@@ -100,27 +100,18 @@ struct Product {
 template <int Pieces, bool Same>
 __device__ __forceinline__ void multiply(Product (&products)[2], const uint32_t (&weights)[2],
                                          const uint32_t (&acts)[2], bool held, int quarter) {
-  constexpr int kSteps = (Pieces + 3) / 4, kAhead = 4;  // steps whose operands are asked for at once
+  constexpr int kSteps = (Pieces + 3) / 4;
 #pragma unroll
-  for (int base = 0; base < kSteps; base += kAhead) {
-    uint4 w[2][kAhead], x[2][kAhead];
+  for (int i = 0; i < kSteps; i++) {
+    const bool whole = i * 4 + 3 < Pieces, there = whole || i * 4 + quarter < Pieces;
+    uint4 w[2], x[2];
 #pragma unroll
-    for (int k = 0; k < kAhead; k++) {
-      const int i = base + k;
-      if (i >= kSteps) continue;
-      const bool whole = i * 4 + 3 < Pieces, there = whole || i * 4 + quarter < Pieces;
-#pragma unroll
-      for (int n = 0; n < 2; n++) {
-        w[n][k] =
-            whole ? ptx::ld_shared_v4(weights[n] + i * 64) : ptx::ld_shared_v4(weights[n] + i * 64, there);
-        if (!Same || n == 0) x[n][k] = ptx::ld_shared_v4(acts[n] + i * 64, held && there);
-      }
+    for (int n = 0; n < 2; n++) {
+      w[n] = whole ? ptx::ld_shared_v4(weights[n] + i * 64) : ptx::ld_shared_v4(weights[n] + i * 64, there);
+      x[n] = Same && n > 0 ? x[0] : ptx::ld_shared_v4(acts[n] + i * 64, held && there);
     }
 #pragma unroll
-    for (int k = 0; k < kAhead; k++)
-      if (base + k < kSteps)
-#pragma unroll
-        for (int n = 0; n < 2; n++) products[n].add(w[n][k], x[Same ? 0 : n][k]);
+    for (int n = 0; n < 2; n++) products[n].add(w[n], x[n]);
   }
 }
 
