@@ -307,7 +307,7 @@ constexpr int kExchangeBytes = 2 * kWarps * kTileRows * kColumns * static_cast<i
 __device__ inline uint4 pack(const float (&x)[8]) {
   uint32_t out[4];
 #pragma unroll
-  for (int j = 0; j < 4; j++) out[j] = to_bf16(x[2 * j]) | static_cast<uint32_t>(to_bf16(x[2 * j + 1])) << 16;
+  for (int j = 0; j < 4; j++) out[j] = ptx::cvt_rn_bf16x2(x[2 * j], x[2 * j + 1]);
   return make_uint4(out[0], out[1], out[2], out[3]);
 }
 /// The bfloat16 planes whose sum is x, to where column and element are; planes lie s.plane apart.

@@ -164,8 +164,7 @@ __global__ void __launch_bounds__(kHeadWarps * 32) finish_heads(const __grid_con
   const auto to_cache = [&](void* cache, int i, float4 y) {
     if (p.bfloat16)
       *reinterpret_cast<uint2*>(static_cast<Bf16*>(cache) + at + i) =
-          make_uint2(to_bf16(y.x) | static_cast<uint32_t>(to_bf16(y.y)) << 16,
-                     to_bf16(y.z) | static_cast<uint32_t>(to_bf16(y.w)) << 16);
+          make_uint2(ptx::cvt_rn_bf16x2(y.x, y.y), ptx::cvt_rn_bf16x2(y.z, y.w));
     else
       *reinterpret_cast<float4*>(static_cast<float*>(cache) + at + i) = y;
   };

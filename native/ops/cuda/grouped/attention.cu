@@ -57,9 +57,6 @@ __device__ int list_leaders(const TileParameters& p, uint16_t* leaders) {
   return done;
 }
 
-__device__ inline uint32_t two_rounded(float low, float high) {
-  return to_bf16(low) | static_cast<uint32_t>(to_bf16(high)) << 16;
-}
 __device__ inline float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
@@ -198,10 +195,10 @@ __global__ void __launch_bounds__(kTileThreads, 1) attend_tiles(const __grid_con
       const uint32_t v_row = values + turn * C::kPieceBytes + (lane / 8 % 2 * 8 + lane % 8) * C::kRowBytes;
 #pragma unroll
       for (int step = 0; step < kScores / 2; step++) {
-        const uint32_t x[4] = {two_rounded(score[2 * step][0], score[2 * step][1]),
-                               two_rounded(score[2 * step][2], score[2 * step][3]),
-                               two_rounded(score[2 * step + 1][0], score[2 * step + 1][1]),
-                               two_rounded(score[2 * step + 1][2], score[2 * step + 1][3])};
+        const uint32_t x[4] = {ptx::cvt_rn_bf16x2(score[2 * step][0], score[2 * step][1]),
+                               ptx::cvt_rn_bf16x2(score[2 * step][2], score[2 * step][3]),
+                               ptx::cvt_rn_bf16x2(score[2 * step + 1][0], score[2 * step + 1][1]),
+                               ptx::cvt_rn_bf16x2(score[2 * step + 1][2], score[2 * step + 1][3])};
 #pragma unroll
         for (int n = 0; n < kOut / 2; n++) {
           uint32_t y[4];
