@@ -181,11 +181,11 @@ class Peer final : public DeviceCollective {
     in_.lines = (max_floats + kLineFloats - 1) / kLineFloats;
     peers_.rank = rank;
     peers_.size = size;
-    peers_.floats = max_floats;
+    peers_.floats = (max_floats + kInboxLine - 1) / kInboxLine * kInboxLine;
     // Behind the lines of this file's kernels, those of kernels that sum by themselves.
-    const size_t bytes = line_bytes() + size_t{2} * size * max_floats * sizeof(uint64_t);
-    check(cudaMalloc(&in_.of[rank], bytes), "inbox");
-    check(cudaMemset(in_.of[rank], 0, bytes), "inbox");
+    check(cudaMalloc(&in_.of[rank], line_bytes() + peers_.inbox_bytes()), "inbox");
+    check(cudaMemset(in_.of[rank], 0, line_bytes()), "inbox");
+    check(cudaMemset(behind_lines(in_.of[rank]), kNothing & 0xff, peers_.inbox_bytes()), "inbox");
     check(cudaMalloc(&in_.epoch, 2 * sizeof(uint32_t)), "epoch");
     check(cudaMemset(in_.epoch, 0, 2 * sizeof(uint32_t)), "epoch");
     in_.finished = in_.epoch + 1;
@@ -273,8 +273,8 @@ class Peer final : public DeviceCollective {
   }
 
   size_t line_bytes() const { return size_t{2} * in_.size * in_.lines * sizeof(uint4); }
-  uint64_t* behind_lines(uint4* inboxes) const {
-    return reinterpret_cast<uint64_t*>(reinterpret_cast<char*>(inboxes) + line_bytes());
+  float* behind_lines(uint4* inboxes) const {
+    return reinterpret_cast<float*>(reinterpret_cast<char*>(inboxes) + line_bytes());
   }
 
   Inboxes in_{};

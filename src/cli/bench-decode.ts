@@ -21,15 +21,18 @@ import { withRun } from './session.js';
 import { runSpec } from './spec.js';
 import { stagePlaces } from './stage-places.js';
 
-/** Length of one measurement of the read bandwidth; one stands before and one behind each batch size. */
+/** Length of one measurement of the read bandwidth; one stands before and one behind each round. */
 const BANDWIDTH_S = 0.5;
+/** In which the steps of a row are measured on the CPU: what the neighbours on a host leave of its memory changes from one
+ * second to the next, so a step is laid beside a reading of its own time. */
+const CPU_ROUNDS = 5;
 /** Steps in a trace: enough to see what repeats, few enough to open. */
 const TRACED_STEPS = 5;
 
 type Row = DecodeBench['rows'][number];
 /** A row, and what is known only when all are measured: the bandwidth that its stages are laid beside. */
 interface Measured {
-  row: Omit<Row, 'share_of_bandwidth' | 'stages'>;
+  row: Omit<Row, 'stages'>;
   /** Of each rank, for every timed step; [] unless asked for. */
   times: StepTimes[][];
 }
@@ -39,7 +42,7 @@ export async function benchDecode(options: Options): Promise<number> {
   const { batchSize, context, steps, warmup, prefillChunk } = options;
   const model = openModel(options.model, options.seed);
   const { config } = model;
-  const tokens = warmup + steps + 1; // the prompt's own step gives the first
+  const tokens = tokensOf(warmup, steps);
   const limit = options.maxModelLen ?? config.maxPositions;
   const longest = Math.max(...context);
   if (longest + tokens > limit)
@@ -65,11 +68,19 @@ export async function benchDecode(options: Options): Promise<number> {
       const prompts = randomPrompts(config, Array(sequences).fill(length));
       const filled = Math.max(0, length - prefillChunk);
       for (const batch of batchSize) {
-        const shape = { prompts: prompts.slice(0, batch), filled, tokens, warmup };
-        const row = rowOf(await decodeSteps(run, { ...shape, timeStages: false }), shape);
-        const times = timed ? timesOf(await decodeSteps(run, { ...shape, timeStages: true }), warmup) : [];
+        const shape = { prompts: prompts.slice(0, batch), filled, warmup };
+        const rounds: Round[] = [];
+        for (const some of parts(steps, chosen.device === 'cpu' ? CPU_ROUNDS : 1)) {
+          const before = bandwidths.at(-1)!;
+          const all = await decodeSteps(run, { ...shape, steps: some, timeStages: false });
+          bandwidths.push(await readBandwidth(run));
+          rounds.push({ all, bandwidth: Math.max(before, bandwidths.at(-1)!) });
+        }
+        const row = rowOf(rounds, shape);
+        const times = timed
+          ? timesOf(await decodeSteps(run, { ...shape, steps, timeStages: true }), warmup)
+          : [];
         measured.push({ row, times });
-        bandwidths.push(await readBandwidth(run));
       }
     }
     const bandwidth = Math.max(...bandwidths); // what the memory can give; noise only takes away
@@ -84,7 +95,6 @@ export async function benchDecode(options: Options): Promise<number> {
       schema: 'tp-run/bench-decode/2',
       rows: measured.map(({ row, times }) => ({
         ...row,
-        share_of_bandwidth: row.gb_per_s! / bandwidth,
         stages: timed ? stageReport(places, times, bandwidth / facts.tp) : null,
       })),
       read_bandwidth_gb_per_s: bandwidth,
@@ -108,25 +118,43 @@ async function readBandwidth(run: Run): Promise<number> {
   );
 }
 
-/** What is decoded for one row: a batch of prompts of one length, `tokens` for each, the first `warmup` steps not counted. */
+/** What is decoded for one row: a batch of prompts of one length, the first `warmup` steps not counted. */
 interface Shape {
   prompts: readonly number[][];
   /** Positions of each prompt that hold made-up keys and values. */
   filled: number;
-  tokens: number;
   warmup: number;
 }
 
-/** All steps of one decoding. */
+/** All steps of one decoding, and the better of the readings before and behind it, in GB/s: noise only takes away. */
+interface Round {
+  all: readonly MergedStep[];
+  bandwidth: number;
+}
+
+/** The prompt's own step gives the first. */
+const tokensOf = (warmup: number, steps: number) => warmup + steps + 1;
+
+/** `total` in as many whole parts as there may be, none of them empty. */
+function parts(total: number, most: number): number[] {
+  const count = Math.min(total, most);
+  return Array.from(
+    { length: count },
+    (_, i) => Math.floor(((i + 1) * total) / count) - Math.floor((i * total) / count),
+  );
+}
+
+/** All steps of one decoding, `steps` of which count. */
 async function decodeSteps(
   run: Run,
-  { prompts, filled, tokens, timeStages }: Shape & { timeStages: boolean },
+  { prompts, filled, warmup, steps, timeStages }: Shape & { steps: number; timeStages: boolean },
 ): Promise<MergedStep[]> {
   const all: MergedStep[] = [];
+  const maxTokens = tokensOf(warmup, steps);
   await run.execute(
     {
       kind: 'generate',
-      sequences: prompts.map((promptIds, sequence) => ({ promptIds, maxTokens: tokens, sequence, filled })),
+      sequences: prompts.map((promptIds, sequence) => ({ promptIds, maxTokens, sequence, filled })),
       sampling: { temperature: 0, topK: 0, topP: 1, seed: 0 },
       stopTokenIds: [],
       keepLogits: false,
@@ -151,12 +179,18 @@ function timesOf(all: readonly MergedStep[], warmup: number): StepTimes[][] {
   return steps[0]!.ranks.map((_, rank) => steps.map(({ ranks }) => ranks[rank]!.times!));
 }
 
-function rowOf(all: readonly MergedStep[], { prompts, filled, warmup }: Shape): Measured['row'] {
-  const steps = counted(all, warmup);
+function rowOf(rounds: readonly Round[], { prompts, filled, warmup }: Shape): Measured['row'] {
+  const steps = rounds.flatMap((round) => counted(round.all, warmup));
   const stepMs = ({ time }: MergedStep) => time.computeMs + time.syncMs + time.hostMs;
   const ms = steps.map(stepMs);
-  const prefill = all.filter(({ kind }) => kind === 'prefill');
-  const readBytes = mean(steps.map(({ ranks }) => ranks.reduce((sum, rank) => sum + rank.readBytes, 0)));
+  const prefill = rounds[0]!.all.filter(({ kind }) => kind === 'prefill');
+  const bytesOf = (some: readonly MergedStep[]) =>
+    mean(some.map(({ ranks }) => ranks.reduce((sum, rank) => sum + rank.readBytes, 0)));
+  const readBytes = bytesOf(steps);
+  const shares = rounds.map((round) => {
+    const some = counted(round.all, warmup);
+    return bytesOf(some) / 1e6 / quantiles(some.map(stepMs)).median! / round.bandwidth;
+  });
   const tpot = { ...quantiles(ms), samples: ms };
   return {
     batch: prompts.length,
@@ -169,6 +203,7 @@ function rowOf(all: readonly MergedStep[], { prompts, filled, warmup }: Shape): 
     read_gb: readBytes / 1e9,
     experts_read: mean(steps.map(({ expertsRead }) => expertsRead)),
     gb_per_s: readBytes / 1e6 / tpot.median,
+    share_of_bandwidth: quantiles(shares).median!,
     shares_ms: {
       compute: mean(steps.map(({ time }) => time.computeMs)),
       sync: mean(steps.map(({ time }) => time.syncMs)),

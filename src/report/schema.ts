@@ -171,12 +171,13 @@ export const DecodeBench = z.strictObject({
       read_gb: real,
       experts_read: real,
       gb_per_s: real,
+      /** The same of the better reading beside each round; median of the rounds. */
       share_of_bandwidth: real,
       shares_ms: Shares,
       stages: StageReport.nullable(),
     }),
   ),
-  /** Streaming reads by all ranks at once, in the same processes, before and after. */
+  /** The best of streaming reads by all ranks at once, in the same processes, before and behind each round. */
   read_bandwidth_gb_per_s: real,
   read_bandwidth_samples: samples,
   run: RunFacts,

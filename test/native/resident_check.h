@@ -21,8 +21,8 @@ struct Rank {
     set_angles(model);
     peers.rank = rank, peers.size = size;
     peers.floats = int64_t{2} * kHidden * 8;
-    const size_t bytes = 2 * static_cast<size_t>(size * peers.floats) * sizeof(uint64_t);
-    peers.inbox[rank] = static_cast<uint64_t*>(backend.allocate(bytes));
+    peers.inbox[rank] = static_cast<float*>(backend.allocate(peers.inbox_bytes()));
+    cudaMemsetAsync(peers.inbox[rank], kNothing & 0xff, peers.inbox_bytes(), backend.stream());
     auto* const flags = static_cast<uint32_t*>(backend.allocate_shared(2 * sizeof(uint32_t)));
     peers.abort = flags, peers.late = flags + 1;
     backend.finish();

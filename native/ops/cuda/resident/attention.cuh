@@ -195,7 +195,7 @@ __device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& laye
   float4 acc[kHeads];  // values: a lane takes 4 dimensions of all heads
 
 #pragma unroll 1
-  for (int i = blockIdx.x; more;) {
+  for (int i = first_task(); more;) {
     // Queries where a task begins, keys and values of this step: a warp a head.
     const int queries = begins ? group : 0, jobs = queries + 2 * __popc(now.fresh);
     if (!begins && jobs > 0) sync_consumers();  // the tile before is not read any more
@@ -427,7 +427,7 @@ __device__ __forceinline__ void attention(Context& c, const LayerArgs& layer) {
   const Tasks& tasks = c.tasks[h.window == 0];
   float* const contract = c.last ? layer.attention.attention : nullptr;
   uint64_t* const inputs_there = c.marks ? c.marks + 1 : nullptr;
-  if (static_cast<int>(blockIdx.x) >= tasks.count)
+  if (first_task() >= tasks.count)
     c.grid.wait(c.peers);  // it must not arrive again before all have arrived once
   else if (h.head_dim == 256)
     attend<256>(tasks, layer, c.grid, contract, inputs_there);

@@ -24,22 +24,22 @@ __device__ __forceinline__ void attn_out(Context& c, const LayerArgs& layer) {
   if (c.first) {
     load_acts(c.acts, stride, a.attention, c.tokens, a.columns);
   } else {
-    fetch_acts(c, c.acts, stride, c.p.activations.attention, c.tokens, a.columns);
+    fetch_acts(c.acts, stride, c.p.activations.attention, c.tokens, a.columns);
     ptx::cp_async_wait_all();
   }
   sync_consumers();
   const Schedule schedule = rows.schedule(d.hidden);
-  if (!c.last) c.epoch++;
+  if (!c.last) c.next_sum();
   const int chunks = a.columns / kAttentionChunk;
   consume<kAttentionChunk / 8, true>(
       c, schedule, min(chunks, kWarps), {c.acts, stride}, [&](int first, int units, const float* room) {
-        each_output<kUnitRows>(c, units, [&](int u, int t, int row) {
+        each_output<kUnitRows, true>(c, units, [&](int u, int t, int row) {
           const float x = joined_leaves(room, schedule.parts, d.leaves, chunks / d.leaves, u, t, row);
           const int64_t at = static_cast<int64_t>(t) * d.hidden + schedule.unit(first + u) * kUnitRows + row;
-          if (c.last)
+          if (!c.last)
+            push(c.peers, c.sum_turn, at, x, t < c.tokens);
+          else if (t < c.tokens)
             a.sum[at] = x;
-          else
-            push(c.peers, c.epoch, at, x);
         });
       });
 }

@@ -63,7 +63,7 @@ __device__ __forceinline__ void multiply_expert(const Context& c, const DownRows
 }
 
 /// The portions of a schedule of experts: a warp an expert, several units at once where tokens are few.
-/// done(unit, token, row, value) by one thread an output.
+/// done(unit, token, row, value, there) by whole warps, a lane a row.
 template <class Done>
 __device__ __forceinline__ void consume_experts(Context& c, const Schedule& schedule, const DownRows& rows,
                                                 const Acts& acts, Done&& done) {
@@ -95,7 +95,8 @@ __device__ __forceinline__ void consume_experts(Context& c, const Schedule& sche
           sum = fused(c.chosen->weight[first + k][token], from[k * c.tokens * kExpertSums], sum);
       if (last) {
         for (int span = 1; span < lanes; span *= 2) sum += __shfl_xor_sync(~0u, sum, span);
-        if (c.lane % lanes == 0) done(schedule.unit(unit + mine), token, c.lane / lanes, sum);
+        sum = __shfl_sync(~0u, sum, c.lane * lanes);
+        done(schedule.unit(unit + mine), token, c.lane, sum, c.lane < rows.expert_rows);
         sum = 0;
       }
     }
@@ -117,28 +118,31 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
     load_acts(expert_acts, expert_stride, a.expert_act, c.tokens * d.top_k, d.moe_inter);
   } else {
     const Activations& from = c.p.activations;
-    fetch_acts(c, c.acts, dense_stride, from.dense_act, c.tokens, d.inter);
-    fetch_acts(c, expert_acts, expert_stride, from.expert_act, c.tokens * d.top_k, d.moe_inter);
+    fetch_acts(c.acts, dense_stride, from.dense_act, c.tokens, d.inter);
+    fetch_acts(expert_acts, expert_stride, from.expert_act, c.tokens * d.top_k, d.moe_inter);
     ptx::cp_async_wait_all();
   }
   sync_consumers();
-  if (!c.last) c.epoch++;
-  const auto put = [&](int which, int row, int t, float x) {
+  if (!c.last) c.next_sum();
+  const auto put = [&](int which, int row, int t, float x, bool there) {
     const int64_t at = (int64_t{t} * 2 + which) * d.hidden + row;
-    if (c.last)
+    if (!c.last)
+      push(c.peers, c.sum_turn, at, x, there);
+    else if (there)
       a.sum[at] = x;
-    else
-      push(c.peers, c.epoch, at, x);
   };
   const Schedule dense = rows.dense_schedule(), experts = rows.expert_schedule(c.chosen->count);
   consume<kDensePieces>(
       c, dense, d.leaves, {c.acts, dense_stride}, [&](int first, int units, const float* room) {
-        each_output<kUnitRows>(c, units, [&](int u, int t, int row) {
-          put(0, dense.unit(first + u) * kUnitRows + row, t, joined_leaves(room, 1, d.leaves, 1, u, t, row));
+        each_output<kUnitRows, true>(c, units, [&](int u, int t, int row) {
+          put(0, dense.unit(first + u) * kUnitRows + row, t, joined_leaves(room, 1, d.leaves, 1, u, t, row),
+              t < c.tokens);
         });
       });
   consume_experts(c, experts, rows, {expert_acts, expert_stride},
-                  [&](int unit, int t, int row, float x) { put(1, unit * rows.expert_rows + row, t, x); });
+                  [&](int unit, int t, int row, float x, bool there) {
+                    put(1, unit * rows.expert_rows + row, t, x, there);
+                  });
 }
 
 }  // namespace tp::cuda::resident

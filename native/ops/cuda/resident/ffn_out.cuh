@@ -1,5 +1,5 @@
-// The end of a layer: a token's row is one block's work, as are its norms, the one that the next layer or the
-// head begins with included.
+// The end of a layer: a token's row and its norms are one block's work, the norm that the next layer or the head
+// begins with included; of a token alone they are every block's.
 #pragma once
 
 #include "ops/cuda/resident/products.cuh"
@@ -10,8 +10,8 @@ __device__ __forceinline__ void ffn_out(Context& c, const LayerArgs& layer) {
   const FfnOutArgs& a = layer.ffn_out;
   constexpr int n = kRowLength;
   const float eps = c.p.dims.eps;
-  if (c.owner()) {
-    const int64_t t = blockIdx.x;
+  if (c.alone() || c.owner()) {
+    const int64_t t = c.row();
     NormWeights dense_norm, expert_norm, norm, following;
     dense_norm.load(a.dense_norm, n), expert_norm.load(a.expert_norm, n), norm.load(a.norm, n);
     if (!c.last) following.load(c.following_norm(), n);
@@ -21,9 +21,9 @@ __device__ __forceinline__ void ffn_out(Context& c, const LayerArgs& layer) {
     if (c.first)
       dense.load(a.sum + 2 * t * n, n), experts.load(a.sum + (2 * t + 1) * n, n);
     else
-      reduced(sums, c.peers, c.epoch, 2 * t * n);
+      reduced(sums, c.peers, c.sum_turn, 2 * t * n);
     c.mark(1);
-    hidden.load(a.hidden + t * n, n);  // there before the norms are; until now the sums took the registers
+    hidden.get(c.residual, n);  // until now the sums took the registers
     dense.change([](float x, int, int) { return rounded(x); });
     experts.change([](float x, int, int) { return rounded(x); });
     c.sums.next();
@@ -43,12 +43,13 @@ __device__ __forceinline__ void ffn_out(Context& c, const LayerArgs& layer) {
       const float of_hidden = inverse_rms(c.sums.over_block(hidden.squares()), n, eps);
       Row normed = hidden;
       normed.change([&](float x, int p, int j) { return x * of_hidden * following.at(p, j); });
-      normed.put(c.p.activations.normed + t * n, n);
+      normed.put(c.alone() ? reinterpret_cast<Bf16*>(c.acts) : c.p.activations.normed + t * n, n);
     }
-    c.owners.arrive();
-    hidden.store(a.hidden + t * n, n);  // for this block only
+    if (!c.alone()) c.owners.arrive();
+    hidden.put(c.residual, n);
+    if (c.owner()) hidden.store(a.hidden + t * n, n);  // for whatever follows the launch
   }
-  c.owners.expect(c.tokens);
+  if (!c.alone()) c.owners.expect(c.tokens);
 }
 
 }  // namespace tp::cuda::resident

@@ -48,6 +48,10 @@ __device__ __forceinline__ void gate_up(Context& c, const LayerArgs& layer) {
   c.mark(1);
   choose(c, layer.route, blockIdx.x == 0);
   c.mark(2);
+  if (!c.first) {  // by now all blocks have read the sums of attention, and of the layer before
+    empty(c.peers, c.sum_turn, c.tokens * d.hidden);
+    empty(c.peers, c.turn_before(), 2 * c.tokens * d.hidden);
+  }
   if (c.first)
     load_normed(c, layer.route.hidden, layer.route.dense_norm);
   else
@@ -67,7 +71,7 @@ __device__ __forceinline__ void gate_up(Context& c, const LayerArgs& layer) {
     sync_consumers();
   } else if (expert_in == nullptr) {
     expert_in = c.acts;
-    fetch_acts(c, expert_in, stride, c.p.activations.expert_in, c.tokens, d.hidden);
+    fetch_acts(expert_in, stride, c.p.activations.expert_in, c.tokens, d.hidden);
     ptx::cp_async_wait_all();
     sync_consumers();
   }

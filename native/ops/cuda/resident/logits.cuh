@@ -10,13 +10,12 @@ __device__ __forceinline__ void logits(Context& c) {
   const Dims& d = c.p.dims;
   const int n = d.hidden;
   c.tokens = c.p.in.rows;  // columns are rows of logits from here on
+  if (!c.first && !c.alone()) c.owners.wait(c.peers);
+  c.mark(1);
   if (c.first) {
-    c.mark(1);
     load_normed(c, a.hidden, a.norm, c.p.in.row);
-  } else {
-    c.owners.wait(c.peers);
-    c.mark(1);
-    fetch_acts(c, c.acts, stride_of(2 * n), c.p.activations.normed, c.tokens, n, c.p.in.row);
+  } else if (!c.alone()) {
+    fetch_acts(c.acts, stride_of(2 * n), c.p.activations.normed, c.tokens, n, c.p.in.row);
     ptx::cp_async_wait_all();
   }
   sync_consumers();

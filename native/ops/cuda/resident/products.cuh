@@ -39,12 +39,13 @@ struct Context {
   Ring ring;
   ArrivalCounter grid, owners;
   Sums sums;
+  char* residual;   // bfloat16: the row of the residual stream that the block keeps
   char* acts;       // bfloat16 activations
   float* exchange;  // 2 turns of kRoomFloats
   Chosen* chosen;
   uint32_t listed;     // barrier: `chosen` is there, for the warp that fills the ring
   const Tasks* tasks;  // (2) of layers with a window, without
-  uint32_t epoch;      // number of the all-reduce under way
+  int sum_turn;        // of the sum over ranks under way
   int turn = 0;
   int layer;
   bool first, last;  // stage of this launch
@@ -53,8 +54,14 @@ struct Context {
   __device__ void mark(int i) const {
     if (marks && threadIdx.x == 0) marks[i] = ptx::globaltimer();
   }
-  /// The block has a token's row of the residual stream to itself.
-  __device__ bool owner() const { return static_cast<int>(blockIdx.x) < tokens; }
+  /// A token alone: every block makes its rows for itself, which takes less time than to wait for another block's.
+  __device__ bool alone() const { return p.in.tokens == 1; }
+  /// The block makes a token's rows, and has it in the residual stream's memory.
+  __device__ bool owner() const { return static_cast<int>(blockIdx.x) < p.in.tokens; }
+  __device__ int row() const { return alone() ? 0 : static_cast<int>(blockIdx.x); }
+  __device__ void next_sum() { sum_turn = sum_turn == kInboxTurns - 1 ? 0 : sum_turn + 1; }
+  /// Turn of the sum before the one under way.
+  __device__ int turn_before() const { return sum_turn == 0 ? kInboxTurns - 1 : sum_turn - 1; }
   /// A rounded value for the stages to come, or, at the end of the launch, where the ops' contract has it.
   __device__ void leave(float* contract, Bf16* to, int64_t at, float value) const {
     if (last)
@@ -209,25 +216,29 @@ __device__ __forceinline__ float joined_leaves(const float* room, int parts, int
   return leaf[0];
 }
 
-/// Calls each(unit, token, row) for `rows` of the 8 rows of every unit and every token, a thread each.
-template <int Rows, class Each>
+/// Calls each(unit, token, row) for `rows` of the 8 rows of every unit and every token, a thread each. Whole: also
+/// for tokens that are not there, so that warps stay together.
+template <int Rows, bool Whole = false, class Each>
 __device__ __forceinline__ void each_output(const Context& c, int units, Each&& each) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < units * Rows * kMostTokens; i += kThreads) {
     const int token = i / Rows % kMostTokens;
-    if (token < c.tokens) each(i / (Rows * kMostTokens), token, i % Rows);
+    if (Whole || token < c.tokens) each(i / (Rows * kMostTokens), token, i % Rows);
   }
 }
 
 /// Starts to bring rows of activations that other blocks have left: ptx::cp_async_wait_all() before they are
-/// read. Warps share a row where there are more of them; index: which row each column reads, null = its own.
-__device__ __forceinline__ void fetch_acts(const Context& c, char* to, int stride, const Bf16* from, int rows,
-                                           int width, const int* index = nullptr) {
+/// read. Warps share a row where there are more of them; index: which row each column reads, null = its own. Out of
+/// line: many stages come here.
+__device__ __noinline__ inline void fetch_acts(char* to, int stride, const Bf16* from, int rows, int width,
+                                               const int* index = nullptr) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int shift = rows > 4 ? 0 : rows > 2 ? 1 : rows > 1 ? 2 : 3;  // of the warps that share a row
-  const int first = ((c.warp & ((1 << shift) - 1)) * 32 + c.lane) * 8;
+  const int first = ((warp & ((1 << shift) - 1)) * 32 + lane) * 8;
 #pragma unroll 1
-  for (int r = c.warp >> shift; r < rows; r += kWarps >> shift) {
+  for (int r = warp >> shift; r < rows; r += kWarps >> shift) {
     const Bf16* const row = from + static_cast<int64_t>(index ? index[r] : r) * width;
+#pragma unroll 1
     for (int at = first; at < width; at += 256 << shift)
       ptx::cp_async_16(ptx::shared_address(to + r * stride + at * 2), row + at);
   }

@@ -27,13 +27,12 @@ __device__ __forceinline__ void qkv(Context& c, const LayerArgs& layer) {
   const QkvArgs& a = layer.qkv;
   const QkvRows rows(a);
   const int n = c.p.dims.hidden, q_rows = rows.q_units * kUnitRows, kv_rows = rows.kv_units * kUnitRows;
+  if (!c.first && !c.alone()) c.owners.wait(c.peers);
+  c.mark(1);
   if (c.first) {
-    c.mark(1);
     load_normed(c, a.hidden, a.norm);
-  } else {
-    c.owners.wait(c.peers);
-    c.mark(1);
-    fetch_acts(c, c.acts, stride_of(2 * n), c.p.activations.normed, c.tokens, n);
+  } else if (!c.alone()) {
+    fetch_acts(c.acts, stride_of(2 * n), c.p.activations.normed, c.tokens, n);
     ptx::cp_async_wait_all();
   }
   sync_consumers();

@@ -1,6 +1,6 @@
-// The middle of a layer. A token's residual after attention and the norms of it are one block's work; the
-// router's rows are dealt out to all blocks; the choice is made by every block for itself, from the same
-// logits.
+// The middle of a layer. A token's residual after attention and the norms of it are one block's work, or, of a
+// token alone, every block's; the router's rows are dealt out to all blocks; the choice is made by every block
+// for itself, from the same logits.
 #pragma once
 
 #include "ops/cuda/resident/products.cuh"
@@ -8,20 +8,21 @@
 namespace tp::cuda::resident {
 
 /// m = hidden + norm(sum), of the block's token, and what router, dense MLP and experts make of it.
-__device__ __forceinline__ void add_attention(Context& c, const RouteArgs& a) {
+__device__ __forceinline__ void add_attention(Context& c, const RouteArgs& a, Bf16* router_in, Bf16* dense_in,
+                                              Bf16* expert_in) {
   constexpr int n = kRowLength;
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * n;
+  const int64_t at = int64_t{c.row()} * n;
   NormWeights post, dense, expert, scale;
   post.load(a.post_norm, n), dense.load(a.dense_norm, n), expert.load(a.expert_norm, n);
   scale.load(a.scale, n);
   Row hidden, sums[1];
   Row& sum = sums[0];
-  hidden.load(a.hidden + at, n);
   if (c.first)
     sum.load(a.sum + at, n);
   else
-    reduced(sums, c.peers, c.epoch, at);
+    reduced(sums, c.peers, c.sum_turn, at);
   c.mark(1);
+  hidden.get(c.residual, n);
   sum.change([](float x, int, int) { return rounded(x); });
   const float inverse = inverse_rms(c.sums.over_block(sum.squares()), n, c.p.dims.eps);
   hidden.change(
@@ -31,14 +32,14 @@ __device__ __forceinline__ void add_attention(Context& c, const RouteArgs& a) {
   const auto leave = [&](Bf16* to, auto&& value) {
     Row row = hidden;
     row.change([&](float x, int p, int j) { return value(x * of_hidden, p, j); });
-    row.put(to + at, n);
+    row.put(to, n);
   };
-  const Activations& to = c.p.activations;
-  leave(to.router_in, [&](float x, int p, int j) { return rounded(rounded(x) * scale.at(p, j)) * root; });
-  leave(to.dense_in, [&](float x, int p, int j) { return x * dense.at(p, j); });
-  leave(to.expert_in, [&](float x, int p, int j) { return x * expert.at(p, j); });
-  c.owners.arrive();
-  hidden.store(a.hidden + at, n);  // for this block only
+  leave(router_in, [&](float x, int p, int j) { return rounded(rounded(x) * scale.at(p, j)) * root; });
+  leave(dense_in, [&](float x, int p, int j) { return x * dense.at(p, j); });
+  leave(expert_in, [&](float x, int p, int j) { return x * expert.at(p, j); });
+  if (!c.alone()) c.owners.arrive();
+  hidden.put(c.residual, n);
+  if (c.owner()) hidden.store(a.hidden + at, n);  // for whatever follows the launch
 }
 
 /// a / b but for the last bit of the tiniest quotients, without the branches of a division: b is near 1.
@@ -198,13 +199,16 @@ __device__ __forceinline__ void fetch_router(const RouteArgs& a, char* to, int e
     ptx::cp_async_16(ptx::shared_address(to) + i * 16, a.router + (int64_t{expert} * kPieces + i) * 8);
 }
 
-/// A token's router_in times a row of the router in shared memory, by a warp. Of the products of all lanes'
+/// A token's router_in, of a token alone in shared memory, times a row of the router there, by a warp. Of the products of all lanes'
 /// elements with each other those of lanes of the same column count: the diagonal of a tensor-core product.
 __device__ __forceinline__ float logit_of(const Context& c, const Bf16* router_in, const char* row) {
   constexpr int kSteps = kWholePieces * kWarps / 32;
   uint4 z[kSteps];
 #pragma unroll
-  for (int i = 0; i < kSteps; i++) z[i] = __ldcg(reinterpret_cast<const uint4*>(router_in) + i * 32 + c.lane);
+  for (int i = 0; i < kSteps; i++) {
+    const uint4* const from = reinterpret_cast<const uint4*>(router_in) + i * 32 + c.lane;
+    z[i] = c.alone() ? *from : __ldcg(from);
+  }
   const uint32_t weights = ptx::shared_address(row) + c.lane * 16;
   float acc[4][4] = {};
 #pragma unroll
@@ -221,20 +225,27 @@ __device__ __forceinline__ float logit_of(const Context& c, const Bf16* router_i
 __device__ __forceinline__ void route(Context& c, const LayerArgs& layer) {
   const RouteArgs& a = layer.route;
   const Dims& d = c.p.dims;
-  const int n = d.hidden, blocks = static_cast<int>(gridDim.x);
+  const int n = d.hidden, blocks = static_cast<int>(gridDim.x), stride = stride_of(2 * n);
   char* const row = reinterpret_cast<char*>(c.next_room());
   if (static_cast<int>(blockIdx.x) < d.experts) fetch_router(a, row, blockIdx.x);
-  if (c.owner()) add_attention(c, a);
-  c.owners.expect(c.tokens);
-  ptx::cp_async_wait_all();
-  c.owners.wait(c.peers);
-  c.mark(2);
-  if (!c.last) {  // what the next stage multiplies
-    const int stride = stride_of(2 * n);
-    fetch_acts(c, c.acts, stride, c.p.activations.dense_in, c.tokens, n);
-    if (char* const to = c.expert_room(stride))
-      fetch_acts(c, to, stride, c.p.activations.expert_in, c.tokens, n);
+  const Activations& to = c.p.activations;
+  const auto here = [&](int i) { return reinterpret_cast<Bf16*>(c.acts + i * stride); };
+  if (c.alone()) {
+    add_attention(c, a, here(2), here(0), here(1));
+    ptx::cp_async_wait_all();
+    sync_consumers();
+  } else {
+    const int64_t at = static_cast<int64_t>(blockIdx.x) * n;
+    if (c.owner()) add_attention(c, a, to.router_in + at, to.dense_in + at, to.expert_in + at);
+    c.owners.expect(c.tokens);
+    ptx::cp_async_wait_all();
+    c.owners.wait(c.peers);
+    if (!c.last) {  // what the next stage multiplies
+      fetch_acts(c.acts, stride, to.dense_in, c.tokens, n);
+      if (char* const room = c.expert_room(stride)) fetch_acts(room, stride, to.expert_in, c.tokens, n);
+    }
   }
+  c.mark(2);
 #pragma unroll 1
   for (int e = blockIdx.x; e < d.experts; e += blocks) {
     if (e >= blocks) {
@@ -244,7 +255,7 @@ __device__ __forceinline__ void route(Context& c, const LayerArgs& layer) {
       sync_consumers();
     }
     if (!__any_sync(~0u, c.warp < c.tokens)) continue;
-    const float logit = logit_of(c, c.p.activations.router_in + int64_t{c.warp} * n, row);
+    const float logit = logit_of(c, c.alone() ? here(2) : to.router_in + int64_t{c.warp} * n, row);
     if (c.lane == 0) a.router_logits[c.warp * d.experts + e] = logit;
   }
   c.grid.arrive();

@@ -137,80 +137,72 @@ struct Row {
   }
 };
 
-/// sums[r] = row r of operation `epoch`, from element `at` on, of ranks `first` and, if there is one,
-/// first + 1. Everything is asked for at once, but again only rows that were not there: all of them would
-/// take longer than the access that brings the last line.
-template <int Rows>
-__device__ __forceinline__ void gather_pair(Row (&sums)[Rows], const PeerMemory& w, uint32_t epoch,
-                                            int64_t at, int first) {
-  const bool two = first + 1 < w.size;
-  const uint64_t* const low = w.inbox[w.rank] + ((epoch & 1) * w.size + first) * w.floats + at + piece_at(0);
-  const uint64_t* const high = two ? low + w.floats : low;
+/// sums[r] = row r, from element `at` on, of the operation whose turn it is: all ranks' values in tree order, as
+/// soon as they are there. Everything is asked for at once, but again only rows of ranks that were not there: all
+/// of them would take longer than the access that brings the last line.
+template <int Ranks, int Rows>
+__device__ __forceinline__ void gather(Row (&sums)[Rows], const PeerMemory& w, int turn, int64_t at) {
+  const float* const from =
+      w.inbox[w.rank] + static_cast<int64_t>(turn * Ranks) * w.floats + at + piece_at(0);
   const auto step = [](int p) { return has_piece(p) ? p * kThreads * 4 : 0; };  // a piece too many: the first
-  const auto each = [](auto&& visit) {
+  uint64_t v[Rows][Ranks][kRowPieces][2] = {};
+  uint32_t missing = (1u << Rows * Ranks) - 1;
+  const auto each = [&](auto&& visit) {
 #pragma unroll
-    for (int i = 0; i < Rows * 2; i++) visit(i / 2, i % 2, 1u << i);
+    for (int i = 0; i < Rows * Ranks; i++)
+      if (missing >> i & 1) visit(i / Ranks, i % Ranks, 1u << i);
   };
-  uint64_t v[Rows][2][kRowPieces][4] = {};
-  uint32_t missing = (1u << Rows * 2) - 1;
   for (Timeout timeout; missing != 0;
-       timeout.poll(w, kPeerTimeoutNs, first == w.rank && two ? first + 1 : first)) {
-    each([&](int r, int s, uint32_t bit) {
-      if (!(missing & bit)) return;
+       timeout.poll(w, kPeerTimeoutNs, (__ffs(static_cast<int>(missing)) - 1) % Ranks)) {
+    each([&](int r, int rank, uint32_t) {
 #pragma unroll
       for (int p = 0; p < kRowPieces; p++) {
-        uint64_t (&line)[4] = v[r][s][p];
-        const uint64_t* const from = (s ? high : low) + r * kRowLength + step(p);
-        ptx::ld_relaxed_sys_v2(line[0], line[1], from);
-        ptx::ld_relaxed_sys_v2(line[2], line[3], from + 2);
+        uint64_t (&line)[2] = v[r][rank][p];
+        ptx::ld_relaxed_sys_b128(line[0], line[1], from + rank * w.floats + r * kRowLength + step(p));
       }
     });
-    each([&](int r, int s, uint32_t bit) {
+    each([&](int r, int rank, uint32_t bit) {
       bool there = true;
 #pragma unroll
-      for (int i = 0; i < kRowPieces * 4; i++)
-        there &= static_cast<uint32_t>(v[r][s][i / 4][i % 4] >> 32) == epoch;
+      for (const uint64_t (&line)[2] : v[r][rank]) there &= static_cast<uint32_t>(line[0]) != kNothing;
       if (there) missing &= ~bit;
     });
   }
-  // Without a second rank -0 is added, which changes nothing.
 #pragma unroll
   for (int r = 0; r < Rows; r++)
     sums[r].change([&](float, int p, int j) {
-      const float second = float_of(static_cast<uint32_t>(v[r][1][p][j]));
-      const float sum = float_of(static_cast<uint32_t>(v[r][0][p][j])) + (two ? second : -0.0f);
-      return has_piece(p) ? sum : 0;
+      float sum[Ranks];
+#pragma unroll
+      for (int rank = 0; rank < Ranks; rank++)
+        sum[rank] = float_of(static_cast<uint32_t>(v[r][rank][p][j / 2] >> (j % 2 * 32)));
+#pragma unroll
+      for (int span = 1; span < Ranks; span *= 2)
+#pragma unroll
+        for (int rank = 0; rank < Ranks; rank += 2 * span) sum[rank] += sum[rank + span];
+      return has_piece(p) ? sum[0] : 0;
     });
 }
 
-/// The same over 4 or 8 ranks, in tree order.
-__device__ __noinline__ inline Row gather(const PeerMemory& w, uint32_t epoch, int64_t at) {
-  Row of_two, of_four, sum[1];
-#pragma unroll 1
-  for (int first = 0; first < w.size; first += 2) {
-    gather_pair(sum, w, epoch, at, first);
-    const auto add = [&](const Row& low) {
-      sum[0].change([&](float x, int p, int j) { return low.x[p][j] + x; });
-    };
-    if (first % 4 == 0) {
-      of_two = sum[0];
-      continue;
-    }
-    add(of_two);
-    if (first == 2)
-      of_four = sum[0];
-    else
-      add(of_four);
-  }
+/// Out of line, where registers would not do for more rows.
+__device__ __noinline__ inline Row gather_eight(const PeerMemory& w, int turn, int64_t at) {
+  Row sum[1];
+  gather<8>(sum, w, turn, at);
   return sum[0];
 }
 
-/// Neighbouring rows from element `at` on of the all-reduce `epoch`, as soon as all ranks have sent them.
 template <int Rows>
-__device__ __forceinline__ void reduced(Row (&sums)[Rows], const PeerMemory& w, uint32_t epoch, int64_t at) {
-  if (w.size <= 2) return gather_pair(sums, w, epoch, at, 0);
+__device__ __forceinline__ void reduced(Row (&sums)[Rows], const PeerMemory& w, int turn, int64_t at) {
+  switch (w.size) {
+    case 1:
+      return gather<1>(sums, w, turn, at);
+    case 2:
+      return gather<2>(sums, w, turn, at);
+    case 4:
+      return gather<4>(sums, w, turn, at);
+    default:
 #pragma unroll
-  for (int r = 0; r < Rows; r++) sums[r] = gather(w, epoch, at + r * kRowLength);
+      for (int r = 0; r < Rows; r++) sums[r] = gather_eight(w, turn, at + r * kRowLength);
+  }
 }
 
 }  // namespace tp::cuda::resident

@@ -127,6 +127,9 @@ __device__ inline void wait_fetched() {
   sync_consumers();
 }
 
+/// Between ring and activations.
+constexpr int kResidualBytes = (2 * kRowLength + 127) / 128 * 128;
+
 __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ Parameters p) {
   TP_DYNAMIC_SHARED(char, memory, 128);  // ring, activations, exchange
   __shared__ uint64_t barriers[2 * kMostSlots], listed;
@@ -148,7 +151,7 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
   }
 
   const int lane = threadIdx.x % 32;
-  char* const acts = memory + p.slots * p.slot_bytes;
+  char* const acts = memory + p.slots * p.slot_bytes + kResidualBytes;
   Context c{p,
             p.peers,
             tokens,
@@ -160,15 +163,28 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
             ArrivalCounter(&p.counters->grid, __ldcg(&p.counters->grid_before)),
             ArrivalCounter(&p.counters->owners, __ldcg(&p.counters->owners_before)),
             Sums(room),
+            acts - kResidualBytes,
             acts,
             reinterpret_cast<float*>(acts + p.act_bytes),
             &chosen,
             ptx::shared_address(&listed),
             tasks,
-            __ldcg(&p.counters->epoch)};
+            __ldcg(&p.counters->sum_turn)};
   const int first_layer = p.from / kStages;
   if (first_layer < p.layer_count) fetch(&layers[first_layer & 1], p.layers + first_layer);
   if (c.warp < 2 && p.kinds[c.warp].heads.heads > 0) tasks[c.warp].prepare(p, p.kinds[c.warp], acts);
+  const auto most = static_cast<int>(min(c.peers.floats, int64_t{kMostTokens} * 2 * kRowLength));
+  empty(c.peers, c.sum_turn, most), empty(c.peers, c.turn_before(), most);  // that the launch before has read
+  if (c.alone() || c.owner()) {
+    Row row;
+    row.load(p.layers->qkv.hidden + int64_t{c.row()} * kRowLength, kRowLength);
+    row.put(c.residual, kRowLength);
+    const int begins = p.from % kStages;
+    if (c.alone() && (begins == kRoute || begins == kFfnOut)) {  // block 0 would overwrite what others read
+      c.grid.arrive(), c.grid.expect(gridDim.x);
+      c.grid.wait(c.peers);
+    }
+  }
 #pragma unroll 1
   for (int step = p.from; step < p.to; step++) {
     const int layer = step / kStages, stage = step % kStages;
@@ -193,7 +209,7 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
   if (atomicAdd(&p.counters->exited, 1u) != gridDim.x - 1) return;
   p.counters->exited = 0;
   p.counters->grid_before = c.grid.due(), p.counters->owners_before = c.owners.due();
-  p.counters->epoch = c.epoch;
+  p.counters->sum_turn = c.sum_turn;
 }
 
 /// What products exchange; it lies behind the activations and is free while attention runs, which takes both.
@@ -201,8 +217,9 @@ constexpr int kExchangeBytes = 2 * kRoomFloats * static_cast<int>(sizeof(float))
 
 /// Shared memory that the stages' activations take for `tokens` tokens.
 int act_bytes_of(const Decoder& decoder, const Dims& d, int tokens) {
-  int most = tokens *
-             std::max(stride_of(2 * d.hidden), stride_of(2 * d.inter) + d.top_k * stride_of(2 * d.moe_inter));
+  // A token alone has inputs of router, dense MLP and experts side by side.
+  int most = tokens * std::max((tokens == 1 ? 3 : 1) * stride_of(2 * d.hidden),
+                               stride_of(2 * d.inter) + d.top_k * stride_of(2 * d.moe_inter));
   for (const LayerArgs& layer : decoder.layers) {
     most = std::max(most, tokens * stride_of(2 * layer.attn_out.columns));
     const size_t room =
@@ -272,8 +289,9 @@ class Step final : public Fused {
     } else {
       p_.peers.size = 1;
       p_.peers.floats = int64_t{2} * d.hidden * kMostTokens;
-      p_.peers.inbox[0] =
-          static_cast<uint64_t*>(cuda.allocate(2 * static_cast<size_t>(p_.peers.floats) * sizeof(uint64_t)));
+      p_.peers.inbox[0] = static_cast<float*>(cuda.allocate(p_.peers.inbox_bytes()));
+      check(cudaMemsetAsync(p_.peers.inbox[0], kNothing & 0xff, p_.peers.inbox_bytes(), cuda.stream()),
+            "emptying an inbox");
     }
     size_t rows = 0;
     int kv_heads = 0;
@@ -302,7 +320,8 @@ class Step final : public Fused {
                       rows_of(static_cast<size_t>(d.top_k) * moe)};
     cudaFuncAttributes attributes;
     check(cudaFuncGetAttributes(&attributes, run_stages), "asking for a kernel's needs");
-    room_ = cuda.shared_memory() - static_cast<int>(attributes.sharedSizeBytes) - kExchangeBytes;
+    room_ = cuda.shared_memory() - static_cast<int>(attributes.sharedSizeBytes) - kResidualBytes -
+            kExchangeBytes;
   }
 
   bool takes(const Input& in) const override {
@@ -317,7 +336,7 @@ class Step final : public Fused {
     p.from = from, p.to = to;
     p.act_bytes = act_bytes_of(decoder_, p.dims, in.tokens);
     p.slots = slots_for(in.tokens);
-    const size_t shared = static_cast<size_t>(p.slots * p.slot_bytes + p.act_bytes + kExchangeBytes);
+    const size_t shared = static_cast<size_t>(p.slots * p.slot_bytes + kResidualBytes + p.act_bytes + kExchangeBytes);
     const dim3 grid(static_cast<unsigned>(blocks()));
     cuda_.launch_together(run_stages, grid, kBlock, shared, p);
     if (to > p.layer_count * kStages) summarise_logits(p.logits, p.dims, in, cuda_);

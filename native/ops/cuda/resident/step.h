@@ -54,7 +54,8 @@ struct Activations {
 struct Counters {
   uint32_t grid, pad0[31];
   uint32_t owners, pad1[31];
-  uint32_t exited, grid_before, owners_before, epoch;
+  uint32_t exited, grid_before, owners_before;
+  int sum_turn;
 };
 
 /// What all layers with a window have in common, or all without.

@@ -64,12 +64,33 @@ class ArrivalCounter {
   uint32_t due_;
 };
 
-/// A value to every rank, this one included, as element `at` of operation `epoch`.
-__device__ inline void push(const PeerMemory& w, uint32_t epoch, int64_t at, float value) {
-  const uint64_t line = static_cast<uint64_t>(epoch) << 32 | bits_of(value);
-  const int64_t to = ((epoch & 1) * w.size + w.rank) * w.floats + at;
+/// Values of kInboxLine neighbouring lanes, the first of which has the first, to every rank, this one included: as
+/// elements from `at` on of the operation whose turn it is. By whole warps; lanes that have nothing are not `there`.
+__device__ __forceinline__ void push(const PeerMemory& w, int turn, int64_t at, float value, bool there) {
+  const float second = __shfl_down_sync(~0u, value, 1), third = __shfl_down_sync(~0u, value, 2),
+              fourth = __shfl_down_sync(~0u, value, 3);
+  if (!there || threadIdx.x % kInboxLine != 0) return;
+  const uint32_t first = bits_of(value) == kNothing ? bits_of(NAN) : bits_of(value);
+  const uint64_t low = static_cast<uint64_t>(bits_of(second)) << 32 | first,
+                 high = static_cast<uint64_t>(bits_of(fourth)) << 32 | bits_of(third);
+  const int64_t to = static_cast<int64_t>(turn * w.size + w.rank) * w.floats + at;
 #pragma unroll 1
-  for (int r = 0; r < w.size; r++) ptx::st_relaxed_sys(w.inbox[r] + to, line);
+  for (int r = 0; r < w.size; r++) ptx::st_relaxed_sys_b128(w.inbox[r] + to, low, high);
+}
+
+/// Empties the first `floats` elements of an operation that all blocks have read, each block its share. A peer may
+/// write there again when it has seen what this rank sends two operations on.
+__device__ __noinline__ inline void empty(const PeerMemory& w, int turn, int floats) {
+  const int lines = floats / kInboxLine;
+  const uint4 nothing = make_uint4(kNothing, kNothing, kNothing, kNothing);
+#pragma unroll 1
+  for (int r = 0; r < w.size; r++) {
+    float* const from = w.inbox[w.rank] + static_cast<int64_t>(turn * w.size + r) * w.floats;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x * gridDim.x + blockIdx.x); i < lines;
+         i += static_cast<int>(gridDim.x) * kThreads)
+      reinterpret_cast<uint4*>(from)[i] = nothing;
+  }
 }
 
 }  // namespace tp::cuda::resident

@@ -43,6 +43,10 @@ struct AttentionTask {
   uint32_t fresh;       // and the tokens they are of, a bit each
 };
 
+/// A block's first task. They begin at the last block: the first ones make rows, and the code of both does not fit
+/// into a multiprocessor's instruction cache (128 KB) together with that of the products.
+__device__ inline int first_task() { return static_cast<int>(gridDim.x - 1 - blockIdx.x); }
+
 /// The tasks of one kind of layer, window or full, and what they need of the launch: the same in all layers,
 /// and looked up where time is short. In shared memory.
 struct Tasks {
@@ -84,8 +88,8 @@ struct Tasks {
       kv_heads = h.kv_heads, group = h.heads / h.kv_heads, capacity = kind.capacity;
     }
     __syncwarp();
-    if (static_cast<int>(blockIdx.x) >= sum) return;
-    AttentionTask task = at(blockIdx.x, tile_of(h.head_dim));
+    if (first_task() >= sum) return;
+    AttentionTask task = at(first_task(), tile_of(h.head_dim));
     look(task, tile_of(h.head_dim));
     if (t == 0) first = task;
   }
