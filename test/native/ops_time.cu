@@ -163,6 +163,45 @@ void profile_fused() {
   gpu->finish();
 }
 
+/// Where a whole step goes: microseconds of each stage in sliding and full layers, from the last block's end of the stage
+/// before to its own, and until the last block had its inputs, and later ones where a stage has such.
+void report_stages(Fused& fused, int layer_count, const Input& input) {
+  const int stages = layer_count * 7 + 1, blocks = fused.blocks();
+  std::vector<uint64_t> marks(static_cast<size_t>(blocks) * stages * 4);
+  auto* const on_gpu = static_cast<uint64_t*>(gpu->allocate(marks.size() * sizeof(uint64_t)));
+  const char* const names[] = {"qkv", "attention", "attn_out", "route", "gate_up", "down", "ffn_out"};
+  constexpr int kRuns = 9;
+  double took[2][7] = {}, until[2][2][7] = {}, whole = 0;
+  fused.measure(on_gpu);
+  for (int run = 0; run <= kRuns; run++) {
+    fused.run(0, stages, input);
+    gpu->read(marks.data(), on_gpu, marks.size() * sizeof(uint64_t));
+    if (run == 0) continue;
+    const auto last = [&](int stage, int mark) {
+      uint64_t most = 0;
+      for (int b = 0; b < blocks; b++)
+        most = std::max(most, marks[(static_cast<size_t>(b) * stages + stage) * 4 + mark]);
+      return most;
+    };
+    for (int s = 1; s < stages - 1; s++) {
+      const uint64_t begin = last(s - 1, 3);
+      took[s / 7 % 6 == 5][s % 7] += static_cast<double>(last(s, 3) - begin);
+      for (const int mark : {1, 2})
+        until[mark - 1][s / 7 % 6 == 5][s % 7] +=
+            std::max(0.0, static_cast<double>(last(s, mark)) - static_cast<double>(begin));
+    }
+    whole += static_cast<double>(last(stages - 1, 3) - last(0, 3));
+  }
+  fused.measure(nullptr);
+  const double full = layer_count / 6, sliding = layer_count - full;
+  for (int s = 0; s < 7; s++)
+    std::printf("  %-10s sliding %6.2f us (inputs %5.2f, later ones %5.2f)  full %6.2f us (%5.2f, %5.2f)\n", names[s],
+                took[0][s] / sliding / kRuns / 1e3, until[0][0][s] / sliding / kRuns / 1e3,
+                until[1][0][s] / sliding / kRuns / 1e3, took[1][s] / full / kRuns / 1e3,
+                until[0][1][s] / full / kRuns / 1e3, until[1][1][s] / full / kRuns / 1e3);
+  std::printf("  behind the first stage %.0f us\n", whole / kRuns / 1e3);
+}
+
 void time_fused(int layer_count) {
   const int stages = layer_count * 7 + 1;
   for (const int size : {1, 2}) {
@@ -186,6 +225,7 @@ void time_fused(int layer_count) {
       }
       const double us = microseconds([&] { fused->run(0, stages, input); }, 1, 31);
       report("FUSED", size, T, us, bytes);
+      if (size == 2 && (T == 1 || T == 8)) report_stages(*fused, layer_count, input);
     }
   }
 }

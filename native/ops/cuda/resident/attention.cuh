@@ -123,6 +123,8 @@ __device__ __forceinline__ void leave_four(float* contract, Bf16* out, int64_t a
 /// from `left` on by each warp. `shares`: kFewChunks floats of the warp. Out of line: few blocks come here.
 __device__ __noinline__ inline void join_at_once(const Tasks& tasks, float* contract, int row, int chunks,
                                                  int head_dim, int left, int dims, float* shares) {
+  constexpr int kAtOnce = 4;
+  static_assert(kFewChunks % kAtOnce == 0);
   const int lane = threadIdx.x % 32;
   const int64_t at = static_cast<int64_t>(row) * tasks.partial_chunks;
   const float* const partial = tasks.partial + at * head_dim;
@@ -132,20 +134,26 @@ __device__ __noinline__ inline void join_at_once(const Tasks& tasks, float* cont
 #pragma unroll 1
   for (int d = 0; d < dims; d += 128) {
     const int dim = left + d + lane * 4, there = d + lane * 4 < dims ? chunks : 0;
-    float4 value[kFewChunks], sum = make_float4(0, 0, 0, 0);
+    float4 sum = make_float4(0, 0, 0, 0);
+    // A few at a time: more at once would be more code, and most sequences have few chunks.
+#pragma unroll 1
+    for (int first = 0; first < chunks; first += kAtOnce) {
+      float4 value[kAtOnce];
 #pragma unroll
-    for (int k = 0; k < kFewChunks; k++) {
-      value[k] = make_float4(0, 0, 0, 0);
-      if (k < there) value[k] = __ldcg(reinterpret_cast<const float4*>(partial + dim + k * head_dim));
-    }
-    if (d == 0) {  // while the values are on their way
-      const float share = exp_f32(of.x - warp_max(of.x));
-      inverse = __fdividef(1, warp_sum(share * of.y));
-      if (lane < kFewChunks) shares[lane] = share;
-      __syncwarp();
-    }
+      for (int k = 0; k < kAtOnce; k++) {
+        value[k] = make_float4(0, 0, 0, 0);
+        if (first + k < there)
+          value[k] = __ldcg(reinterpret_cast<const float4*>(partial + dim + (first + k) * head_dim));
+      }
+      if (d == 0 && first == 0) {  // while the values are on their way
+        const float share = exp_f32(of.x - warp_max(of.x));
+        inverse = __fdividef(1, warp_sum(share * of.y));
+        if (lane < kFewChunks) shares[lane] = share;
+        __syncwarp();
+      }
 #pragma unroll
-    for (int k = 0; k < kFewChunks; k++) sum = fused_four(shares[k], value[k], sum);
+      for (int k = 0; k < kAtOnce; k++) sum = fused_four(shares[first + k], value[k], sum);
+    }
     if (there)
       leave_four(contract, tasks.out, static_cast<int64_t>(row) * head_dim + dim, scaled(sum, inverse));
   }

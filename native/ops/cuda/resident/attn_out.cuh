@@ -8,7 +8,9 @@ struct AttnOutRows {
   const Bf16* weight;
   int columns;
   __device__ int part() const { return min(columns, kAttentionPart); }
-  __device__ Schedule schedule(int hidden) const { return {hidden / kUnitRows, columns / part(), 0}; }
+  __device__ Schedule schedule(const Parameters& p) const {
+    return {p, p.dims.hidden / kUnitRows, max(columns / kAttentionPart, 1)};
+  }
   __device__ const Bf16* row(int unit, int part, int r) const {
     return weight + (static_cast<int64_t>(unit) * kUnitRows + r) * columns + part * this->part();
   }
@@ -28,13 +30,13 @@ __device__ __forceinline__ void attn_out(Context& c, const LayerArgs& layer) {
     ptx::cp_async_wait_all();
   }
   sync_consumers();
-  const Schedule schedule = rows.schedule(d.hidden);
+  const Schedule schedule = rows.schedule(c.p);
   if (!c.last) c.next_sum();
-  const int chunks = a.columns / kAttentionChunk;
+  const int chunks = a.columns / kAttentionChunk, of_leaf = chunks >> (__ffs(d.leaves) - 1);
   consume<kAttentionChunk / 8, true>(
       c, schedule, min(chunks, kWarps), {c.acts, stride}, [&](int first, int units, const float* room) {
         each_output<kUnitRows, true>(c, units, [&](int u, int t, int row) {
-          const float x = joined_leaves(room, schedule.parts, d.leaves, chunks / d.leaves, u, t, row);
+          const float x = joined_leaves(room, schedule.parts, d.leaves, of_leaf, u, t, row);
           const int64_t at = static_cast<int64_t>(t) * d.hidden + schedule.unit(first + u) * kUnitRows + row;
           if (!c.last)
             push(c.peers, c.sum_turn, at, x, t < c.tokens);

@@ -6,8 +6,9 @@
 
 namespace tp::cuda::resident {
 
-/// Rows of an expert that a warp takes at once, so that (row, leaf) are its 32 lanes.
+/// Rows of an expert that a warp takes at once, so that (row, leaf) are its 32 lanes; places for leaves.
 inline __host__ __device__ int expert_rows_of(int leaves) { return leaves > 4 ? 4 : kUnitRows; }
+inline __host__ __device__ int leaf_lanes_of(int leaves) { return leaves > 4 ? 8 : 4; }
 
 struct DownRows {
   const Bf16 *dense, *experts;
@@ -20,10 +21,11 @@ struct DownRows {
         moe(d.moe_inter),
         leaves(d.leaves),
         expert_rows(expert_rows_of(d.leaves)) {}
-  __device__ Schedule dense_schedule() const { return {hidden / kUnitRows, 1, 0}; }
+  __device__ Schedule dense_schedule(const Parameters& p) const { return {p, hidden / kUnitRows, 1}; }
   /// A portion is 8 experts' rows. Begins where the dense units ended.
-  __device__ Schedule expert_schedule(int count) const {
-    return {hidden / expert_rows, (count + kWarps - 1) / kWarps, hidden / kUnitRows};
+  __device__ Schedule expert_schedule(const Parameters& p, int count) const {
+    return {p, leaves > 4 ? hidden / 4 : hidden / kUnitRows, (count + kWarps - 1) / kWarps,
+            hidden / kUnitRows};
   }
   __device__ const Bf16* dense_row(int unit, int r) const {
     return dense + (int64_t{unit} * kUnitRows + r) * inter;
@@ -36,10 +38,10 @@ struct DownRows {
 /// Sums of an expert's rows, leaf by leaf, for the tokens that chose it, to `to`: (token, kExpertSums).
 __device__ __forceinline__ void multiply_expert(const Context& c, const DownRows& rows, uint64_t slots,
                                                 uint32_t weights, const Acts& acts, float* to) {
-  const int lanes = 32 / rows.expert_rows;
+  const int lanes = leaf_lanes_of(rows.leaves);
   const int slot = static_cast<signed char>(slots >> (8 * c.column));  // absent tokens chose nothing
   uint32_t act = ptx::shared_address(acts.data) + (c.column * c.p.dims.top_k + slot) * acts.stride;
-  weights += c.column % rows.expert_rows * rows.moe * 2;
+  weights += (c.column & (rows.expert_rows - 1)) * rows.moe * 2;
   act += c.quarter * 16, weights += c.quarter * 16;
   to += 2 * c.quarter * kExpertSums + c.column * lanes;
 #pragma unroll 1
@@ -67,11 +69,11 @@ __device__ __forceinline__ void multiply_expert(const Context& c, const DownRows
 template <class Done>
 __device__ __forceinline__ void consume_experts(Context& c, const Schedule& schedule, const DownRows& rows,
                                                 const Acts& acts, Done&& done) {
-  const int lanes = 32 / rows.expert_rows;  // places for leaves: 4 or 8
+  const int lanes = leaf_lanes_of(rows.leaves);
   const int count = c.chosen->count, row_bytes = rows.expert_rows * rows.moe * 2;
-  const int at_once = schedule.parts > 1 ? 1 : kMostTokens / c.tokens;
+  const int at_once = schedule.parts > 1 ? 1 : c.p.by_tokens.of(kMostTokens);
   // As one of the 256 sums (portion, token; row, leaf):
-  const int mine = c.warp / c.tokens, token = c.warp - mine * c.tokens;
+  const int mine = c.p.by_tokens.of(c.warp), token = c.warp - mine * c.tokens;
   float sum = 0;
 #pragma unroll 1
   for (int base = 0, unit = 0, part = 0; base < schedule.portions; base += at_once) {
@@ -131,7 +133,7 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
     else if (there)
       a.sum[at] = x;
   };
-  const Schedule dense = rows.dense_schedule(), experts = rows.expert_schedule(c.chosen->count);
+  const Schedule dense = rows.dense_schedule(c.p), experts = rows.expert_schedule(c.p, c.chosen->count);
   consume<kDensePieces>(
       c, dense, d.leaves, {c.acts, dense_stride}, [&](int first, int units, const float* room) {
         each_output<kUnitRows, true>(c, units, [&](int u, int t, int row) {

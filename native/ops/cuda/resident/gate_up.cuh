@@ -18,10 +18,10 @@ struct GateUpRows {
         inter(d.inter),
         moe(d.moe_inter) {}
   __device__ int expert_units() const { return moe / kUnitColumns; }
-  __device__ Schedule dense_schedule() const { return {inter / kUnitColumns, 1, 0}; }
+  __device__ Schedule dense_schedule(const Parameters& p) const { return {p, inter / kUnitColumns, 1}; }
   /// Begins where the dense units ended, so that no block has more than one unit above its share.
-  __device__ Schedule expert_schedule(int count) const {
-    return {count * expert_units(), 1, inter / kUnitColumns};
+  __device__ Schedule expert_schedule(const Parameters& p, int count) const {
+    return {p, count * expert_units(), 1, inter / kUnitColumns};
   }
   __device__ const Bf16* dense_row(int unit, int r) const {
     return (r < kUnitColumns ? gate : up) + (int64_t{unit} * kUnitColumns + r % kUnitColumns) * hidden;
@@ -51,42 +51,37 @@ __device__ __forceinline__ void gate_up(Context& c, const LayerArgs& layer) {
   if (!c.first) {  // by now all blocks have read the sums of attention, and of the layer before
     empty(c.peers, c.sum_turn, c.tokens * d.hidden);
     empty(c.peers, c.turn_before(), 2 * c.tokens * d.hidden);
-  }
-  if (c.first)
-    load_normed(c, layer.route.hidden, layer.route.dense_norm);
-  else
     ptx::cp_async_wait_all();  // that the router's stage began
-  sync_consumers();
-  const Schedule dense = rows.dense_schedule();
-  consume<kWholePieces>(c, dense, kWarps, {c.acts, stride}, [&](int first, int units, const float* room) {
-    each_output<kUnitColumns>(c, units, [&](int u, int t, int column) {
-      const int64_t at = int64_t{t} * d.inter + dense.unit(first + u) * kUnitColumns + column;
-      c.leave(a.dense_act, c.p.activations.dense_act, at, gated(room, u, t, column));
-    });
-  });
-  char* expert_in = c.expert_room(stride);
-  if (c.first) {
-    expert_in = c.acts;
-    load_normed(c, layer.route.hidden, layer.route.expert_norm);
-    sync_consumers();
-  } else if (expert_in == nullptr) {
-    expert_in = c.acts;
-    fetch_acts(expert_in, stride, c.p.activations.expert_in, c.tokens, d.hidden);
-    ptx::cp_async_wait_all();
-    sync_consumers();
   }
-  const Schedule experts = rows.expert_schedule(c.chosen->count);
-  consume<kWholePieces>(c, experts, kWarps, {expert_in, stride},
-                        [&](int first, int units, const float* room) {
-                          each_output<kUnitColumns>(c, units, [&](int u, int t, int column) {
-                            const int unit = experts.unit(first + u), i = unit / rows.expert_units();
-                            const int slot = c.chosen->slot(i, t);
-                            if (slot < 0) return;
-                            const int64_t at = (int64_t{t} * d.top_k + slot) * d.moe_inter +
-                                               unit % rows.expert_units() * kUnitColumns + column;
-                            c.leave(a.expert_act, c.p.activations.expert_act, at, gated(room, u, t, column));
-                          });
-                        });
+#pragma unroll
+  for (const bool dense : {true, false}) {
+    char* const room = c.first || dense ? nullptr : c.expert_room(stride);
+    char* const in = room ? room : c.acts;
+    if (c.first) {
+      const RouteArgs& route = layer.route;
+      load_normed(c, route.hidden, dense ? route.dense_norm : route.expert_norm);
+    } else if (!dense && !room) {
+      fetch_acts(in, stride, c.p.activations.expert_in, c.tokens, d.hidden);
+      ptx::cp_async_wait_all();
+    }
+    sync_consumers();
+    const Schedule schedule =
+        dense ? rows.dense_schedule(c.p) : rows.expert_schedule(c.p, c.chosen->count);
+    float* const contract = dense ? a.dense_act : a.expert_act;
+    Bf16* const to = dense ? c.p.activations.dense_act : c.p.activations.expert_act;
+    consume<kWholePieces>(c, schedule, kWarps, {in, stride}, [&](int first, int units, const float* room) {
+      each_output<kUnitColumns>(c, units, [&](int u, int t, int column) {
+        int unit = schedule.unit(first + u), row = t, width = d.inter;
+        if (!dense) {
+          const int i = c.p.by_expert_units.of(unit), slot = c.chosen->slot(i, t);
+          if (slot < 0) return;
+          unit -= i * rows.expert_units(), row = t * d.top_k + slot, width = d.moe_inter;
+        }
+        const int64_t at = int64_t{row} * width + unit * kUnitColumns + column;
+        c.leave(contract, to, at, gated(room, u, t, column));
+      });
+    });
+  }
   c.grid.arrive();
   c.grid.expect(gridDim.x);
 }

@@ -19,7 +19,7 @@ __device__ __forceinline__ void logits(Context& c) {
     ptx::cp_async_wait_all();
   }
   sync_consumers();
-  const Schedule schedule(d.local_vocab / kUnitRows, 1, 0);
+  const Schedule schedule(c.p, d.local_vocab / kUnitRows, 1);
   consume<kWholePieces>(c, schedule, kWarps, {c.acts, stride_of(2 * n)},
                         [&](int first, int units, const float* room) {
                           each_output<kUnitRows>(c, units, [&](int u, int row_of_logits, int row) {

@@ -49,7 +49,7 @@ struct Context {
   int turn = 0;
   int layer;
   bool first, last;  // stage of this launch
-  uint64_t* marks;   // (4) of the stage, null = this block does not measure
+  uint64_t* marks = nullptr;  // (4) of the stage, null = this block does not measure
 
   __device__ void mark(int i) const {
     if (marks && threadIdx.x == 0) marks[i] = ptx::globaltimer();
@@ -175,13 +175,14 @@ __device__ __noinline__ RingAt take_portions(Ring ring, const PeerMemory& peers,
 template <int Pieces, bool Parts = false, class Done>
 __device__ __forceinline__ void consume(Context& c, const Schedule& schedule, int chunks, const Acts& acts,
                                         Done&& done) {
+  const int shift = Parts ? __ffs(schedule.parts) - 1 : 0;  // a power of two
 #pragma unroll 1
   for (int base = 0; base < schedule.portions; base += kGroup) {
     const int portions = min(kGroup, schedule.portions - base);
     float* const room = c.next_room();
     c.ring.go_to(take_portions<Pieces, Parts>(c.ring, c.peers, portions, schedule.parts, chunks,
                                               ptx::shared_address(acts.data), acts.stride, c.tokens, room));
-    done(base / schedule.parts, portions / schedule.parts, room);
+    done(base >> shift, portions >> shift, room);
   }
 }
 

@@ -25,10 +25,11 @@ inline __host__ __device__ int stride_of(int bytes) { return (bytes + 63) / 128 
 struct Schedule {
   int first, step, parts;  // the block's first unit, how far apart its units are, and portions of a unit
   int units, portions;     // that the block has
-  __device__ Schedule(int all, int parts_, int offset) : step(gridDim.x), parts(parts_) {
-    first = static_cast<int>(blockIdx.x) - offset % step;
+  __device__ Schedule(const Parameters& p, int all, int parts_, int offset = 0)
+      : step(gridDim.x), parts(parts_) {
+    first = static_cast<int>(blockIdx.x) - (offset - p.by_blocks.of(offset) * step);
     if (first < 0) first += step;
-    units = first < all ? (all - 1 - first) / step + 1 : 0;
+    units = first < all ? p.by_blocks.of(all - 1 - first) + 1 : 0;
     portions = units * parts;
   }
   __device__ int unit(int local) const { return first + local * step; }

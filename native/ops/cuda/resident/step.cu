@@ -32,7 +32,7 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
     const QkvRows qkv(layer.qkv);
     const GateUpRows gate_up(layer.gate_up, d);
     const DownRows down(layer.down, d);
-    Schedule schedule(0, 1, 0);
+    Schedule schedule(p, 0, 1);
     const Bf16* rows = nullptr;  // of unit 0, where units follow one another
     int64_t unit_stride = 0;     // elements
     int part_stride = 0, bytes = 2 * d.hidden;
@@ -40,39 +40,40 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
     const int matrix = 2 * stage + at % 2;
     switch (matrix) {
       case 2 * kQkv:
-        schedule = qkv.schedule();
+        schedule = qkv.schedule(p);
         break;
       case 2 * kAttnOut: {
         const AttnOutRows of{layer.attn_out.weight, layer.attn_out.columns};
-        schedule = of.schedule(d.hidden);
+        schedule = of.schedule(p);
         rows = of.row(0, 0, r), unit_stride = int64_t{kUnitRows} * of.columns, part_stride = of.part();
         bytes = 2 * of.part(), adjacent = schedule.parts == 1;
         break;
       }
       case 2 * kGateUp:
-        schedule = gate_up.dense_schedule();
+        schedule = gate_up.dense_schedule(p);
         rows = gate_up.dense_row(0, r), unit_stride = int64_t{kUnitColumns} * d.hidden;
         break;
       case 2 * kGateUp + 1:
         if (step + 1 < p.to) {  // memory would rest until the experts are chosen
-          const Schedule next = down.dense_schedule();
+          const Schedule next = down.dense_schedule(p);
+#pragma unroll 1
           for (int i = threadIdx.x % 32; i < next.units; i += 32)
             ptx::prefetch_l2_bulk(down.dense_row(next.unit(i), 0), kUnitRows * 2 * d.inter);
         }
         wait_list();
-        schedule = gate_up.expert_schedule(chosen.count);
+        schedule = gate_up.expert_schedule(p, chosen.count);
         break;
       case 2 * kDown:
         if (step == p.from) wait_list();
-        schedule = down.dense_schedule();
+        schedule = down.dense_schedule(p);
         rows = down.dense_row(0, r), unit_stride = int64_t{kUnitRows} * d.inter, bytes = 2 * d.inter;
         break;
       case 2 * kDown + 1:
-        schedule = down.expert_schedule(chosen.count);
+        schedule = down.expert_schedule(p, chosen.count);
         bytes = 2 * d.moe_inter * down.expert_rows, adjacent = false;
         break;
       case 2 * kStages:
-        schedule = Schedule(d.local_vocab / kUnitRows, 1, 0);
+        schedule = Schedule(p, d.local_vocab / kUnitRows, 1);
         rows = p.logits.table + int64_t{r} * d.hidden, unit_stride = int64_t{kUnitRows} * d.hidden;
         break;
       default:
@@ -84,7 +85,7 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
       if (matrix == 2 * kQkv) {
         from = qkv.row(unit, r, d.hidden);
       } else if (matrix == 2 * kGateUp + 1) {
-        const int i = unit / gate_up.expert_units();
+        const int i = p.by_expert_units.of(unit);
         from = gate_up.expert_row(chosen.expert[i], unit - i * gate_up.expert_units(), r);
       } else if (matrix == 2 * kDown + 1) {
         const int i = part * kWarps + r;
@@ -185,11 +186,11 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
       c.grid.wait(c.peers);
     }
   }
+  if (p.marks) c.marks = p.marks + (int64_t{blockIdx.x} * (p.layer_count * kStages + 1) + p.from) * 4;
 #pragma unroll 1
   for (int step = p.from; step < p.to; step++) {
     const int layer = step / kStages, stage = step % kStages;
     c.layer = layer, c.first = step == p.from, c.last = step + 1 == p.to;
-    c.marks = p.marks ? p.marks + (int64_t{blockIdx.x} * (p.layer_count * kStages + 1) + step) * 4 : nullptr;
     c.mark(0);
     if (layer == p.layer_count) {
       logits(c);
@@ -201,6 +202,7 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
       run_stage(c, stage, layers[layer & 1]);
     }
     c.mark(3);
+    if (c.marks) c.marks += 4;
   }
 
   wait_fetched();
@@ -276,6 +278,8 @@ class Step final : public Fused {
       : decoder_(decoder), cuda_(cuda) {
     p_.dims = d;
     p_.logits = decoder.logits;
+    p_.by_blocks = divider(blocks());
+    p_.by_expert_units = divider(d.moe_inter / kUnitColumns);
     p_.layer_count = static_cast<int>(decoder.layers.size());
     for (const bool full : {false, true}) p_.kinds[full] = kind_of(decoder, full);
     const size_t bytes = decoder.layers.size() * sizeof(LayerArgs);
@@ -334,6 +338,7 @@ class Step final : public Fused {
     Parameters p = p_;
     p.in = in;
     p.from = from, p.to = to;
+    p.by_tokens = divider(in.tokens);
     p.act_bytes = act_bytes_of(decoder_, p.dims, in.tokens);
     p.slots = slots_for(in.tokens);
     const size_t shared = static_cast<size_t>(p.slots * p.slot_bytes + kResidualBytes + p.act_bytes + kExchangeBytes);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "base/peer_memory.h"
+#include "ops/cuda/block.cuh"
 #include "ops/decoder.h"
 
 namespace tp::cuda::resident {
@@ -70,6 +71,7 @@ struct Parameters {
   LayerKind kinds[2];  // with a window, without; no heads: no such layer
   Dims dims;
   Input in;
+  Divider by_blocks, by_tokens, by_expert_units;  // what a multiprocessor divides by is worth its code
   PeerMemory peers;
   Counters* counters;
   Activations activations;
