@@ -259,6 +259,19 @@ __device__ __forceinline__ uint32_t atom_acq_rel_gpu_add(uint32_t* to, uint32_t 
 __device__ __forceinline__ void st_relaxed_sys(uint64_t* to, uint64_t value) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
 }
+/// Within a GPU: in no order with others.
+__device__ __forceinline__ void st_relaxed_gpu(float* to, float value) {
+  asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
+}
+/// Four values, each of which is one access.
+__device__ __forceinline__ uint4 ld_relaxed_gpu_v4(const void* from) {
+  uint4 x;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from)
+               : "memory");
+  return x;
+}
 /// Two values, each of which is one access.
 __device__ __forceinline__ void ld_relaxed_sys_v2(uint64_t& a, uint64_t& b, const uint64_t* from) {
   asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(from) : "memory");

@@ -163,8 +163,9 @@ void profile_fused() {
   gpu->finish();
 }
 
-/// Where a whole step goes: microseconds of each stage in sliding and full layers, from the last block's end of the stage
-/// before to its own, and until the last block had its inputs, and later ones where a stage has such.
+/// Where a whole step goes: microseconds of each stage in sliding and full layers, from the last block's end
+/// of the stage before to its own, and until the last block had its inputs, and later ones where a stage has
+/// such.
 void report_stages(Fused& fused, int layer_count, const Input& input) {
   const int stages = layer_count * 7 + 1, blocks = fused.blocks();
   std::vector<uint64_t> marks(static_cast<size_t>(blocks) * stages * 4);
@@ -195,8 +196,8 @@ void report_stages(Fused& fused, int layer_count, const Input& input) {
   fused.measure(nullptr);
   const double full = layer_count / 6, sliding = layer_count - full;
   for (int s = 0; s < 7; s++)
-    std::printf("  %-10s sliding %6.2f us (inputs %5.2f, later ones %5.2f)  full %6.2f us (%5.2f, %5.2f)\n", names[s],
-                took[0][s] / sliding / kRuns / 1e3, until[0][0][s] / sliding / kRuns / 1e3,
+    std::printf("  %-10s sliding %6.2f us (inputs %5.2f, later ones %5.2f)  full %6.2f us (%5.2f, %5.2f)\n",
+                names[s], took[0][s] / sliding / kRuns / 1e3, until[0][0][s] / sliding / kRuns / 1e3,
                 until[1][0][s] / sliding / kRuns / 1e3, took[1][s] / full / kRuns / 1e3,
                 until[0][1][s] / full / kRuns / 1e3, until[1][1][s] / full / kRuns / 1e3);
   std::printf("  behind the first stage %.0f us\n", whole / kRuns / 1e3);

@@ -145,7 +145,7 @@ __device__ __noinline__ inline void join_at_once(const Tasks& tasks, float* cont
         if (first + k < there)
           value[k] = __ldcg(reinterpret_cast<const float4*>(partial + dim + (first + k) * head_dim));
       }
-      if (d == 0 && first == 0) {  // while the values are on their way
+      if (__any_sync(~0u, d + first == 0)) {  // while the values are on their way
         const float share = exp_f32(of.x - warp_max(of.x));
         inverse = __fdividef(1, warp_sum(share * of.y));
         if (lane < kFewChunks) shares[lane] = share;
@@ -168,7 +168,7 @@ __device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& laye
   const Cache& cache = layer.attention.cache;
   const QkvArgs& qa = layer.qkv;
   const int kv_heads = tasks.kv_heads, group = tasks.group, capacity = tasks.capacity;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = lane / 4, quarter = lane % 4;
+  const int warp = warp_index(), lane = threadIdx.x % 32, column = lane / 4, quarter = lane % 4;
   const int of_group = warp / Room::kParts, of_dims = warp % Room::kParts;
   const int top = of_group * 8, left = of_dims * 128;  // the warp's first row and dimension
   auto& room = *reinterpret_cast<Room*>(tasks.room);
@@ -238,7 +238,8 @@ __device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& laye
         if (inputs_there && threadIdx.x == 0) *inputs_there = ptx::globaltimer();
         waited = true;
       }
-      if (job < jobs) to_place.place(raw, tasks.eps, to, kept);
+      // A vote, which tells the compiler that the warp stays together.
+      if (__any_sync(~0u, job < jobs)) to_place.place(raw, tasks.eps, to, kept);
     }
     if (begins) {
       max = -INFINITY, total = 0;

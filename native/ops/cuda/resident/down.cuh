@@ -112,7 +112,7 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
   const DownRows rows(a, d);
   const int dense_stride = stride_of(2 * d.inter), expert_stride = stride_of(2 * d.moe_inter);
   char* const expert_acts = c.acts + c.tokens * dense_stride;
-  if (c.first) choose(c, layer.route, false);
+  if (c.first) choose(c, layer.route, false, false);
   c.grid.wait(c.peers);
   c.mark(1);
   if (c.first) {
@@ -134,17 +134,24 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
       a.sum[at] = x;
   };
   const Schedule dense = rows.dense_schedule(c.p), experts = rows.expert_schedule(c.p, c.chosen->count);
-  consume<kDensePieces>(
-      c, dense, d.leaves, {c.acts, dense_stride}, [&](int first, int units, const float* room) {
-        each_output<kUnitRows, true>(c, units, [&](int u, int t, int row) {
-          put(0, dense.unit(first + u) * kUnitRows + row, t, joined_leaves(room, 1, d.leaves, 1, u, t, row),
-              t < c.tokens);
-        });
-      });
+  consume<kDensePieces>(c, dense, d.leaves, {c.acts, dense_stride},
+                        [&](int first, int units, const float* room) {
+                          each_output<kUnitRows, true>(c, units, [&](int u, int t, int row) {
+                            put(0, dense.unit(first + u) * kUnitRows + row, t,
+                                joined_leaves(room, 1, d.leaves, 1, u, t, row), t < c.tokens);
+                          });
+                        });
   consume_experts(c, experts, rows, {expert_acts, expert_stride},
                   [&](int unit, int t, int row, float x, bool there) {
                     put(1, unit * rows.expert_rows + row, t, x, there);
                   });
+  if (c.first) return;
+  // While sums are on their way. All blocks have read the scores, the sums of attention and of the layer
+  // before.
+  const int of_attention = c.last ? c.sum_turn : c.turn_before();
+  empty_scores(c);
+  empty(c.peers, of_attention, c.tokens * d.hidden);
+  empty(c.peers, turn_before(of_attention), 2 * c.tokens * d.hidden);
 }
 
 }  // namespace tp::cuda::resident

@@ -1,5 +1,5 @@
-// The end of a layer: a token's row and its norms are one block's work, the norm that the next layer or the head
-// begins with included; of a token alone they are every block's.
+// The end of a layer: a token's row and its norms are one block's work, the norm that the next layer or the
+// head begins with included; of a token alone they are every block's.
 #pragma once
 
 #include "ops/cuda/resident/products.cuh"

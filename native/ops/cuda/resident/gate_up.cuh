@@ -44,15 +44,9 @@ __device__ __forceinline__ void gate_up(Context& c, const LayerArgs& layer) {
   const GateUpRows rows(a, d);
   const int stride = stride_of(2 * d.hidden);
   // The experts come first: their weights can then be on their way behind the dense products.
-  c.grid.wait(c.peers);
+  choose(c, layer.route, !c.first, blockIdx.x == 0);
   c.mark(1);
-  choose(c, layer.route, blockIdx.x == 0);
-  c.mark(2);
-  if (!c.first) {  // by now all blocks have read the sums of attention, and of the layer before
-    empty(c.peers, c.sum_turn, c.tokens * d.hidden);
-    empty(c.peers, c.turn_before(), 2 * c.tokens * d.hidden);
-    ptx::cp_async_wait_all();  // that the router's stage began
-  }
+  ptx::cp_async_wait_all();  // that the router's stage began
 #pragma unroll
   for (const bool dense : {true, false}) {
     char* const room = c.first || dense ? nullptr : c.expert_room(stride);
@@ -65,8 +59,7 @@ __device__ __forceinline__ void gate_up(Context& c, const LayerArgs& layer) {
       ptx::cp_async_wait_all();
     }
     sync_consumers();
-    const Schedule schedule =
-        dense ? rows.dense_schedule(c.p) : rows.expert_schedule(c.p, c.chosen->count);
+    const Schedule schedule = dense ? rows.dense_schedule(c.p) : rows.expert_schedule(c.p, c.chosen->count);
     float* const contract = dense ? a.dense_act : a.expert_act;
     Bf16* const to = dense ? c.p.activations.dense_act : c.p.activations.expert_act;
     consume<kWholePieces>(c, schedule, kWarps, {in, stride}, [&](int first, int units, const float* room) {
@@ -84,6 +77,9 @@ __device__ __forceinline__ void gate_up(Context& c, const LayerArgs& layer) {
   }
   c.grid.arrive();
   c.grid.expect(gridDim.x);
+  if (!c.last || c.first) return;
+  c.grid.wait(c.peers);
+  empty_scores(c);
 }
 
 }  // namespace tp::cuda::resident

@@ -48,20 +48,20 @@ struct Context {
   int sum_turn;        // of the sum over ranks under way
   int turn = 0;
   int layer;
-  bool first, last;  // stage of this launch
+  bool first, last;           // stage of this launch
   uint64_t* marks = nullptr;  // (4) of the stage, null = this block does not measure
 
   __device__ void mark(int i) const {
     if (marks && threadIdx.x == 0) marks[i] = ptx::globaltimer();
   }
-  /// A token alone: every block makes its rows for itself, which takes less time than to wait for another block's.
+  /// A token alone: every block makes its rows for itself, which takes less time than to wait for another
+  /// block's.
   __device__ bool alone() const { return p.in.tokens == 1; }
   /// The block makes a token's rows, and has it in the residual stream's memory.
   __device__ bool owner() const { return static_cast<int>(blockIdx.x) < p.in.tokens; }
   __device__ int row() const { return alone() ? 0 : static_cast<int>(blockIdx.x); }
-  __device__ void next_sum() { sum_turn = sum_turn == kInboxTurns - 1 ? 0 : sum_turn + 1; }
-  /// Turn of the sum before the one under way.
-  __device__ int turn_before() const { return sum_turn == 0 ? kInboxTurns - 1 : sum_turn - 1; }
+  __device__ void next_sum() { sum_turn = (sum_turn + 1) % kInboxTurns; }
+  __device__ int turn_before() const { return resident::turn_before(sum_turn); }
   /// A rounded value for the stages to come, or, at the end of the launch, where the ops' contract has it.
   __device__ void leave(float* contract, Bf16* to, int64_t at, float value) const {
     if (last)
@@ -140,7 +140,7 @@ __device__ __forceinline__ int row_of(int column) { return (column & 1) * kSlotR
 template <int Pieces, bool Parts>
 __device__ __noinline__ RingAt take_portions(Ring ring, const PeerMemory& peers, int portions, int parts,
                                              int chunks, uint32_t acts, int stride, int tokens, float* room) {
-  const int warp = threadIdx.x / 32, column = threadIdx.x % 32 / 4, quarter = threadIdx.x % 4;
+  const int warp = warp_index(), column = threadIdx.x % 32 / 4, quarter = threadIdx.x % 4;
   const int row = row_of(column), row_bytes = chunks * Pieces * 16;
   const uint32_t offset = warp * Pieces * 16 + quarter * 16;
   const bool held = column < tokens;
@@ -217,8 +217,8 @@ __device__ __forceinline__ float joined_leaves(const float* room, int parts, int
   return leaf[0];
 }
 
-/// Calls each(unit, token, row) for `rows` of the 8 rows of every unit and every token, a thread each. Whole: also
-/// for tokens that are not there, so that warps stay together.
+/// Calls each(unit, token, row) for `rows` of the 8 rows of every unit and every token, a thread each. Whole:
+/// also for tokens that are not there, so that warps stay together.
 template <int Rows, bool Whole = false, class Each>
 __device__ __forceinline__ void each_output(const Context& c, int units, Each&& each) {
 #pragma unroll 1
@@ -229,11 +229,11 @@ __device__ __forceinline__ void each_output(const Context& c, int units, Each&& 
 }
 
 /// Starts to bring rows of activations that other blocks have left: ptx::cp_async_wait_all() before they are
-/// read. Warps share a row where there are more of them; index: which row each column reads, null = its own. Out of
-/// line: many stages come here.
+/// read. Warps share a row where there are more of them; index: which row each column reads, null = its own.
+/// Out of line: many stages come here.
 __device__ __noinline__ inline void fetch_acts(char* to, int stride, const Bf16* from, int rows, int width,
                                                const int* index = nullptr) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = warp_index(), lane = threadIdx.x % 32;
   const int shift = rows > 4 ? 0 : rows > 2 ? 1 : rows > 1 ? 2 : 3;  // of the warps that share a row
   const int first = ((warp & ((1 << shift) - 1)) * 32 + lane) * 8;
 #pragma unroll 1

@@ -15,9 +15,7 @@ struct QkvRows {
         v(a.v_weight),
         q_units(a.heads.heads * a.heads.head_dim / kUnitRows),
         kv_units(a.heads.kv_heads * a.heads.head_dim / kUnitRows) {}
-  __device__ Schedule schedule(const Parameters& p) const {
-    return {p, q_units + (v ? 2 : 1) * kv_units, 1};
-  }
+  __device__ Schedule schedule(const Parameters& p) const { return {p, q_units + (v ? 2 : 1) * kv_units, 1}; }
   __device__ const Bf16* row(int unit, int r, int hidden) const {
     const bool of_q = unit < q_units, of_k = unit < q_units + kv_units;
     const int64_t at = (of_q ? unit : unit - q_units - (of_k ? 0 : kv_units)) * kUnitRows + r;

@@ -1,6 +1,6 @@
-// The middle of a layer. A token's residual after attention and the norms of it are one block's work, or, of a
-// token alone, every block's; the router's rows are dealt out to all blocks; the choice is made by every block
-// for itself, from the same logits.
+// The middle of a layer. A token's residual after attention and the norms of it are one block's work, or, of
+// a token alone, every block's; the router's rows are dealt out to all blocks; the choice is made by every
+// block for itself, from the same logits, as soon as they are there.
 #pragma once
 
 #include "ops/cuda/resident/products.cuh"
@@ -68,21 +68,33 @@ static_assert(sizeof(Choice) <= kRoomFloats * sizeof(float));
 /// The K most probable experts of every token and the list of them all. The block that stores also leaves
 /// them where the ops' contract has them. Out of line, and without the context, which would have to lie in
 /// memory.
-__device__ __noinline__ inline void choose_of(const RouteArgs& a, Choice& choice, Chosen& list,
+/// logits: (T, stride) of the tokens, to be waited for if there is `someone` to say that it takes too long.
+__device__ __noinline__ inline void choose_of(const RouteArgs& a, const float* logits, int stride,
+                                              const PeerMemory* someone, Choice& choice, Chosen& list,
                                               uint32_t listed, int tokens, int experts, int top_k,
                                               bool store) {
   constexpr int kPer = Choice::kPer;
-  const int lane = threadIdx.x % 32, t = threadIdx.x / 32, first = lane * kPer;
+  const int lane = threadIdx.x % 32, t = warp_index(), first = lane * kPer;
   const unsigned lower = (1u << lane) - 1;
-  const float* const logits = a.router_logits + t * experts + first;
   const Bf16* const scales = a.per_expert_scale + first;
   float p[kPer];
   Bf16 scale[kPer];
 #pragma unroll
   for (int i = 0; i < kPer; i++) {
     const bool there = t < tokens && first + i < experts;
-    p[i] = there ? __ldcg(logits + i) : -INFINITY;
+    p[i] = there && !someone ? __ldcg(logits + t * stride + first + i) : -INFINITY;
     scale[i] = there ? __ldg(scales + i) : 0;
+  }
+  if (someone && __any_sync(~0u, t < tokens)) {
+    for (Timeout timeout;; timeout.poll(*someone, kTimeoutNs)) {
+      const uint4 four = ptx::ld_relaxed_gpu_v4(logits + t * stride + first);
+      const uint32_t bits[] = {four.x, four.y, four.z, four.w};
+      bool there = true;
+#pragma unroll
+      for (int i = 0; i < kPer; i++)
+        if (first + i < experts) there &= bits[i] != kNothing, p[i] = float_of(bits[i]);
+      if (__all_sync(~0u, there)) break;
+    }
   }
   if (threadIdx.x < kMostExperts) choice.slots[threadIdx.x] = ~0ull;
   sync_consumers();
@@ -186,9 +198,27 @@ __device__ __noinline__ inline void choose_of(const RouteArgs& a, Choice& choice
   if (threadIdx.x == 0) a.expert_start[experts] = tokens * top_k;
 }
 
-__device__ __forceinline__ void choose(Context& c, const RouteArgs& a, bool store) {
-  choose_of(a, *reinterpret_cast<Choice*>(c.next_room()), *c.chosen, c.listed, c.tokens, c.p.dims.experts,
-            c.p.dims.top_k, store);
+/// Of this launch: the logits are on their way; else they are where the ops' contract has them.
+__device__ __forceinline__ void choose(Context& c, const RouteArgs& a, bool of_this_launch, bool store) {
+  const int experts = c.p.dims.experts;
+  choose_of(a, of_this_launch ? c.p.scores : a.router_logits, of_this_launch ? kMostExperts : experts,
+            of_this_launch ? &c.peers : nullptr, *reinterpret_cast<Choice*>(c.next_room()), *c.chosen,
+            c.listed, c.tokens, experts, c.p.dims.top_k, store);
+}
+
+/// Calls each(e) for the experts whose logits the block makes.
+template <class Each>
+__device__ __forceinline__ void each_own_expert(const Context& c, Each&& each) {
+#pragma unroll 1
+  for (int e = blockIdx.x; e < c.p.dims.experts; e += static_cast<int>(gridDim.x)) each(e);
+}
+
+/// Empties the block's scores, which all blocks have read.
+__device__ __forceinline__ void empty_scores(const Context& c) {
+  const auto t = static_cast<int>(threadIdx.x);
+  each_own_expert(c, [&](int e) {
+    if (t < c.tokens) c.p.scores[t * kMostExperts + e] = float_of(kNothing);
+  });
 }
 
 /// Starts to bring the router's row of an expert.
@@ -199,8 +229,9 @@ __device__ __forceinline__ void fetch_router(const RouteArgs& a, char* to, int e
     ptx::cp_async_16(ptx::shared_address(to) + i * 16, a.router + (int64_t{expert} * kPieces + i) * 8);
 }
 
-/// A token's router_in, of a token alone in shared memory, times a row of the router there, by a warp. Of the products of all lanes'
-/// elements with each other those of lanes of the same column count: the diagonal of a tensor-core product.
+/// A token's router_in, of a token alone in shared memory, times a row of the router there, by a warp. Of the
+/// products of all lanes' elements with each other those of lanes of the same column count: the diagonal of a
+/// tensor-core product.
 __device__ __forceinline__ float logit_of(const Context& c, const Bf16* router_in, const char* row) {
   constexpr int kSteps = kWholePieces * kWarps / 32;
   uint4 z[kSteps];
@@ -225,7 +256,7 @@ __device__ __forceinline__ float logit_of(const Context& c, const Bf16* router_i
 __device__ __forceinline__ void route(Context& c, const LayerArgs& layer) {
   const RouteArgs& a = layer.route;
   const Dims& d = c.p.dims;
-  const int n = d.hidden, blocks = static_cast<int>(gridDim.x), stride = stride_of(2 * n);
+  const int n = d.hidden, stride = stride_of(2 * n);
   char* const row = reinterpret_cast<char*>(c.next_room());
   if (static_cast<int>(blockIdx.x) < d.experts) fetch_router(a, row, blockIdx.x);
   const Activations& to = c.p.activations;
@@ -246,23 +277,24 @@ __device__ __forceinline__ void route(Context& c, const LayerArgs& layer) {
     }
   }
   c.mark(2);
-#pragma unroll 1
-  for (int e = blockIdx.x; e < d.experts; e += blocks) {
-    if (e >= blocks) {
+  each_own_expert(c, [&](int e) {
+    if (e >= static_cast<int>(gridDim.x)) {
       sync_consumers();
       fetch_router(a, row, e);
       ptx::cp_async_wait_all();
       sync_consumers();
     }
-    if (!__any_sync(~0u, c.warp < c.tokens)) continue;
+    if (!__any_sync(~0u, c.warp < c.tokens)) return;
     const float logit = logit_of(c, c.alone() ? here(2) : to.router_in + int64_t{c.warp} * n, row);
-    if (c.lane == 0) a.router_logits[c.warp * d.experts + e] = logit;
-  }
+    if (c.lane > 0) return;
+    a.router_logits[c.warp * d.experts + e] = logit;
+    if (!c.last) ptx::st_relaxed_gpu(c.p.scores + c.warp * kMostExperts + e, value_of(logit));
+  });
+  if (!c.last) return;
   c.grid.arrive();
   c.grid.expect(gridDim.x);
-  if (!c.last) return;
   c.grid.wait(c.peers);
-  choose(c, a, blockIdx.x == 0);
+  choose(c, a, false, blockIdx.x == 0);
 }
 
 }  // namespace tp::cuda::resident

@@ -137,9 +137,9 @@ struct Row {
   }
 };
 
-/// sums[r] = row r, from element `at` on, of the operation whose turn it is: all ranks' values in tree order, as
-/// soon as they are there. Everything is asked for at once, but again only rows of ranks that were not there: all
-/// of them would take longer than the access that brings the last line.
+/// sums[r] = row r, from element `at` on, of the operation whose turn it is: all ranks' values in tree order,
+/// as soon as they are there. Everything is asked for at once, but again only rows of ranks that were not
+/// there: all of them would take longer than the access that brings the last line.
 template <int Ranks, int Rows>
 __device__ __forceinline__ void gather(Row (&sums)[Rows], const PeerMemory& w, int turn, int64_t at) {
   const float* const from =

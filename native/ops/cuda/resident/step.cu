@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  if (threadIdx.x >= kThreads) {
+  if (warp_index() >= kWarps) {
     fill_ring(p, RingFiller(ring), chosen, ptx::shared_address(&listed));
     return;
   }
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
   Context c{p,
             p.peers,
             tokens,
-            static_cast<int>(threadIdx.x) / 32,
+            warp_index(),
             lane,
             lane / 4,
             lane % 4,
@@ -310,6 +310,9 @@ class Step final : public Fused {
     const size_t partials = kMostTokens * static_cast<size_t>(p_.partial_chunks);
     p_.partial = static_cast<float*>(cuda.allocate(partials * rows * sizeof(float)));
     p_.partial_scale = static_cast<float2*>(cuda.allocate(partials * rows / 256 * sizeof(float2)));
+    const size_t scores = size_t{kMostTokens} * kMostExperts * sizeof(float);
+    p_.scores = static_cast<float*>(cuda.allocate(scores));
+    check(cudaMemsetAsync(p_.scores, kNothing & 0xff, scores, cuda.stream()), "emptying the scores");
     p_.chunks_done = static_cast<uint32_t*>(cuda.allocate(sizeof(uint32_t) * kMostTokens * kv_heads));
     const auto rows_of = [&](size_t width) {  // (T, width)
       return static_cast<Bf16*>(cuda.allocate(sizeof(Bf16) * kMostTokens * width));
@@ -324,8 +327,8 @@ class Step final : public Fused {
                       rows_of(static_cast<size_t>(d.top_k) * moe)};
     cudaFuncAttributes attributes;
     check(cudaFuncGetAttributes(&attributes, run_stages), "asking for a kernel's needs");
-    room_ = cuda.shared_memory() - static_cast<int>(attributes.sharedSizeBytes) - kResidualBytes -
-            kExchangeBytes;
+    room_ =
+        cuda.shared_memory() - static_cast<int>(attributes.sharedSizeBytes) - kResidualBytes - kExchangeBytes;
   }
 
   bool takes(const Input& in) const override {
@@ -341,7 +344,8 @@ class Step final : public Fused {
     p.by_tokens = divider(in.tokens);
     p.act_bytes = act_bytes_of(decoder_, p.dims, in.tokens);
     p.slots = slots_for(in.tokens);
-    const size_t shared = static_cast<size_t>(p.slots * p.slot_bytes + kResidualBytes + p.act_bytes + kExchangeBytes);
+    const size_t shared =
+        static_cast<size_t>(p.slots * p.slot_bytes + kResidualBytes + p.act_bytes + kExchangeBytes);
     const dim3 grid(static_cast<unsigned>(blocks()));
     cuda_.launch_together(run_stages, grid, kBlock, shared, p);
     if (to > p.layer_count * kStages) summarise_logits(p.logits, p.dims, in, cuda_);

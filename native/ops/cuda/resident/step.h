@@ -75,6 +75,7 @@ struct Parameters {
   PeerMemory peers;
   Counters* counters;
   Activations activations;
+  float* scores;          // (T, kMostExperts) the router's logits of a layer; kNothing outside it
   uint32_t* chunks_done;  // (T, kvHeads) chunks of attention that are there; 0 between layers
   float* partial;         // (T, heads, chunks, D) of attention, as wide as the widest layer needs
   float2* partial_scale;  // (T, heads, chunks): maximum, sum of exponentials

@@ -11,6 +11,11 @@ constexpr uint64_t kPeerTimeoutNs = 20'000'000'000;  // a peer that is this late
 constexpr uint64_t kTimeoutNs = 25'000'000'000;
 constexpr int kTriesBetweenLooks = 1 << 14;  // at the host's memory, which lies behind a slow bus
 
+/// The warp's number, asked of its first lane, so that the compiler knows it to be the same in all lanes.
+__device__ __forceinline__ int warp_index() {
+  return __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+}
+
 /// A barrier of the computing (consumer) threads of the block.
 __device__ inline void sync_consumers() { ptx::bar_sync<1, kThreads>(); }
 
@@ -64,22 +69,28 @@ class ArrivalCounter {
   uint32_t due_;
 };
 
-/// Values of kInboxLine neighbouring lanes, the first of which has the first, to every rank, this one included: as
-/// elements from `at` on of the operation whose turn it is. By whole warps; lanes that have nothing are not `there`.
+/// Of the operation before.
+__device__ __forceinline__ int turn_before(int turn) { return (turn + kInboxTurns - 1) % kInboxTurns; }
+
+/// As it may travel: not the bits of no value.
+__device__ __forceinline__ float value_of(float x) { return bits_of(x) == kNothing ? NAN : x; }
+
+/// Values of kInboxLine neighbouring lanes, the first of which has the first, to every rank, this one
+/// included: as elements from `at` on of the operation whose turn it is. By whole warps; lanes that have
+/// nothing are not `there`.
 __device__ __forceinline__ void push(const PeerMemory& w, int turn, int64_t at, float value, bool there) {
   const float second = __shfl_down_sync(~0u, value, 1), third = __shfl_down_sync(~0u, value, 2),
               fourth = __shfl_down_sync(~0u, value, 3);
   if (!there || threadIdx.x % kInboxLine != 0) return;
-  const uint32_t first = bits_of(value) == kNothing ? bits_of(NAN) : bits_of(value);
-  const uint64_t low = static_cast<uint64_t>(bits_of(second)) << 32 | first,
+  const uint64_t low = static_cast<uint64_t>(bits_of(second)) << 32 | bits_of(value_of(value)),
                  high = static_cast<uint64_t>(bits_of(fourth)) << 32 | bits_of(third);
   const int64_t to = static_cast<int64_t>(turn * w.size + w.rank) * w.floats + at;
 #pragma unroll 1
   for (int r = 0; r < w.size; r++) ptx::st_relaxed_sys_b128(w.inbox[r] + to, low, high);
 }
 
-/// Empties the first `floats` elements of an operation that all blocks have read, each block its share. A peer may
-/// write there again when it has seen what this rank sends two operations on.
+/// Empties the first `floats` elements of an operation that all blocks have read, each block its share. A
+/// peer may write there again when it has seen what this rank sends two operations on.
 __device__ __noinline__ inline void empty(const PeerMemory& w, int turn, int floats) {
   const int lines = floats / kInboxLine;
   const uint4 nothing = make_uint4(kNothing, kNothing, kNothing, kNothing);

@@ -43,8 +43,8 @@ struct AttentionTask {
   uint32_t fresh;       // and the tokens they are of, a bit each
 };
 
-/// A block's first task. They begin at the last block: the first ones make rows, and the code of both does not fit
-/// into a multiprocessor's instruction cache (128 KB) together with that of the products.
+/// A block's first task. They begin at the last block: the first ones make rows, and the code of both does
+/// not fit into a multiprocessor's instruction cache (128 KB) together with that of the products.
 __device__ inline int first_task() { return static_cast<int>(gridDim.x - 1 - blockIdx.x); }
 
 /// The tasks of one kind of layer, window or full, and what they need of the launch: the same in all layers,

@@ -131,6 +131,12 @@ inline void ld_relaxed_sys_v2(uint64_t& a, uint64_t& b, const uint64_t* from) {
   a = static_cast<const volatile uint64_t*>(from)[0];
   b = static_cast<const volatile uint64_t*>(from)[1];
 }
+inline void st_relaxed_gpu(float* to, float value) { simt::store_late(to, &value, 4); }
+inline uint4 ld_relaxed_gpu_v4(const void* from) {
+  simt::load_shared_with_others(from);
+  const auto* const x = static_cast<const volatile uint32_t*>(from);
+  return make_uint4(x[0], x[1], x[2], x[3]);
+}
 inline void st_relaxed_sys_b128(void* to, uint64_t low, uint64_t high) {
   const uint64_t both[2] = {low, high};
   simt::store_late(to, both, 16);
