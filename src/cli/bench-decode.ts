@@ -24,7 +24,7 @@ import { stagePlaces } from './stage-places.js';
 /** Length of one measurement of the read bandwidth; one stands before and one behind each round. */
 const BANDWIDTH_S = 0.5;
 /** In which the steps of a row are measured on the CPU: what the neighbours on a host leave of its memory changes from one
- * second to the next, so a step is laid beside a reading of its own time. */
+ * second to the next, so a step is laid beside a reading of its own time. One where stages are timed, of the same steps. */
 const CPU_ROUNDS = 5;
 /** Steps in a trace: enough to see what repeats, few enough to open. */
 const TRACED_STEPS = 5;
@@ -70,7 +70,7 @@ export async function benchDecode(options: Options): Promise<number> {
       for (const batch of batchSize) {
         const shape = { prompts: prompts.slice(0, batch), filled, warmup };
         const rounds: Round[] = [];
-        for (const some of parts(steps, chosen.device === 'cpu' ? CPU_ROUNDS : 1)) {
+        for (const some of parts(steps, chosen.device === 'cpu' && !timed ? CPU_ROUNDS : 1)) {
           const before = bandwidths.at(-1)!;
           const all = await decodeSteps(run, { ...shape, steps: some, timeStages: false });
           bandwidths.push(await readBandwidth(run));

@@ -6,13 +6,12 @@
 
 namespace tp::cuda::resident {
 
-/// Rows of an expert that a warp takes at once, so that (row, leaf) are its 32 lanes; places for leaves.
-inline __host__ __device__ int expert_rows_of(int leaves) { return leaves > 4 ? 4 : kUnitRows; }
-inline __host__ __device__ int leaf_lanes_of(int leaves) { return leaves > 4 ? 8 : 4; }
+/// Four leaves of an expert's 8 rows are a warp's 32 sums; of eight leaves a second warp takes the others.
+inline __host__ __device__ int halves_of(int leaves) { return leaves > 4 ? 2 : 1; }
 
 struct DownRows {
   const Bf16 *dense, *experts;
-  int hidden, inter, moe, leaves, expert_rows;
+  int hidden, inter, moe, leaves, halves;
   __device__ DownRows(const DownArgs& a, const Dims& d)
       : dense(a.down),
         experts(a.expert_down),
@@ -20,32 +19,35 @@ struct DownRows {
         inter(d.inter),
         moe(d.moe_inter),
         leaves(d.leaves),
-        expert_rows(expert_rows_of(d.leaves)) {}
+        halves(halves_of(d.leaves)) {}
   __device__ Schedule dense_schedule(const Parameters& p) const { return {p, hidden / kUnitRows, 1}; }
-  /// A portion is 8 experts' rows. Begins where the dense units ended.
+  /// Experts of a portion: as many as 8 warps take.
+  __device__ int at_once() const { return kWarps >> (halves - 1); }
+  /// Begins where the dense units ended.
   __device__ Schedule expert_schedule(const Parameters& p, int count) const {
-    return {p, leaves > 4 ? hidden / 4 : hidden / kUnitRows, (count + kWarps - 1) / kWarps,
-            hidden / kUnitRows};
+    return {p, hidden / kUnitRows, (count + at_once() - 1) >> (halves > 1 ? 2 : 3), hidden / kUnitRows};
   }
   __device__ const Bf16* dense_row(int unit, int r) const {
     return dense + (int64_t{unit} * kUnitRows + r) * inter;
   }
-  __device__ const Bf16* expert_row(int expert, int unit) const {
-    return experts + (int64_t{expert} * hidden + unit * expert_rows) * moe;
+  __device__ const Bf16* expert_rows(int expert, int unit) const {
+    return experts + (int64_t{expert} * hidden + unit * kUnitRows) * moe;
   }
+  /// Bytes that one of the 8 rows of a portion in the ring has: of an expert's 8, or of its first or last 4.
+  __device__ int ring_row_bytes() const { return 2 * moe * kUnitRows >> (halves - 1); }
 };
 
-/// Sums of an expert's rows, leaf by leaf, for the tokens that chose it, to `to`: (token, kExpertSums).
+/// Sums of an expert's rows, leaf by leaf, up to four of them, for the tokens that chose it, to `to`: (token,
+/// kExpertSums).
 __device__ __forceinline__ void multiply_expert(const Context& c, const DownRows& rows, uint64_t slots,
-                                                uint32_t weights, const Acts& acts, float* to) {
-  const int lanes = leaf_lanes_of(rows.leaves);
+                                                uint32_t weights, int half, const Acts& acts, float* to) {
   const int slot = static_cast<signed char>(slots >> (8 * c.column));  // absent tokens chose nothing
-  uint32_t act = ptx::shared_address(acts.data) + (c.column * c.p.dims.top_k + slot) * acts.stride;
-  weights += (c.column & (rows.expert_rows - 1)) * rows.moe * 2;
-  act += c.quarter * 16, weights += c.quarter * 16;
-  to += 2 * c.quarter * kExpertSums + c.column * lanes;
+  const uint32_t offset = half * 4 * kLeafPieces * 16 + c.quarter * 16;
+  uint32_t act = ptx::shared_address(acts.data) + (c.column * c.p.dims.top_k + slot) * acts.stride + offset;
+  weights += c.column * rows.moe * 2 + offset;
+  to += 2 * c.quarter * kExpertSums + c.column * 4;
 #pragma unroll 1
-  for (int l = 0; l < lanes; l += 2) {
+  for (int l = 0; l < 4; l += 2) {
     Product products[2];
     const int second = l + 1 < rows.leaves ? kLeafPieces * 16 : 0;
     if (l < rows.leaves)
@@ -55,7 +57,7 @@ __device__ __forceinline__ void multiply_expert(const Context& c, const DownRows
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int token = 2 * c.quarter + i;
-      if (token >= c.tokens || c.column >= rows.expert_rows) continue;
+      if (token >= c.tokens) continue;
       const bool chose = static_cast<signed char>(slots >> (8 * token)) >= 0;
 #pragma unroll
       for (int k = 0; k < 2; k++)
@@ -64,45 +66,54 @@ __device__ __forceinline__ void multiply_expert(const Context& c, const DownRows
   }
 }
 
-/// The portions of a schedule of experts: a warp an expert, several units at once where tokens are few.
-/// done(unit, token, row, value, there) by whole warps, a lane a row.
-template <class Done>
+/// The portions of a schedule of experts: a warp an expert, or half of one; as many portions between two
+/// meetings as there is room for. done(unit, token, row, value, there) by whole warps, a lane a row.
+template <int Halves, class Done>
 __device__ __forceinline__ void consume_experts(Context& c, const Schedule& schedule, const DownRows& rows,
                                                 const Acts& acts, Done&& done) {
-  const int lanes = leaf_lanes_of(rows.leaves);
-  const int count = c.chosen->count, row_bytes = rows.expert_rows * rows.moe * 2;
-  const int at_once = schedule.parts > 1 ? 1 : c.p.by_tokens.of(kMostTokens);
-  // As one of the 256 sums (portion, token; row, leaf):
+  constexpr int kOnce = kWarps / Halves;  // experts
+  const int count = c.chosen->count, row_bytes = rows.ring_row_bytes();
+  const int own = c.warp / Halves, half = c.warp % Halves;
+  const int portions = c.p.by_tokens.of(kMostTokens);  // that there is room for
+  const int parts_once = min(schedule.parts, portions), units_once = max(portions / schedule.parts, 1);
+  // As one of the 256 sums (unit, token; row, leaf):
   const int mine = c.p.by_tokens.of(c.warp), token = c.warp - mine * c.tokens;
-  float sum = 0;
 #pragma unroll 1
-  for (int base = 0, unit = 0, part = 0; base < schedule.portions; base += at_once) {
-    const int portions = min(at_once, schedule.portions - base), first = part * kWarps;
-    float* const room = c.next_room();  // (portion, 8 experts, token, kExpertSums): row, leaf
+  for (int unit = 0; unit < schedule.units; unit += units_once) {
+    const int units = min(units_once, schedule.units - unit);
+    float sums[Halves] = {};  // of four leaves each
 #pragma unroll 1
-    for (int n = 0; n < portions; n++) {
-      c.ring.wait_full(false, c.peers);
-      if (first + c.warp < count)
-        multiply_expert(c, rows, c.chosen->slots[first + c.warp], c.ring.row(0, c.warp, row_bytes), acts,
-                        room + (n * kWarps + c.warp) * c.tokens * kExpertSums);
-      c.ring.release(1);
-    }
-    sync_consumers();
-    const bool last = ++part == schedule.parts;
-    if (mine < portions) {
-      const float* const from = room + (mine * kWarps * c.tokens + token) * kExpertSums + c.lane;
-#pragma unroll
-      for (int k = 0; k < kWarps; k++)
-        if (first + k < count)
-          sum = fused(c.chosen->weight[first + k][token], from[k * c.tokens * kExpertSums], sum);
-      if (last) {
-        for (int span = 1; span < lanes; span *= 2) sum += __shfl_xor_sync(~0u, sum, span);
-        sum = __shfl_sync(~0u, sum, c.lane * lanes);
-        done(schedule.unit(unit + mine), token, c.lane, sum, c.lane < rows.expert_rows);
-        sum = 0;
+    for (int part = 0; part < schedule.parts; part += parts_once) {
+      const int parts = min(parts_once, schedule.parts - part);
+      float* const room = c.next_room();  // (unit, part, 8 warps, token, kExpertSums): row, leaf
+#pragma unroll 1
+      for (int n = 0, p = 0; n < units * parts; n++) {
+        const int i = (part + p) * kOnce + own;
+        c.ring.wait_full(false, c.peers);
+        if (__any_sync(~0u, i < count))
+          multiply_expert(c, rows, c.chosen->slots[i], c.ring.row(0, own * Halves, row_bytes), half, acts,
+                          room + (n * kWarps + c.warp) * c.tokens * kExpertSums);
+        c.ring.release(1);
+        if (++p == parts) p = 0;
       }
+      sync_consumers();
+      if (!__any_sync(~0u, mine < units)) continue;
+      const float* from = room + (mine * parts * kWarps * c.tokens + token) * kExpertSums + c.lane;
+#pragma unroll 1
+      for (int first = part * kOnce; first < (part + parts) * kOnce;
+           first += kOnce, from += kWarps * c.tokens * kExpertSums)
+#pragma unroll
+        for (int w = 0; w < kWarps; w++)
+          if (first + w / Halves < count)
+            sums[w % Halves] = fused(c.chosen->weight[first + w / Halves][token],
+                                     from[w * c.tokens * kExpertSums], sums[w % Halves]);
     }
-    if (last) part = 0, unit += portions;
+    if (!__any_sync(~0u, mine < units)) continue;
+    for (int span = 1; span < 4; span *= 2)
+#pragma unroll
+      for (float& x : sums) x += __shfl_xor_sync(~0u, x, span);
+    const float sum = __shfl_sync(~0u, Halves > 1 ? sums[0] + sums[Halves - 1] : sums[0], c.lane * 4);
+    done(schedule.unit(unit + mine), token, c.lane, sum, c.lane < kUnitRows);
   }
 }
 
@@ -141,10 +152,14 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
                                 joined_leaves(room, 1, d.leaves, 1, u, t, row), t < c.tokens);
                           });
                         });
-  consume_experts(c, experts, rows, {expert_acts, expert_stride},
-                  [&](int unit, int t, int row, float x, bool there) {
-                    put(1, unit * rows.expert_rows + row, t, x, there);
-                  });
+  const auto put_experts = [&](int unit, int t, int row, float x, bool there) {
+    put(1, unit * kUnitRows + row, t, x, there);
+  };
+  const Acts of_experts{expert_acts, expert_stride};
+  if (rows.halves > 1)
+    consume_experts<2>(c, experts, rows, of_experts, put_experts);
+  else
+    consume_experts<1>(c, experts, rows, of_experts, put_experts);
   if (c.first) return;
   // While sums are on their way. All blocks have read the scores, the sums of attention and of the layer
   // before.

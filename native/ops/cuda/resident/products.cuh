@@ -151,7 +151,7 @@ __device__ __noinline__ RingAt take_portions(Ring ring, const PeerMemory& peers,
   for (int n = 0, taken; n < portions; n += taken) {
     // Alone, it is multiplied twice: one code for both.
     taken = ring.wait_full(pairs && n + 1 < portions, peers) ? 2 : 1;
-    if (warp < chunks) {
+    if (__any_sync(~0u, warp < chunks)) {
       Product products[2];
       const auto acts_of = [&](int i) { return acts + (Parts ? i & (parts - 1) : 0) * row_bytes; };
       multiply<Pieces, !Parts>(

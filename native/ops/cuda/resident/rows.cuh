@@ -152,7 +152,7 @@ __device__ __forceinline__ void gather(Row (&sums)[Rows], const PeerMemory& w, i
     for (int i = 0; i < Rows * Ranks; i++)
       if (missing >> i & 1) visit(i / Ranks, i % Ranks, 1u << i);
   };
-  for (Timeout timeout; missing != 0;
+  for (Timeout timeout; __any_sync(~0u, missing != 0);
        timeout.poll(w, kPeerTimeoutNs, (__ffs(static_cast<int>(missing)) - 1) % Ranks)) {
     each([&](int r, int rank, uint32_t) {
 #pragma unroll

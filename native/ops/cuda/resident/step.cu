@@ -70,7 +70,7 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
         break;
       case 2 * kDown + 1:
         schedule = down.expert_schedule(p, chosen.count);
-        bytes = 2 * d.moe_inter * down.expert_rows, adjacent = false;
+        bytes = down.ring_row_bytes(), adjacent = false;
         break;
       case 2 * kStages:
         schedule = Schedule(p, d.local_vocab / kUnitRows, 1);
@@ -88,8 +88,10 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
         const int i = p.by_expert_units.of(unit);
         from = gate_up.expert_row(chosen.expert[i], unit - i * gate_up.expert_units(), r);
       } else if (matrix == 2 * kDown + 1) {
-        const int i = part * kWarps + r;
-        from = i < chosen.count ? down.expert_row(chosen.expert[i], unit) : nullptr;
+        const int shift = down.halves - 1, i = part * down.at_once() + (r >> shift);
+        from = i < chosen.count
+                   ? down.expert_rows(chosen.expert[i], unit) + (r & shift) * (kUnitRows / 2) * d.moe_inter
+                   : nullptr;
       }
       ring.produce(from, bytes, adjacent, p.peers, policy);
       if (++part == schedule.parts) part = 0, unit += schedule.step;
@@ -233,7 +235,7 @@ int act_bytes_of(const Decoder& decoder, const Dims& d, int tokens) {
 
 /// Room of a slot's rows in the ring.
 int slot_bytes_of(const Decoder& decoder, const Dims& d) {
-  int most = std::max({2 * d.hidden, 2 * d.inter, 2 * d.moe_inter * expert_rows_of(d.leaves)});
+  int most = std::max({2 * d.hidden, 2 * d.inter, 2 * d.moe_inter * kUnitRows / halves_of(d.leaves)});
   for (const LayerArgs& layer : decoder.layers)
     most = std::max(most, 2 * std::min(layer.attn_out.columns, kAttentionPart));
   return stride_of(kSlotRows * most);

@@ -56,9 +56,10 @@ class ArrivalCounter {
   }
   __device__ void expect(int blocks) { due_ += static_cast<uint32_t>(blocks); }
   __device__ void wait(const PeerMemory& peers) const {
-    if (threadIdx.x == 0) {
+    if (warp_index() == 0) {
       Timeout timeout;
-      while (static_cast<int>(ptx::ld_acquire_gpu(arrived_) - due_) < 0) timeout.poll(peers, kTimeoutNs);
+      while (__any_sync(~0u, static_cast<int>(ptx::ld_acquire_gpu(arrived_) - due_) < 0))
+        timeout.poll(peers, kTimeoutNs);
     }
     sync_consumers();
   }
