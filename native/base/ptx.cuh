@@ -255,10 +255,6 @@ __device__ __forceinline__ uint32_t atom_acq_rel_gpu_add(uint32_t* to, uint32_t 
                : "memory");
   return before;
 }
-/// Between GPUs: 8 bytes, or 16, are one access, in no order with others.
-__device__ __forceinline__ void st_relaxed_sys(uint64_t* to, uint64_t value) {
-  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
-}
 /// Within a GPU: in no order with others.
 __device__ __forceinline__ void st_relaxed_gpu(float* to, float value) {
   asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
@@ -272,10 +268,7 @@ __device__ __forceinline__ uint4 ld_relaxed_gpu_v4(const void* from) {
                : "memory");
   return x;
 }
-/// Two values, each of which is one access.
-__device__ __forceinline__ void ld_relaxed_sys_v2(uint64_t& a, uint64_t& b, const uint64_t* from) {
-  asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(from) : "memory");
-}
+/// Between GPUs: 16 bytes are one access, in no order with others.
 __device__ __forceinline__ void st_relaxed_sys_b128(void* to, uint64_t low, uint64_t high) {
   asm volatile("{ .reg .b128 v; mov.b128 v, {%1, %2}; st.relaxed.sys.global.b128 [%0], v; }" ::"l"(to),
                "l"(low), "l"(high)

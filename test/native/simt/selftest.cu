@@ -77,18 +77,18 @@ __global__ void copy_by_engine(const int* in, int* out, bool right) {
 
 /// The value and the flag that announces it, by stores in no order; right: with a fence between.
 __global__ void tell(const int* in, int* out, bool right) {
-  auto* const line = reinterpret_cast<uint64_t*>(out + 2);  // (2): value, flag; zero before
+  auto* const line = reinterpret_cast<float*>(out + 4);  // (4): value, flag; zero before
   if (blockIdx.x == 0) {
     if (threadIdx.x > 0) return;
-    ptx::st_relaxed_sys(line, static_cast<uint64_t>(in[0]));
+    ptx::st_relaxed_gpu(line, static_cast<float>(in[0]));
     if (right) __threadfence_system();
-    ptx::st_relaxed_sys(line + 1, 1);
+    ptx::st_relaxed_gpu(line + 1, 1);
   } else if (threadIdx.x == 0) {
-    uint64_t value, flag;
-    do ptx::ld_relaxed_sys_v2(value, flag, line);
-    while (flag == 0);
-    ptx::ld_relaxed_sys_v2(value, flag, line);
-    out[0] = static_cast<int>(value);
+    uint4 seen;
+    do seen = ptx::ld_relaxed_gpu_v4(line);
+    while (seen.y == 0);
+    seen = ptx::ld_relaxed_gpu_v4(line);
+    out[0] = static_cast<int>(__uint_as_float(seen.x));
   }
 }
 

@@ -125,12 +125,6 @@ void red_release_gpu_add(uint32_t* to) {
   simt::changed();
 }
 inline uint32_t atom_acq_rel_gpu_add(uint32_t* to, uint32_t value) { return atomicAdd(to, value); }
-inline void st_relaxed_sys(uint64_t* to, uint64_t value) { simt::store_late(to, &value, 8); }
-inline void ld_relaxed_sys_v2(uint64_t& a, uint64_t& b, const uint64_t* from) {
-  simt::load_shared_with_others(from);
-  a = static_cast<const volatile uint64_t*>(from)[0];
-  b = static_cast<const volatile uint64_t*>(from)[1];
-}
 inline void st_relaxed_gpu(float* to, float value) { simt::store_late(to, &value, 4); }
 inline uint4 ld_relaxed_gpu_v4(const void* from) {
   simt::load_shared_with_others(from);
@@ -142,7 +136,9 @@ inline void st_relaxed_sys_b128(void* to, uint64_t low, uint64_t high) {
   simt::store_late(to, both, 16);
 }
 inline void ld_relaxed_sys_b128(uint64_t& low, uint64_t& high, const void* from) {
-  ld_relaxed_sys_v2(low, high, static_cast<const uint64_t*>(from));
+  simt::load_shared_with_others(from);
+  low = static_cast<const volatile uint64_t*>(from)[0];
+  high = static_cast<const volatile uint64_t*>(from)[1];
 }
 
 // ---- kernels after each other
