@@ -10,9 +10,10 @@
 
 namespace tp {
 
-/// Bits of a value that no sum has: not the NaN that arithmetic makes. A byte like all others, so that memory
+/// Bits of a value that no sum has: not the NaN that arithmetic makes. Its bytes are alike, so that memory
 /// can be filled with it.
 constexpr uint32_t kNothing = 0xffffffff;
+constexpr int kNothingByte = 0xff;
 constexpr int kInboxTurns = 4;
 constexpr int kInboxLine = 4;  // values
 

@@ -185,7 +185,7 @@ class Peer final : public DeviceCollective {
     // Behind the lines of this file's kernels, those of kernels that sum by themselves.
     check(cudaMalloc(&in_.of[rank], line_bytes() + peers_.inbox_bytes()), "inbox");
     check(cudaMemset(in_.of[rank], 0, line_bytes()), "inbox");
-    check(cudaMemset(behind_lines(in_.of[rank]), kNothing & 0xff, peers_.inbox_bytes()), "inbox");
+    check(cudaMemset(behind_lines(in_.of[rank]), kNothingByte, peers_.inbox_bytes()), "inbox");
     check(cudaMalloc(&in_.epoch, 2 * sizeof(uint32_t)), "epoch");
     check(cudaMemset(in_.epoch, 0, 2 * sizeof(uint32_t)), "epoch");
     in_.finished = in_.epoch + 1;

@@ -22,7 +22,7 @@ struct Rank {
     peers.rank = rank, peers.size = size;
     peers.floats = int64_t{2} * kHidden * 8;
     peers.inbox[rank] = static_cast<float*>(backend.allocate(peers.inbox_bytes()));
-    cudaMemsetAsync(peers.inbox[rank], kNothing & 0xff, peers.inbox_bytes(), backend.stream());
+    cudaMemsetAsync(peers.inbox[rank], kNothingByte, peers.inbox_bytes(), backend.stream());
     auto* const flags = static_cast<uint32_t*>(backend.allocate_shared(2 * sizeof(uint32_t)));
     peers.abort = flags, peers.late = flags + 1;
     backend.finish();

@@ -163,7 +163,7 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
   if (c.first) return;
   // While sums are on their way. All blocks have read the scores, the sums of attention and of the layer
   // before.
-  const int of_attention = c.last ? c.sum_turn : c.turn_before();
+  const int of_attention = c.last ? c.sum_turn : turn_before(c.sum_turn);
   empty_scores(c);
   empty(c.peers, of_attention, c.tokens * d.hidden);
   empty(c.peers, turn_before(of_attention), 2 * c.tokens * d.hidden);

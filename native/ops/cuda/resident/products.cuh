@@ -61,7 +61,6 @@ struct Context {
   __device__ bool owner() const { return static_cast<int>(blockIdx.x) < p.in.tokens; }
   __device__ int row() const { return alone() ? 0 : static_cast<int>(blockIdx.x); }
   __device__ void next_sum() { sum_turn = (sum_turn + 1) % kInboxTurns; }
-  __device__ int turn_before() const { return resident::turn_before(sum_turn); }
   /// A rounded value for the stages to come, or, at the end of the launch, where the ops' contract has it.
   __device__ void leave(float* contract, Bf16* to, int64_t at, float value) const {
     if (last)

@@ -134,7 +134,7 @@ __device__ inline void wait_fetched() {
 constexpr int kResidualBytes = (2 * kRowLength + 127) / 128 * 128;
 
 __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ Parameters p) {
-  TP_DYNAMIC_SHARED(char, memory, 128);  // ring, activations, exchange
+  TP_DYNAMIC_SHARED(char, memory, 128);  // ring, residual, activations, exchange
   __shared__ uint64_t barriers[2 * kMostSlots], listed;
   __shared__ Chosen chosen;
   alignas(16) __shared__ float room[2 * kMostTokens * kWarps];
@@ -177,7 +177,8 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
   if (first_layer < p.layer_count) fetch(&layers[first_layer & 1], p.layers + first_layer);
   if (c.warp < 2 && p.kinds[c.warp].heads.heads > 0) tasks[c.warp].prepare(p, p.kinds[c.warp], acts);
   const auto most = static_cast<int>(min(c.peers.floats, int64_t{kMostTokens} * 2 * kRowLength));
-  empty(c.peers, c.sum_turn, most), empty(c.peers, c.turn_before(), most);  // that the launch before has read
+  empty(c.peers, c.sum_turn, most),
+      empty(c.peers, turn_before(c.sum_turn), most);  // that the launch before has read
   if (c.alone() || c.owner()) {
     Row row;
     row.load(p.layers->qkv.hidden + int64_t{c.row()} * kRowLength, kRowLength);
@@ -290,14 +291,17 @@ class Step final : public Fused {
     p_.layers = layers;
     p_.counters = static_cast<Counters*>(cuda.allocate(sizeof(Counters)));
     p_.slot_bytes = slot_bytes_of(decoder, d);
+    const auto values_to_come = [&](size_t bytes) {
+      auto* const memory = static_cast<float*>(cuda.allocate(bytes));
+      check(cudaMemsetAsync(memory, kNothingByte, bytes, cuda.stream()), "emptying memory");
+      return memory;
+    };
     if (peers) {
       p_.peers = *peers;
     } else {
       p_.peers.size = 1;
       p_.peers.floats = int64_t{2} * d.hidden * kMostTokens;
-      p_.peers.inbox[0] = static_cast<float*>(cuda.allocate(p_.peers.inbox_bytes()));
-      check(cudaMemsetAsync(p_.peers.inbox[0], kNothing & 0xff, p_.peers.inbox_bytes(), cuda.stream()),
-            "emptying an inbox");
+      p_.peers.inbox[0] = values_to_come(p_.peers.inbox_bytes());
     }
     size_t rows = 0;
     int kv_heads = 0;
@@ -312,9 +316,7 @@ class Step final : public Fused {
     const size_t partials = kMostTokens * static_cast<size_t>(p_.partial_chunks);
     p_.partial = static_cast<float*>(cuda.allocate(partials * rows * sizeof(float)));
     p_.partial_scale = static_cast<float2*>(cuda.allocate(partials * rows / 256 * sizeof(float2)));
-    const size_t scores = size_t{kMostTokens} * kMostExperts * sizeof(float);
-    p_.scores = static_cast<float*>(cuda.allocate(scores));
-    check(cudaMemsetAsync(p_.scores, kNothing & 0xff, scores, cuda.stream()), "emptying the scores");
+    p_.scores = values_to_come(size_t{kMostTokens} * kMostExperts * sizeof(float));
     p_.chunks_done = static_cast<uint32_t*>(cuda.allocate(sizeof(uint32_t) * kMostTokens * kv_heads));
     const auto rows_of = [&](size_t width) {  // (T, width)
       return static_cast<Bf16*>(cuda.allocate(sizeof(Bf16) * kMostTokens * width));

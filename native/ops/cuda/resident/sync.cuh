@@ -91,7 +91,7 @@ __device__ __forceinline__ void push(const PeerMemory& w, int turn, int64_t at, 
 }
 
 /// Empties the first `floats` elements of an operation that all blocks have read, each block its share. A
-/// peer may write there again when it has seen what this rank sends two operations on.
+/// peer may write there again when it has seen what this rank sends three operations on.
 __device__ __noinline__ inline void empty(const PeerMemory& w, int turn, int floats) {
   const int lines = floats / kInboxLine;
   const uint4 nothing = make_uint4(kNothing, kNothing, kNothing, kNothing);
