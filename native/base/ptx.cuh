@@ -51,17 +51,15 @@ __device__ __forceinline__ void bar_sync() {
 __device__ __forceinline__ void bar_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-/// The same; whether `vote` was true for one of them.
+/// The same; for how many of them `vote` was true.
 template <int Id, int Threads>
-__device__ __forceinline__ bool bar_sync_any(bool vote) {
-  uint32_t any;
-  asm volatile(
-      "{ .reg .pred p, q; setp.ne.u32 p, %1, 0; barrier.cta.red.or.aligned.pred q, %2, %3, p; "
-      "selp.u32 %0, 1, 0, q; }"
-      : "=r"(any)
-      : "r"(static_cast<uint32_t>(vote)), "n"(Id), "n"(Threads)
-      : "memory");
-  return any != 0;
+__device__ __forceinline__ int bar_sync_count(bool vote) {
+  int count;
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; barrier.cta.red.popc.aligned.u32 %0, %2, %3, p; }"
+               : "=r"(count)
+               : "r"(static_cast<uint32_t>(vote)), "n"(Id), "n"(Threads)
+               : "memory");
+  return count;
 }
 /// Counts as having come, and goes on.
 template <int Id, int Threads>

@@ -38,32 +38,29 @@ struct DownRows {
 };
 
 /// Sums of an expert's rows, leaf by leaf, up to four of them, for the tokens that chose it, to `to`: (token,
-/// kExpertSums).
+/// kExpertSums). Leaves that are not there are nothing, which takes less time than to branch.
 __device__ __forceinline__ void multiply_expert(const Context& c, const DownRows& rows, uint64_t slots,
                                                 uint32_t weights, int half, const Acts& acts, float* to) {
+  constexpr int kLeaf = kLeafPieces * 16;  // bytes
   const int slot = static_cast<signed char>(slots >> (8 * c.column));  // absent tokens chose nothing
-  const uint32_t offset = half * 4 * kLeafPieces * 16 + c.quarter * 16;
-  uint32_t act = ptx::shared_address(acts.data) + (c.column * c.p.dims.top_k + slot) * acts.stride + offset;
+  const uint32_t offset = half * 4 * kLeaf + c.quarter * 16;
+  const uint32_t act = ptx::shared_address(acts.data) + (c.column * c.p.dims.top_k + slot) * acts.stride + offset;
   weights += c.column * rows.moe * 2 + offset;
-  to += 2 * c.quarter * kExpertSums + c.column * 4;
-#pragma unroll 1
-  for (int l = 0; l < 4; l += 2) {
-    Product products[2];
-    const int second = l + 1 < rows.leaves ? kLeafPieces * 16 : 0;
-    if (l < rows.leaves)
-      multiply<kLeafPieces, false>(products, {weights, weights + second}, {act, act + second}, slot >= 0,
-                                   c.quarter);
-    act += 2 * kLeafPieces * 16, weights += 2 * kLeafPieces * 16;
+  Product products[4];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int token = 2 * c.quarter + i;
-      if (token >= c.tokens) continue;
-      const bool chose = static_cast<signed char>(slots >> (8 * token)) >= 0;
+  for (int l = 0; l < 4; l++) {
+    const bool there = l < rows.leaves;
+    Operand<kLeafPieces> w, x;
+    w.load(weights + l * kLeaf, c.quarter, there), x.load(act + l * kLeaf, c.quarter, there && slot >= 0);
 #pragma unroll
-      for (int k = 0; k < 2; k++)
-        to[i * kExpertSums + l + k] = chose && l + k < rows.leaves ? products[k].sum(i) : 0;
-    }
+    for (int i = 0; i < w.kSteps; i++) products[l].add(w.x[i], x.x[i]);
   }
+  to += 2 * c.quarter * kExpertSums + c.column * 4;
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    if (static_cast<signed char>(slots >> (8 * (2 * c.quarter + i))) >= 0)
+      *reinterpret_cast<float4*>(to + i * kExpertSums) =
+          make_float4(products[0].sum(i), products[1].sum(i), products[2].sum(i), products[3].sum(i));
 }
 
 /// The portions of a schedule of experts: a warp an expert, or half of one; as many portions between two
@@ -78,6 +75,7 @@ __device__ __forceinline__ void consume_experts(Context& c, const Schedule& sche
   const int parts_once = min(schedule.parts, portions), units_once = max(portions / schedule.parts, 1);
   // As one of the 256 sums (unit, token; row, leaf):
   const int mine = c.p.by_tokens.of(c.warp), token = c.warp - mine * c.tokens;
+  const uint64_t chose = c.chosen->of(token);
 #pragma unroll 1
   for (int unit = 0; unit < schedule.units; unit += units_once) {
     const int units = min(units_once, schedule.units - unit);
@@ -89,11 +87,11 @@ __device__ __forceinline__ void consume_experts(Context& c, const Schedule& sche
 #pragma unroll 1
       for (int n = 0, p = 0; n < units * parts; n++) {
         const int i = (part + p) * kOnce + own;
-        c.ring.wait_full(false, c.peers);
+        c.ring.wait_full(1, c.peers);
         if (__any_sync(~0u, i < count))
-          multiply_expert(c, rows, c.chosen->slots[i], c.ring.row(0, own * Halves, row_bytes), half, acts,
+          multiply_expert(c, rows, c.chosen->slots[i], c.ring.row(own * Halves, row_bytes), half, acts,
                           room + (n * kWarps + c.warp) * c.tokens * kExpertSums);
-        c.ring.release(1);
+        c.ring.release();
         if (++p == parts) p = 0;
       }
       sync_consumers();
@@ -101,12 +99,14 @@ __device__ __forceinline__ void consume_experts(Context& c, const Schedule& sche
       const float* from = room + (mine * parts * kWarps * c.tokens + token) * kExpertSums + c.lane;
 #pragma unroll 1
       for (int first = part * kOnce; first < (part + parts) * kOnce;
-           first += kOnce, from += kWarps * c.tokens * kExpertSums)
+           first += kOnce, from += kWarps * c.tokens * kExpertSums) {
+        const auto these = static_cast<uint32_t>(chose >> first);
 #pragma unroll
         for (int w = 0; w < kWarps; w++)
-          if (first + w / Halves < count)
+          if (these >> w / Halves & 1)
             sums[w % Halves] = fused(c.chosen->weight[first + w / Halves][token],
                                      from[w * c.tokens * kExpertSums], sums[w % Halves]);
+      }
     }
     if (!__any_sync(~0u, mine < units)) continue;
     for (int span = 1; span < 4; span *= 2)

@@ -17,7 +17,7 @@ struct Chosen {
   int count;
   int expert[kMostTokens * kMostTopK];
   uint64_t slots[kMostTokens * kMostTopK];  // a byte a token: which of its K experts, 0xff = not chosen
-  float weight[kMostTokens * kMostTopK][kMostTokens];  // routing weight, 0 = not chosen
+  float weight[kMostTokens * kMostTopK][kMostTokens];  // routing weight, of tokens that chose it
   __device__ int slot(int i, int token) const { return static_cast<signed char>(slots[i] >> (8 * token)); }
   /// Bit i: the token chose expert[i]. By a warp.
   __device__ uint64_t of(int token) const {
@@ -102,24 +102,18 @@ struct Product {
   __device__ __forceinline__ float sum(int i) const { return acc[0][i] + acc[1][2 + i]; }
 };
 
-/// Two products at once, over `Pieces` pieces; shared addresses of the lane's first. Same: of one activation.
-template <int Pieces, bool Same>
-__device__ __forceinline__ void multiply(Product (&products)[2], const uint32_t (&weights)[2],
-                                         const uint32_t (&acts)[2], bool held, int quarter) {
-  constexpr int kSteps = (Pieces + 3) / 4;
+/// What a lane brings of a row's `Pieces` pieces of 8 elements, from shared memory, where its first lies: a
+/// piece of every four.
+template <int Pieces>
+struct Operand {
+  static constexpr int kSteps = (Pieces + 3) / 4;
+  uint4 x[kSteps];
+  __device__ __forceinline__ void load(uint32_t from, int quarter, bool held = true) {
 #pragma unroll
-  for (int i = 0; i < kSteps; i++) {
-    const bool whole = i * 4 + 3 < Pieces, there = whole || i * 4 + quarter < Pieces;
-    uint4 w[2], x[2];
-#pragma unroll
-    for (int n = 0; n < 2; n++) {
-      w[n] = whole ? ptx::ld_shared_v4(weights[n] + i * 64) : ptx::ld_shared_v4(weights[n] + i * 64, there);
-      x[n] = Same && n > 0 ? x[0] : ptx::ld_shared_v4(acts[n] + i * 64, held && there);
-    }
-#pragma unroll
-    for (int n = 0; n < 2; n++) products[n].add(w[n], x[n]);
+    for (int i = 0; i < kSteps; i++)
+      x[i] = ptx::ld_shared_v4(from + i * 64, held && (i * 4 + 3 < Pieces || i * 4 + quarter < Pieces));
   }
-}
+};
 
 /// The activations of a stage: a row a token in shared memory.
 struct Acts {
@@ -131,8 +125,7 @@ struct Acts {
 /// other banks.
 __device__ __forceinline__ int row_of(int column) { return (column & 1) * kSlotRows + column / 2; }
 
-/// Takes the next `portions` of the ring, two at a time where they are there, and leaves their sums in the
-/// room, for all threads. A warp takes a chunk of `Pieces` pieces of every row; a portion has `chunks` of
+/// Takes the next `portions` of the ring, and leaves their sums in the room, for all threads. A warp takes a chunk of `Pieces` pieces of every row; a portion has `chunks` of
 /// them. Parts: a unit has `parts` portions, each of its own activations; `portions` are those of whole
 /// units. One code for all matrices with rows of that length: it should stay in the instruction cache. So it
 /// is called, and returns how far the ring is.
@@ -145,25 +138,23 @@ __device__ __noinline__ RingAt take_portions(Ring ring, const PeerMemory& peers,
   const bool held = column < tokens;
   acts += column * stride + offset;
   room += warp * kSumFloats + 2 * quarter * kUnitRows + row;
-  const bool pairs = ring.holds_pairs();
+  Operand<Pieces> x;
+  if (!Parts) x.load(acts, quarter, held);
 #pragma unroll 1
-  for (int n = 0, taken; n < portions; n += taken) {
-    // Alone, it is multiplied twice: one code for both.
-    taken = ring.wait_full(pairs && n + 1 < portions, peers) ? 2 : 1;
+  for (int n = 0, there = 0; n < portions; n++, there--) {
+    if (there == 0) there = ring.wait_full(portions - n, peers);
     if (__any_sync(~0u, warp < chunks)) {
-      Product products[2];
-      const auto acts_of = [&](int i) { return acts + (Parts ? i & (parts - 1) : 0) * row_bytes; };
-      multiply<Pieces, !Parts>(
-          products, {ring.row(0, row, row_bytes) + offset, ring.row(taken - 1, row, row_bytes) + offset},
-          {acts_of(n), acts_of(n + taken - 1)}, held, quarter);
+      Operand<Pieces> w;
+      Product product;
+      w.load(ring.row(row, row_bytes) + offset, quarter);
+      if (Parts) x.load(acts + (n & (parts - 1)) * row_bytes, quarter, held);
 #pragma unroll
-      for (int p = 0; p < 2; p++)
+      for (int i = 0; i < w.kSteps; i++) product.add(w.x[i], x.x[i]);
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-          if (p < taken && 2 * quarter + i < tokens)
-            room[(n + p) * kWarps * kSumFloats + i * kUnitRows] = products[p].sum(i);
+      for (int i = 0; i < 2; i++)
+        if (2 * quarter + i < tokens) room[n * kWarps * kSumFloats + i * kUnitRows] = product.sum(i);
     }
-    ring.release(taken);
+    ring.release();
   }
   sync_consumers();
   return ring.at();

@@ -58,38 +58,38 @@ class Ring {
     }
     ptx::fence_proxy_async();
   }
-  /// Whether the ring has room for more than the portions that are taken at once.
-  __device__ bool holds_pairs() const { return slots_ > 2 * kUnitSlots; }
-  /// Until the next portion is there. Whether the one after it is there too, if it is `wanted`.
-  __device__ __forceinline__ bool wait_full(bool wanted, const PeerMemory& peers) const {
+  /// Until the next portion is there. How many are, of the next `most`.
+  __device__ __forceinline__ int wait_full(int most, const PeerMemory& peers) const {
     // One warp polls, a lane a slot, and the others sleep: polls take from what the copy engine needs to
     // write.
-    bool both = false;
+    bool there = false;
     if (threadIdx.x < 32) {
-      const RingAt s = spot(threadIdx.x % (2 * kUnitSlots));
-      const bool second = threadIdx.x % (2 * kUnitSlots) >= kUnitSlots;
+      const auto lane = static_cast<uint32_t>(threadIdx.x);
+      const bool asked = lane < min(slots_, static_cast<uint32_t>(most * kUnitSlots));
+      const RingAt s = spot(asked ? static_cast<int>(lane) : 0);
       Timeout timeout;
       for (;;) {
-        const bool there = (second && !wanted) || ptx::mbarrier_test_wait(barriers_ + s.slot * 16, s.phase);
-        const unsigned all = __ballot_sync(~0u, there);
-        both = wanted && all == ~0u;
-        if (__ballot_sync(~0u, there || second) == ~0u) break;
+        const unsigned full =
+            __ballot_sync(~0u, asked && ptx::mbarrier_test_wait(barriers_ + s.slot * 16, s.phase));
+        const int portions = (__ffs(static_cast<int>(~full)) - 1) / kUnitSlots;
+        there = static_cast<int>(lane) < portions;
+        if (portions > 0) break;
         __nanosleep(32);
         timeout.poll(peers, kTimeoutNs);
       }
     }
-    return ptx::bar_sync_any<2, kThreads>(both);
+    return ptx::bar_sync_count<2, kThreads>(there);
   }
-  /// Shared address of row `row` of the next portion, or the one after it.
-  __device__ __forceinline__ uint32_t row(int portion, int row, int row_bytes) const {
-    return data_ + spot(portion * kUnitSlots + row / kSlotRows).slot * bytes_ + row % kSlotRows * row_bytes;
+  /// Shared address of row `row` of the next portion.
+  __device__ __forceinline__ uint32_t row(int row, int row_bytes) const {
+    return data_ + spot(row / kSlotRows).slot * bytes_ + row % kSlotRows * row_bytes;
   }
-  /// The warp is done with the next `portions`, and goes on to those behind them.
-  __device__ __forceinline__ void release(int portions) {
+  /// The warp is done with the next portion, and goes on to the one behind it.
+  __device__ __forceinline__ void release() {
     __syncwarp();
-    const int lane = threadIdx.x % 32, slots = portions * kUnitSlots;
-    if (lane < slots) ptx::mbarrier_arrive(barriers_ + spot(lane).slot * 16 + 8);
-    at_ = spot(slots);
+    const int lane = threadIdx.x % 32;
+    if (lane < kUnitSlots) ptx::mbarrier_arrive(barriers_ + spot(lane).slot * 16 + 8);
+    at_ = spot(kUnitSlots);
   }
   __device__ RingAt at() const { return at_; }
   __device__ void go_to(RingAt at) { at_ = at; }

@@ -167,10 +167,6 @@ __device__ __noinline__ inline void choose_of(const RouteArgs& a, const float* l
   }
   __syncwarp();
   if (threadIdx.x == 0) ptx::mbarrier_arrive(listed);
-  if (t < tokens)
-    each_listed([&](int i_th, int i) {
-      if (slots[i] >> (8 * t + 7) & 1) list.weight[i_th][t] = 0;  // this token did not choose it
-    });
   float chosen = 0;
 #pragma unroll
   for (const float x : rivals.chosen) chosen += x;

@@ -25,8 +25,8 @@ constexpr int kBytesAhead =
     46 << 10;  // of the ring on their way at once: more only queue in the memory system
 constexpr int kSumFloats = kUnitRows * kMostTokens;  // of one warp's product
 constexpr int kGroup = 4;                            // portions of 8 rows whose sums meet at once
-// Sums of an expert's rows and leaves for one token, and one float more, so that tokens lie on other banks.
-constexpr int kExpertSums = 32 + 1;
+// Sums of an expert's rows and leaves for one token, and some floats more, so that tokens lie on other banks.
+constexpr int kExpertSums = 32 + 4;
 constexpr int kRoomFloats = kWarps * kMostTokens * kExpertSums;
 static_assert(kRoomFloats >= kGroup * kWarps * kSumFloats);
 // Elements of a row that a warp takes, in pieces of 8: of a row as long as the hidden size, of a leaf of the
