@@ -302,6 +302,12 @@ __device__ __forceinline__ float ex2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+/// 1 / sqrt(x), to about 2 units in the last place.
+__device__ __forceinline__ float rsqrt_approx(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 /// A pair of bfloat16, each to nearest, ties to even: `low` in bits 0 to 15. At full rate, unlike the
 /// conversion of one value.
 __device__ __forceinline__ uint32_t cvt_rn_bf16x2(float low, float high) {

@@ -49,7 +49,7 @@ struct Head {
         const float4 v = x[half][i];
         sum = fused(v.w, v.w, fused(v.z, v.z, fused(v.y, v.y, fused(v.x, v.x, sum))));
       }
-    const float inverse = inverse_rms(warp_sum(sum), D, eps);
+    const float inverse = inverse_rms_of<D>(warp_sum(sum), eps);
     const auto normed = [&](float v, uint32_t w) { return rounded(v * inverse * float_of(w)); };
 #pragma unroll
     for (int half = 0; half < 2; half++)

@@ -32,11 +32,11 @@ __device__ __forceinline__ void attn_out(Context& c, const LayerArgs& layer) {
   sync_consumers();
   const Schedule schedule = rows.schedule(c.p);
   if (!c.last) c.next_sum();
-  const int chunks = a.columns / kAttentionChunk, of_leaf = chunks >> (__ffs(d.leaves) - 1);
+  const int chunks = min(a.columns / kAttentionChunk, kWarps);
   consume<kAttentionChunk / 8, true>(
-      c, schedule, min(chunks, kWarps), {c.acts, stride}, [&](int first, int units, const float* room) {
+      c, schedule, chunks, {c.acts, stride}, [&](int first, int units, const float* room) {
         each_output<kUnitRows, true>(c, units, [&](int u, int t, int row) {
-          const float x = joined_leaves(room, schedule.parts, d.leaves, of_leaf, u, t, row);
+          const float x = joined_parts(room, schedule.parts, chunks, u, t, row);
           const int64_t at = static_cast<int64_t>(t) * d.hidden + schedule.unit(first + u) * kUnitRows + row;
           if (!c.last)
             push(c.peers, c.sum_turn, at, x, t < c.tokens);

@@ -63,8 +63,9 @@ __device__ __forceinline__ void multiply_expert(const Context& c, const DownRows
           make_float4(products[0].sum(i), products[1].sum(i), products[2].sum(i), products[3].sum(i));
 }
 
-/// The portions of a schedule of experts: a warp an expert, or half of one; as many portions between two
-/// meetings as there is room for. done(unit, token, row, value, there) by whole warps, a lane a row.
+/// The portions of a schedule of experts: a warp an expert, or half of one; as many portions in a group as there
+/// is room for. A group's sums are added up behind the products of the next one, so that all meet only where
+/// they wait for weights. done(unit, token, row, value, there) by whole warps, a lane a row.
 template <int Halves, class Done>
 __device__ __forceinline__ void consume_experts(Context& c, const Schedule& schedule, const DownRows& rows,
                                                 const Acts& acts, Done&& done) {
@@ -76,29 +77,34 @@ __device__ __forceinline__ void consume_experts(Context& c, const Schedule& sche
   // As one of the 256 sums (unit, token; row, leaf):
   const int mine = c.p.by_tokens.of(c.warp), token = c.warp - mine * c.tokens;
   const uint64_t chose = c.chosen->of(token);
+  float sums[Halves] = {};  // of four leaves each
+  struct {
+    const float* room;  // (unit, part, 8 warps, token, kExpertSums): row, leaf
+    int unit, units, part, parts;
+  } now{}, before{};
 #pragma unroll 1
-  for (int unit = 0; unit < schedule.units; unit += units_once) {
-    const int units = min(units_once, schedule.units - unit);
-    float sums[Halves] = {};  // of four leaves each
+  for (int unit = 0, part = 0;;) {
+    now = {nullptr, unit, min(units_once, schedule.units - unit), part, min(parts_once, schedule.parts - part)};
+    if (now.units > 0) {
+      float* const room = c.next_room();
+      now.room = room;
 #pragma unroll 1
-    for (int part = 0; part < schedule.parts; part += parts_once) {
-      const int parts = min(parts_once, schedule.parts - part);
-      float* const room = c.next_room();  // (unit, part, 8 warps, token, kExpertSums): row, leaf
-#pragma unroll 1
-      for (int n = 0, p = 0; n < units * parts; n++) {
+      for (int n = 0, p = 0; n < now.units * now.parts; n++) {
         const int i = (part + p) * kOnce + own;
         c.ring.wait_full(1, c.peers);
         if (__any_sync(~0u, i < count))
           multiply_expert(c, rows, c.chosen->slots[i], c.ring.row(own * Halves, row_bytes), half, acts,
                           room + (n * kWarps + c.warp) * c.tokens * kExpertSums);
         c.ring.release();
-        if (++p == parts) p = 0;
+        if (++p == now.parts) p = 0;
       }
+    } else {
       sync_consumers();
-      if (!__any_sync(~0u, mine < units)) continue;
-      const float* from = room + (mine * parts * kWarps * c.tokens + token) * kExpertSums + c.lane;
+    }
+    if (__any_sync(~0u, mine < before.units)) {
+      const float* from = before.room + (mine * before.parts * kWarps * c.tokens + token) * kExpertSums + c.lane;
 #pragma unroll 1
-      for (int first = part * kOnce; first < (part + parts) * kOnce;
+      for (int first = before.part * kOnce; first < (before.part + before.parts) * kOnce;
            first += kOnce, from += kWarps * c.tokens * kExpertSums) {
         const auto these = static_cast<uint32_t>(chose >> first);
 #pragma unroll
@@ -107,13 +113,20 @@ __device__ __forceinline__ void consume_experts(Context& c, const Schedule& sche
             sums[w % Halves] = fused(c.chosen->weight[first + w / Halves][token],
                                      from[w * c.tokens * kExpertSums], sums[w % Halves]);
       }
-    }
-    if (!__any_sync(~0u, mine < units)) continue;
-    for (int span = 1; span < 4; span *= 2)
+      if (before.part + before.parts == schedule.parts) {
+        for (int span = 1; span < 4; span *= 2)
 #pragma unroll
-      for (float& x : sums) x += __shfl_xor_sync(~0u, x, span);
-    const float sum = __shfl_sync(~0u, Halves > 1 ? sums[0] + sums[Halves - 1] : sums[0], c.lane * 4);
-    done(schedule.unit(unit + mine), token, c.lane, sum, c.lane < kUnitRows);
+          for (float& x : sums) x += __shfl_xor_sync(~0u, x, span);
+        const float sum = __shfl_sync(~0u, Halves > 1 ? sums[0] + sums[Halves - 1] : sums[0], c.lane * 4);
+        done(schedule.unit(before.unit + mine), token, c.lane, sum, c.lane < kUnitRows);
+#pragma unroll
+        for (float& x : sums) x = 0;
+      }
+    }
+    if (now.units <= 0) break;
+    before = now;
+    part += now.parts;
+    if (part == schedule.parts) part = 0, unit += now.units;
   }
 }
 
@@ -149,7 +162,7 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
                         [&](int first, int units, const float* room) {
                           each_output<kUnitRows, true>(c, units, [&](int u, int t, int row) {
                             put(0, dense.unit(first + u) * kUnitRows + row, t,
-                                joined_leaves(room, 1, d.leaves, 1, u, t, row), t < c.tokens);
+                                joined(room, u, t, row, d.leaves), t < c.tokens);
                           });
                         });
   const auto put_experts = [&](int unit, int t, int row, float x, bool there) {

@@ -176,35 +176,35 @@ __device__ __forceinline__ void consume(Context& c, const Schedule& schedule, in
   }
 }
 
-/// An output of rows that all warps share: their sums in tree order.
-__device__ __forceinline__ float joined(const float* room, int unit, int token, int row) {
+/// An output of rows that `chunks` warps share, a power of two: their sums in tree order.
+__device__ __forceinline__ float joined(const float* room, int unit, int token, int row, int chunks = kWarps) {
   const float* const from = room + unit * kWarps * kSumFloats + token * kUnitRows + row;
   float sum[kWarps];
 #pragma unroll
-  for (int w = 0; w < kWarps; w++) sum[w] = from[w * kSumFloats];
-  return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+  for (int w = 0; w < kWarps; w++) sum[w] = w < chunks ? from[w * kSumFloats] : 0;
+#pragma unroll
+  for (int span = 1; span < kWarps; span *= 2)
+    if (span < chunks)
+#pragma unroll
+      for (int w = 0; w < kWarps; w += 2 * span) sum[w] += sum[w + span];
+  return sum[0];
 }
 
-/// An output of rows of leaves: `chunks` of a leaf are added in order, leaves in tree order. A unit has
-/// `parts` portions.
-__device__ __forceinline__ float joined_leaves(const float* room, int parts, int leaves, int chunks, int unit,
-                                               int token, int row) {
-  const float* from = room + unit * parts * kWarps * kSumFloats + token * kUnitRows + row;
-  float leaf[kMaxLeaves];
-#pragma unroll
-  for (int l = 0; l < kMaxLeaves; l++) {
-    leaf[l] = 0;
-    if (l >= leaves) continue;
-    leaf[l] = from[l * chunks * kSumFloats];
+/// The same of a unit of 1, 2 or 4 portions.
+__device__ __forceinline__ float joined_parts(const float* room, int parts, int chunks, int unit, int token,
+                                              int row) {
+  float even = 0, pair = 0, sum = 0;
 #pragma unroll 1
-    for (int i = 1; i < chunks; i++) leaf[l] += from[(l * chunks + i) * kSumFloats];
+  for (int part = 0; part < parts; part++) {
+    const float x = joined(room, unit * parts + part, token, row, chunks);
+    if (part % 2 == 0)
+      sum = even = x;
+    else if (part == 1)
+      sum = pair = even + x;
+    else
+      sum = pair + (even + x);
   }
-#pragma unroll
-  for (int span = 1; span < kMaxLeaves; span *= 2)
-    if (span < leaves)
-#pragma unroll
-      for (int l = 0; l < kMaxLeaves; l += 2 * span) leaf[l] += leaf[l + span];
-  return leaf[0];
+  return sum;
 }
 
 /// Calls each(unit, token, row) for `rows` of the 8 rows of every unit and every token, a thread each. Whole:
@@ -252,8 +252,13 @@ __device__ __forceinline__ void load_acts(char* to, int stride, const float* fro
 __device__ __noinline__ inline void norm_rows(char* to, int tokens, int n, float eps, Sums sums,
                                               const float* hidden, const Bf16* norm, const int* index) {
   const int stride = stride_of(2 * n);
+  // Their place is the last row's until then.
+  char* const room = to + (tokens - 1) * stride;
   NormWeights weights;
-  weights.load(norm, n);
+  NormWeights::ask(room, norm);
+  ptx::cp_async_wait_all();
+  weights.get(room);
+  __syncwarp();
 #pragma unroll 2
   for (int t = 0; t < tokens; t++) {
     Row row;
@@ -264,7 +269,7 @@ __device__ __noinline__ inline void norm_rows(char* to, int tokens, int n, float
   sync_consumers();
 #pragma unroll 1
   for (int t = 0; t < tokens; t++) {
-    const float inverse = inverse_rms(sums.take(t), n, eps);
+    const float inverse = inverse_rms_of<kRowLength>(sums.take(t), eps);
     Row row;
     row.get(to + t * stride, n);
     row.change([&](float x, int p, int j) { return x * inverse * weights.at(p, j); });

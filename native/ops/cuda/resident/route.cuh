@@ -12,9 +12,10 @@ __device__ __forceinline__ void add_attention(Context& c, const RouteArgs& a, Bf
                                               Bf16* expert_in) {
   constexpr int n = kRowLength;
   const int64_t at = int64_t{c.row()} * n;
-  NormWeights post, dense, expert, scale;
-  post.load(a.post_norm, n), dense.load(a.dense_norm, n), expert.load(a.expert_norm, n);
-  scale.load(a.scale, n);
+  // A token alone leaves its rows where the weights of the norms lay.
+  const auto room = [&](int i) { return c.acts + i * stride_of(2 * n); };
+  NormWeights::ask(room(0), a.dense_norm), NormWeights::ask(room(1), a.expert_norm);
+  NormWeights::ask(room(2), a.scale), NormWeights::ask(room(3), a.post_norm);
   Row hidden, sums[1];
   Row& sum = sums[0];
   if (c.first)
@@ -22,12 +23,16 @@ __device__ __forceinline__ void add_attention(Context& c, const RouteArgs& a, Bf
   else
     reduced(sums, c.peers, c.sum_turn, at);
   c.mark(1);
+  ptx::cp_async_wait_all();
+  NormWeights post, dense, expert, scale;
+  post.get(room(3));
   hidden.get(c.residual, n);
   sum.change([](float x, int, int) { return rounded(x); });
-  const float inverse = inverse_rms(c.sums.over_block(sum.squares()), n, c.p.dims.eps);
+  const float inverse = inverse_rms_of<kRowLength>(c.sums.over_block(sum.squares()), c.p.dims.eps);
   hidden.change(
       [&](float x, int p, int j) { return rounded(x + rounded(sum.x[p][j] * inverse * post.at(p, j))); });
-  const float of_hidden = inverse_rms(c.sums.over_block(hidden.squares()), n, c.p.dims.eps);
+  dense.get(room(0)), expert.get(room(1)), scale.get(room(2));
+  const float of_hidden = inverse_rms_of<kRowLength>(c.sums.over_block(hidden.squares()), c.p.dims.eps);
   const float root = 1.0f / __builtin_sqrtf(static_cast<float>(n));
   const auto leave = [&](Bf16* to, auto&& value) {
     Row row = hidden;

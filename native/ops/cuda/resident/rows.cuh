@@ -52,6 +52,12 @@ __device__ __forceinline__ void put_four(void* row, int64_t at, float4 x) {
 /// half of a pair it is the float at once.
 __device__ inline float rounded(float x) { return float_of(ptx::cvt_rn_bf16x2(0, x)); }
 
+/// 1 / sqrt(mean + eps) of N elements, to a few units in the last place: it is rounded to bfloat16 soon.
+template <int N>
+__device__ __forceinline__ float inverse_rms_of(float squares, float eps) {
+  return ptx::rsqrt_approx(fused(squares, 1.0f / N, eps));
+}
+
 constexpr int kRowLength = 8 * kWholePieces * kWarps;  // the hidden size
 static_assert(kRowPieces == 3 && kRowLength <= kRowPieces * kThreads * 4);
 
@@ -63,14 +69,21 @@ __device__ inline bool has_piece(int p, int n = kRowLength) {
   return (p + 1) * kThreads * 4 <= kRowLength || piece_at(p) < n;
 }
 
-/// A row of weights as stored, asked for before the inputs are there.
+/// A row of weights as stored. It is asked for before the inputs are there, and comes to shared memory: in
+/// registers it would be in the way of what waits.
 struct NormWeights {
   uint2 raw[kRowPieces];
-  __device__ void load(const Bf16* from, int n) {
+  /// There behind ptx::cp_async_wait_all(): each thread brings what it will need.
+  static __device__ __forceinline__ void ask(char* room, const Bf16* from) {
+#pragma unroll
+    for (int p = 0; p < kRowPieces; p++)
+      if (has_piece(p)) ptx::cp_async_8(ptx::shared_address(room) + piece_at(p) * 2, from + piece_at(p));
+  }
+  __device__ __forceinline__ void get(const char* room) {
 #pragma unroll
     for (int p = 0; p < kRowPieces; p++) {
       raw[p] = make_uint2(0, 0);
-      if (has_piece(p, n)) raw[p] = ptx::ld_global_nc_v2(from + piece_at(p));
+      if (has_piece(p)) raw[p] = *reinterpret_cast<const uint2*>(room + piece_at(p) * 2);
     }
   }
   __device__ float at(int p, int j) const {
@@ -183,10 +196,11 @@ __device__ __forceinline__ void gather(Row (&sums)[Rows], const PeerMemory& w, i
     });
 }
 
-/// Out of line, where registers would not do for more rows.
-__device__ __noinline__ inline Row gather_eight(const PeerMemory& w, int turn, int64_t at) {
+/// Out of line, where registers would not do for more.
+template <int Ranks>
+__device__ __noinline__ Row gather_row(const PeerMemory& w, int turn, int64_t at) {
   Row sum[1];
-  gather<8>(sum, w, turn, at);
+  gather<Ranks>(sum, w, turn, at);
   return sum[0];
 }
 
@@ -197,11 +211,11 @@ __device__ __forceinline__ void reduced(Row (&sums)[Rows], const PeerMemory& w, 
       return gather<1>(sums, w, turn, at);
     case 2:
       return gather<2>(sums, w, turn, at);
-    case 4:
-      return gather<4>(sums, w, turn, at);
     default:
 #pragma unroll
-      for (int r = 0; r < Rows; r++) sums[r] = gather_eight(w, turn, at + r * kRowLength);
+      for (int r = 0; r < Rows; r++)
+        sums[r] = w.size == 4 ? gather_row<4>(w, turn, at + r * kRowLength)
+                              : gather_row<8>(w, turn, at + r * kRowLength);
   }
 }
 

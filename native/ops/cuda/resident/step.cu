@@ -222,9 +222,9 @@ constexpr int kExchangeBytes = 2 * kRoomFloats * static_cast<int>(sizeof(float))
 
 /// Shared memory that the stages' activations take for `tokens` tokens.
 int act_bytes_of(const Decoder& decoder, const Dims& d, int tokens) {
-  // A token alone has inputs of router, dense MLP and experts side by side.
-  int most = tokens * std::max((tokens == 1 ? 3 : 1) * stride_of(2 * d.hidden),
-                               stride_of(2 * d.inter) + d.top_k * stride_of(2 * d.moe_inter));
+  // Weights of four norms; later a token's inputs of router, dense MLP and experts, or rows of all.
+  int most = std::max(4, tokens) * stride_of(2 * d.hidden);
+  most = std::max(most, tokens * (stride_of(2 * d.inter) + d.top_k * stride_of(2 * d.moe_inter)));
   for (const LayerArgs& layer : decoder.layers) {
     most = std::max(most, tokens * stride_of(2 * layer.attn_out.columns));
     const size_t room =

@@ -149,6 +149,7 @@ inline void griddepcontrol_launch_dependents() { simt::grid_launch_dependents();
 // ---- the rest
 
 inline uint64_t globaltimer() { return simt::clock_ns(); }
+inline float rsqrt_approx(float x) { return 1 / std::sqrt(x); }
 inline float ex2_approx(float x) { return std::exp2(x); }
 inline uint32_t cvt_rn_bf16x2(float low, float high) {
   return to_bf16(low) | static_cast<uint32_t>(to_bf16(high)) << 16;
