@@ -67,6 +67,20 @@ __device__ __forceinline__ void bar_arrive() {
   asm volatile("bar.arrive %0, %1;" ::"n"(Id), "n"(Threads) : "memory");
 }
 
+/// Registers of a thread from here on, fewer or more: by all four warps of a group, a multiple of 8.
+template <int Registers>
+__device__ __forceinline__ void keep_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+#endif
+}
+template <int Registers>
+__device__ __forceinline__ void take_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+#endif
+}
+
 // ---- mbarriers: a phase is over when all arrivals and all announced bytes are there
 
 template <int Arrivals>

@@ -19,7 +19,7 @@ void release(Block& block, int id) {
     if (fiber != self) wake(fiber);
   barrier.waiting.clear();
   barrier.came = barrier.threads = 0;
-  barrier.result = barrier.vote, barrier.vote = false;
+  barrier.result = barrier.votes, barrier.votes = 0;
   changed();
 }
 
@@ -73,9 +73,9 @@ void barrier_wait(int id, int threads) {
   self->where = __builtin_return_address(0);
   if (!come(id, threads, true)) wait_in(kNames[id]);
 }
-bool barrier_vote(int id, int threads, bool vote) {
+int barrier_count(int id, int threads, bool vote) {
   Barrier& barrier = self->block->barriers[id];
-  barrier.vote |= vote;
+  barrier.votes += vote;
   barrier_wait(id, threads);
   return barrier.result;  // until all have come again
 }

@@ -37,8 +37,9 @@ struct DownRows {
   __device__ int ring_row_bytes() const { return 2 * moe * kUnitRows >> (halves - 1); }
 };
 
-/// Sums of an expert's rows, leaf by leaf, up to four of them, for the tokens that chose it, to `to`: (token,
-/// kExpertSums). Leaves that are not there are nothing, which takes less time than to branch.
+/// Sums of an expert's rows, leaf by leaf, up to four of them, for the tokens that chose it, to `to`: (token, K,
+/// row, leaf), kExpertSums a token's expert. Leaves that are not there are nothing, which takes less time than
+/// to branch.
 __device__ __forceinline__ void multiply_expert(const Context& c, const DownRows& rows, uint64_t slots,
                                                 uint32_t weights, int half, const Acts& acts, float* to) {
   constexpr int kLeaf = kLeafPieces * 16;  // bytes
@@ -46,87 +47,72 @@ __device__ __forceinline__ void multiply_expert(const Context& c, const DownRows
   const uint32_t offset = half * 4 * kLeaf + c.quarter * 16;
   const uint32_t act = ptx::shared_address(acts.data) + (c.column * c.p.dims.top_k + slot) * acts.stride + offset;
   weights += c.column * rows.moe * 2 + offset;
-  Product products[4];
+  Operand<kLeafPieces> w[4], x[4];
 #pragma unroll
   for (int l = 0; l < 4; l++) {
     const bool there = l < rows.leaves;
-    Operand<kLeafPieces> w, x;
-    w.load(weights + l * kLeaf, c.quarter, there), x.load(act + l * kLeaf, c.quarter, there && slot >= 0);
-#pragma unroll
-    for (int i = 0; i < w.kSteps; i++) products[l].add(w.x[i], x.x[i]);
+    w[l].load(weights + l * kLeaf, c.quarter, there), x[l].load(act + l * kLeaf, c.quarter, there && slot >= 0);
   }
-  to += 2 * c.quarter * kExpertSums + c.column * 4;
+  __syncwarp();  // all loads are on their way before the first is waited for
+  Product products[4];
 #pragma unroll
-  for (int i = 0; i < 2; i++)
-    if (static_cast<signed char>(slots >> (8 * (2 * c.quarter + i))) >= 0)
-      *reinterpret_cast<float4*>(to + i * kExpertSums) =
+  for (int i = 0; i < Operand<kLeafPieces>::kSteps; i++)
+#pragma unroll
+    for (int l = 0; l < 4; l++) products[l].add(w[l].x[i], x[l].x[i]);
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int token = 2 * c.quarter + i, of_token = static_cast<signed char>(slots >> (8 * token));
+    if (of_token >= 0)
+      *reinterpret_cast<float4*>(to + (token * c.p.dims.top_k + of_token) * kExpertSums + c.column * 4) =
           make_float4(products[0].sum(i), products[1].sum(i), products[2].sum(i), products[3].sum(i));
+  }
 }
 
-/// The portions of a schedule of experts: a warp an expert, or half of one; as many portions in a group as there
-/// is room for. A group's sums are added up behind the products of the next one, so that all meet only where
-/// they wait for weights. done(unit, token, row, value, there) by whole warps, a lane a row.
+/// The portions of a schedule of experts: a warp an expert, or half of one. Between two meetings as many units
+/// as there is room for: of a unit every token has K sums. done(unit, token, row, value, there) by whole warps,
+/// a lane a row.
 template <int Halves, class Done>
 __device__ __forceinline__ void consume_experts(Context& c, const Schedule& schedule, const DownRows& rows,
                                                 const Acts& acts, Done&& done) {
   constexpr int kOnce = kWarps / Halves;  // experts
-  const int count = c.chosen->count, row_bytes = rows.ring_row_bytes();
+  const int count = c.chosen->count, row_bytes = rows.ring_row_bytes(), top_k = c.p.dims.top_k;
   const int own = c.warp / Halves, half = c.warp % Halves;
-  const int portions = c.p.by_tokens.of(kMostTokens);  // that there is room for
-  const int parts_once = min(schedule.parts, portions), units_once = max(portions / schedule.parts, 1);
+  const int units_once = c.p.by_tokens.of(kMostTokens), unit_floats = c.tokens * top_k * kExpertSums;
   // As one of the 256 sums (unit, token; row, leaf):
   const int mine = c.p.by_tokens.of(c.warp), token = c.warp - mine * c.tokens;
-  const uint64_t chose = c.chosen->of(token);
-  float sums[Halves] = {};  // of four leaves each
-  struct {
-    const float* room;  // (unit, part, 8 warps, token, kExpertSums): row, leaf
-    int unit, units, part, parts;
-  } now{}, before{};
 #pragma unroll 1
-  for (int unit = 0, part = 0;;) {
-    now = {nullptr, unit, min(units_once, schedule.units - unit), part, min(parts_once, schedule.parts - part)};
-    if (now.units > 0) {
-      float* const room = c.next_room();
-      now.room = room;
+  for (int unit = 0; unit < schedule.units; unit += units_once) {
+    const int units = min(units_once, schedule.units - unit), portions = units * schedule.parts;
+    // (half, unit, token, K, kExpertSums): both rooms, which all have read where they wait for weights.
+    float* to = c.exchange + half * kRoomFloats;
 #pragma unroll 1
-      for (int n = 0, p = 0; n < now.units * now.parts; n++) {
-        const int i = (part + p) * kOnce + own;
-        c.ring.wait_full(1, c.peers);
-        if (__any_sync(~0u, i < count))
-          multiply_expert(c, rows, c.chosen->slots[i], c.ring.row(own * Halves, row_bytes), half, acts,
-                          room + (n * kWarps + c.warp) * c.tokens * kExpertSums);
-        c.ring.release();
-        if (++p == now.parts) p = 0;
-      }
-    } else {
-      sync_consumers();
+    for (int n = 0, part = 0, there = 0; n < portions; n++, there--) {
+      if (there == 0) there = c.ring.wait_full(portions - n, c.peers);
+      const int i = part * kOnce + own;
+      if (__any_sync(~0u, i < count))
+        multiply_expert(c, rows, c.chosen->slots[i], c.ring.row(own * Halves, row_bytes), half, acts,
+                        to);
+      c.ring.release();
+      if (++part == schedule.parts) part = 0, to += unit_floats;
     }
-    if (__any_sync(~0u, mine < before.units)) {
-      const float* from = before.room + (mine * before.parts * kWarps * c.tokens + token) * kExpertSums + c.lane;
-#pragma unroll 1
-      for (int first = before.part * kOnce; first < (before.part + before.parts) * kOnce;
-           first += kOnce, from += kWarps * c.tokens * kExpertSums) {
-        const auto these = static_cast<uint32_t>(chose >> first);
+    sync_consumers();
+    if (!__any_sync(~0u, mine < units)) continue;
+    const float* const from = c.exchange + mine * unit_floats + token * top_k * kExpertSums + c.lane;
+    float sums[Halves] = {};  // of four leaves each
 #pragma unroll
-        for (int w = 0; w < kWarps; w++)
-          if (these >> w / Halves & 1)
-            sums[w % Halves] = fused(c.chosen->weight[first + w / Halves][token],
-                                     from[w * c.tokens * kExpertSums], sums[w % Halves]);
-      }
-      if (before.part + before.parts == schedule.parts) {
-        for (int span = 1; span < 4; span *= 2)
+    for (int k = 0; k < kMostTopK; k++) {
+      if (k >= top_k) continue;
+      const float weight = c.chosen->weight[token][k];
+      const float* const sum = from + c.chosen->of_token[token][k] * kExpertSums;
 #pragma unroll
-          for (float& x : sums) x += __shfl_xor_sync(~0u, x, span);
-        const float sum = __shfl_sync(~0u, Halves > 1 ? sums[0] + sums[Halves - 1] : sums[0], c.lane * 4);
-        done(schedule.unit(before.unit + mine), token, c.lane, sum, c.lane < kUnitRows);
-#pragma unroll
-        for (float& x : sums) x = 0;
-      }
+      for (int h = 0; h < Halves; h++) sums[h] = fused(weight, sum[h * kRoomFloats], sums[h]);
     }
-    if (now.units <= 0) break;
-    before = now;
-    part += now.parts;
-    if (part == schedule.parts) part = 0, unit += now.units;
+#pragma unroll
+    for (int span = 1; span < 4; span *= 2)
+#pragma unroll
+      for (float& x : sums) x += __shfl_xor_sync(~0u, x, span);
+    const float sum = __shfl_sync(~0u, Halves > 1 ? sums[0] + sums[Halves - 1] : sums[0], c.lane * 4);
+    done(schedule.unit(unit + mine), token, c.lane, sum, c.lane < kUnitRows);
   }
 }
 

@@ -17,15 +17,10 @@ struct Chosen {
   int count;
   int expert[kMostTokens * kMostTopK];
   uint64_t slots[kMostTokens * kMostTopK];  // a byte a token: which of its K experts, 0xff = not chosen
-  float weight[kMostTokens * kMostTopK][kMostTokens];  // routing weight, of tokens that chose it
+  // Of each token, its experts in the order of their ids: which of its K, and the routing weight.
+  int of_token[kMostTokens][kMostTopK];
+  float weight[kMostTokens][kMostTopK];
   __device__ int slot(int i, int token) const { return static_cast<signed char>(slots[i] >> (8 * token)); }
-  /// Bit i: the token chose expert[i]. By a warp.
-  __device__ uint64_t of(int token) const {
-    const int lane = threadIdx.x % 32;
-    const uint32_t low = __ballot_sync(~0u, lane < count && slot(lane, token) >= 0),
-                   high = __ballot_sync(~0u, lane + 32 < count && slot(lane + 32, token) >= 0);
-    return static_cast<uint64_t>(high) << 32 | low;
-  }
 };
 
 struct Tasks;  // of attention
@@ -148,6 +143,7 @@ __device__ __noinline__ RingAt take_portions(Ring ring, const PeerMemory& peers,
       Product product;
       w.load(ring.row(row, row_bytes) + offset, quarter);
       if (Parts) x.load(acts + (n & (parts - 1)) * row_bytes, quarter, held);
+      __syncwarp();  // all loads are on their way before the first is waited for
 #pragma unroll
       for (int i = 0; i < w.kSteps; i++) product.add(w.x[i], x.x[i]);
 #pragma unroll

@@ -151,14 +151,12 @@ __device__ __noinline__ inline void choose_of(const RouteArgs& a, const float* l
   // An expert's place in the list: how many lower ones were chosen. The first warp writes the list, for which
   // the ring waits; then each the weights of its token.
   uint64_t slots[kPer];
-  const unsigned lanes_below = (1u << expert / kPer) - 1;
-  int at = 0, place = 0, count = 0;
+  int at = 0, count = 0;
 #pragma unroll
   for (int i = 0; i < kPer; i++) {
     slots[i] = choice.slots[first + i];
     const unsigned votes = __ballot_sync(~0u, slots[i] != ~0ull);
     at += __popc(votes & lower), count += __popc(votes);
-    place += __popc(votes & (i < expert % kPer ? 2 * lanes_below + 1 : lanes_below));
   }
   const auto each_listed = [&](auto&& visit) {
     int i_th = at;
@@ -175,8 +173,10 @@ __device__ __noinline__ inline void choose_of(const RouteArgs& a, const float* l
   float chosen = 0;
 #pragma unroll
   for (const float x : rivals.chosen) chosen += x;
+  const int place = __popc(__ballot_sync(~0u, rank < top_k) & lower);  // among its token's, by id
   if (rank < top_k) {
-    const float weight = list.weight[place][t] = quotient(own, chosen) * rivals.scale[lane];
+    const float weight = quotient(own, chosen) * rivals.scale[lane];
+    list.of_token[t][place] = rank, list.weight[t][place] = weight;
     if (store) a.route_index[t * top_k + rank] = expert, a.route_weight[t * top_k + rank] = weight;
   }
   if (!__any_sync(~0u, store)) return;

@@ -149,9 +149,12 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
   }
   __syncthreads();
   if (warp_index() >= kWarps) {
-    fill_ring(p, RingFiller(ring), chosen, ptx::shared_address(&listed));
+    ptx::keep_registers<kFillerRegisters>();
+    if (warp_index() == kWarps) fill_ring(p, RingFiller(ring), chosen, ptx::shared_address(&listed));
     return;
   }
+
+  ptx::take_registers<kRegisters>();
 
   const int lane = threadIdx.x % 32;
   char* const acts = memory + p.slots * p.slot_bytes + kResidualBytes;

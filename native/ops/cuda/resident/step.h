@@ -13,7 +13,10 @@ enum Stage { kQkv, kAttention, kAttnOut, kRoute, kGateUp, kDown, kFfnOut, kStage
 
 constexpr int kWarps = 8;              // that compute
 constexpr int kThreads = 32 * kWarps;  // of them
-constexpr int kBlock = kThreads + 32;  // and the warp that keeps the ring full
+constexpr int kBlock = kThreads + 128;  // and the warp that keeps the ring full, of a group of four
+// Registers of a thread that computes and of one that does not: what was dealt out evenly, in groups of four
+// warps.
+constexpr int kRegisters = 232, kFillerRegisters = 40;
 constexpr int kMostTokens = 8;         // columns of a tensor-core product
 constexpr int kMostTopK = 8;
 constexpr int kMostExperts = 128;

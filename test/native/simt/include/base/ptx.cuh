@@ -30,13 +30,18 @@ void bar_sync() {
   simt::barrier_wait(Id, Threads);
 }
 template <int Id, int Threads>
-bool bar_sync_any(bool vote) {
-  return simt::barrier_vote(Id, Threads, vote);
+int bar_sync_count(bool vote) {
+  return simt::barrier_count(Id, Threads, vote);
 }
 template <int Id, int Threads>
 void bar_arrive() {
   simt::barrier_arrive(Id, Threads);
 }
+
+template <int>
+void keep_registers() {}
+template <int>
+void take_registers() {}
 
 // ---- mbarriers
 
