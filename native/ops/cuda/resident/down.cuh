@@ -83,11 +83,13 @@ __device__ __forceinline__ void consume_experts(Context& c, const Schedule& sche
 #pragma unroll 1
   for (int unit = 0; unit < schedule.units; unit += units_once) {
     const int units = min(units_once, schedule.units - unit), portions = units * schedule.parts;
-    // (half, unit, token, K, kExpertSums): both rooms, which all have read where they wait for weights.
-    float* to = c.exchange + half * kRoomFloats;
+    // (half, unit, token, K, kExpertSums): of two halves both rooms, which all must have read.
+    if (Halves > 1) sync_consumers();
+    float* const room = Halves > 1 ? c.exchange : c.next_room();
+    float* to = room + half * kRoomFloats;
 #pragma unroll 1
-    for (int n = 0, part = 0, there = 0; n < portions; n++, there--) {
-      if (there == 0) there = c.ring.wait_full(portions - n, c.peers);
+    for (int n = 0, part = 0; n < portions; n++) {
+      c.ring.wait_full(c.peers);
       const int i = part * kOnce + own;
       if (__any_sync(~0u, i < count))
         multiply_expert(c, rows, c.chosen->slots[i], c.ring.row(own * Halves, row_bytes), half, acts,
@@ -97,7 +99,7 @@ __device__ __forceinline__ void consume_experts(Context& c, const Schedule& sche
     }
     sync_consumers();
     if (!__any_sync(~0u, mine < units)) continue;
-    const float* const from = c.exchange + mine * unit_floats + token * top_k * kExpertSums + c.lane;
+    const float* const from = room + mine * unit_floats + token * top_k * kExpertSums + c.lane;
     float sums[Halves] = {};  // of four leaves each
 #pragma unroll
     for (int k = 0; k < kMostTopK; k++) {

@@ -136,8 +136,8 @@ __device__ __noinline__ RingAt take_portions(Ring ring, const PeerMemory& peers,
   Operand<Pieces> x;
   if (!Parts) x.load(acts, quarter, held);
 #pragma unroll 1
-  for (int n = 0, there = 0; n < portions; n++, there--) {
-    if (there == 0) there = ring.wait_full(portions - n, peers);
+  for (int n = 0; n < portions; n++) {
+    ring.wait_full(peers);
     if (__any_sync(~0u, warp < chunks)) {
       Operand<Pieces> w;
       Product product;

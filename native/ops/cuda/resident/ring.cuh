@@ -58,27 +58,16 @@ class Ring {
     }
     ptx::fence_proxy_async();
   }
-  /// Until the next portion is there. How many are, of the next `most`.
-  __device__ __forceinline__ int wait_full(int most, const PeerMemory& peers) const {
-    // One warp polls, a lane a slot, and the others sleep: polls take from what the copy engine needs to
-    // write.
-    bool there = false;
-    if (threadIdx.x < 32) {
-      const auto lane = static_cast<uint32_t>(threadIdx.x);
-      const bool asked = lane < min(slots_, static_cast<uint32_t>(most * kUnitSlots));
-      const RingAt s = spot(asked ? static_cast<int>(lane) : 0);
+  /// Until the next portion is there: each warp for itself. All lanes ask for the same barrier, which is one
+  /// question; to ask for several at once takes as long as to ask one after the other.
+  __device__ __forceinline__ void wait_full(const PeerMemory& peers) const {
+#pragma unroll
+    for (int i = 0; i < kUnitSlots; i++) {
+      const RingAt s = spot(i);
       Timeout timeout;
-      for (;;) {
-        const unsigned full =
-            __ballot_sync(~0u, asked && ptx::mbarrier_test_wait(barriers_ + s.slot * 16, s.phase));
-        const int portions = (__ffs(static_cast<int>(~full)) - 1) / kUnitSlots;
-        there = static_cast<int>(lane) < portions;
-        if (portions > 0) break;
-        __nanosleep(32);
+      while (!__all_sync(~0u, ptx::mbarrier_try_wait(barriers_ + s.slot * 16, s.phase)))
         timeout.poll(peers, kTimeoutNs);
-      }
     }
-    return ptx::bar_sync_count<2, kThreads>(there);
   }
   /// Shared address of row `row` of the next portion.
   __device__ __forceinline__ uint32_t row(int row, int row_bytes) const {
@@ -87,8 +76,9 @@ class Ring {
   /// The warp is done with the next portion, and goes on to the one behind it.
   __device__ __forceinline__ void release() {
     __syncwarp();
-    const int lane = threadIdx.x % 32;
-    if (lane < kUnitSlots) ptx::mbarrier_arrive(barriers_ + spot(lane).slot * 16 + 8);
+    if (threadIdx.x % 32 == 0)
+#pragma unroll
+      for (int i = 0; i < kUnitSlots; i++) ptx::mbarrier_arrive(barriers_ + spot(i).slot * 16 + 8);
     at_ = spot(kUnitSlots);
   }
   __device__ RingAt at() const { return at_; }
