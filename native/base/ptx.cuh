@@ -51,16 +51,6 @@ __device__ __forceinline__ void bar_sync() {
 __device__ __forceinline__ void bar_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-/// The same; for how many of them `vote` was true.
-template <int Id, int Threads>
-__device__ __forceinline__ int bar_sync_count(bool vote) {
-  int count;
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; barrier.cta.red.popc.aligned.u32 %0, %2, %3, p; }"
-               : "=r"(count)
-               : "r"(static_cast<uint32_t>(vote)), "n"(Id), "n"(Threads)
-               : "memory");
-  return count;
-}
 /// Counts as having come, and goes on.
 template <int Id, int Threads>
 __device__ __forceinline__ void bar_arrive() {
@@ -101,16 +91,6 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, int 
 __device__ __forceinline__ uint32_t mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
   uint32_t over;
   asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-               : "=r"(over)
-               : "r"(barrier), "r"(parity)
-               : "memory");
-  return over;
-}
-
-/// Whether the phase with that parity is over, at once.
-__device__ __forceinline__ uint32_t mbarrier_test_wait(uint32_t barrier, uint32_t parity) {
-  uint32_t over;
-  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
                : "=r"(over)
                : "r"(barrier), "r"(parity)
                : "memory");

@@ -19,7 +19,6 @@ void release(Block& block, int id) {
     if (fiber != self) wake(fiber);
   barrier.waiting.clear();
   barrier.came = barrier.threads = 0;
-  barrier.result = barrier.votes, barrier.votes = 0;
   changed();
 }
 
@@ -72,12 +71,6 @@ void barrier_wait(int id, int threads) {
                                        "barrier 12",    "barrier 13", "barrier 14", "barrier 15"};
   self->where = __builtin_return_address(0);
   if (!come(id, threads, true)) wait_in(kNames[id]);
-}
-int barrier_count(int id, int threads, bool vote) {
-  Barrier& barrier = self->block->barriers[id];
-  barrier.votes += vote;
-  barrier_wait(id, threads);
-  return barrier.result;  // until all have come again
 }
 void barrier_arrive(int id, int threads) {
   self->where = __builtin_return_address(0);

@@ -45,7 +45,6 @@ constexpr int kMostWarps = 32, kBarriers = 16;
 struct Barrier {
   int threads = 0, came = 0;
   bool all = false;                   // __syncthreads
-  int votes = 0, result = 0;          // of those that came; of the last time
   std::vector<Fiber*> waiting;
   uint32_t lanes[kMostWarps] = {};  // that came
 };

@@ -71,8 +71,6 @@ struct MmaOperands {
 
 /// threads 0: all of the block that have not ended.
 void barrier_wait(int id, int threads);
-/// Also for how many of them `vote` was true.
-int barrier_count(int id, int threads, bool vote);
 void barrier_arrive(int id, int threads);
 void cluster_wait();
 int cluster_rank();

@@ -133,8 +133,10 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
   } else {
     const Activations& from = c.p.activations;
     fetch_acts(c.acts, dense_stride, from.dense_act, c.tokens, d.inter);
+    ptx::cp_async_commit();
     fetch_acts(expert_acts, expert_stride, from.expert_act, c.tokens * d.top_k, d.moe_inter);
-    ptx::cp_async_wait_all();
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<1>();  // the experts' may come behind the dense products
   }
   sync_consumers();
   if (!c.last) c.next_sum();
@@ -153,6 +155,8 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
                                 joined(room, u, t, row, d.leaves), t < c.tokens);
                           });
                         });
+  ptx::cp_async_wait_all();
+  sync_consumers();
   const auto put_experts = [&](int unit, int t, int row, float x, bool there) {
     put(1, unit * kUnitRows + row, t, x, there);
   };

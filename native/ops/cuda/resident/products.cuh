@@ -133,12 +133,13 @@ __device__ __noinline__ RingAt take_portions(Ring ring, const PeerMemory& peers,
   const bool held = column < tokens;
   acts += column * stride + offset;
   room += warp * kSumFloats + 2 * quarter * kUnitRows + row;
+  const bool computes = __any_sync(~0u, warp < chunks);
   Operand<Pieces> x;
   if (!Parts) x.load(acts, quarter, held);
 #pragma unroll 1
   for (int n = 0; n < portions; n++) {
     ring.wait_full(peers);
-    if (__any_sync(~0u, warp < chunks)) {
+    if (computes) {
       Operand<Pieces> w;
       Product product;
       w.load(ring.row(row, row_bytes) + offset, quarter);

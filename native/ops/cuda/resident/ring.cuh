@@ -9,12 +9,8 @@ namespace tp::cuda::resident {
 
 /// A warp waits until the phase with that parity is over.
 __device__ __forceinline__ void wait_phase(uint32_t barrier, uint32_t parity, const PeerMemory& peers) {
-  Timeout timeout;
-  for (;;) {
-    if (__all_sync(~0u, ptx::mbarrier_try_wait(barrier, parity))) return;
-    __nanosleep(32);
+  for (Timeout timeout; !__all_sync(~0u, ptx::mbarrier_try_wait(barrier, parity));)
     timeout.poll(peers, kTimeoutNs);
-  }
 }
 
 /// Bytes from one to the next: 64 past a multiple of 128, so that neighbours lie on other banks.
@@ -61,12 +57,12 @@ class Ring {
   /// Until the next portion is there: each warp for itself. All lanes ask for the same barrier, which is one
   /// question; to ask for several at once takes as long as to ask one after the other.
   __device__ __forceinline__ void wait_full(const PeerMemory& peers) const {
-#pragma unroll
-    for (int i = 0; i < kUnitSlots; i++) {
-      const RingAt s = spot(i);
-      Timeout timeout;
-      while (!__all_sync(~0u, ptx::mbarrier_try_wait(barriers_ + s.slot * 16, s.phase)))
-        timeout.poll(peers, kTimeoutNs);
+    const RingAt first = spot(0), second = spot(1);
+    static_assert(kUnitSlots == 2);
+    for (Timeout timeout;; timeout.poll(peers, kTimeoutNs)) {
+      const uint32_t there = ptx::mbarrier_try_wait(barriers_ + first.slot * 16, first.phase) &
+                             ptx::mbarrier_try_wait(barriers_ + second.slot * 16, second.phase);
+      if (__all_sync(~0u, there)) return;
     }
   }
   /// Shared address of row `row` of the next portion.

@@ -30,10 +30,6 @@ void bar_sync() {
   simt::barrier_wait(Id, Threads);
 }
 template <int Id, int Threads>
-int bar_sync_count(bool vote) {
-  return simt::barrier_count(Id, Threads, vote);
-}
-template <int Id, int Threads>
 void bar_arrive() {
   simt::barrier_arrive(Id, Threads);
 }
@@ -54,9 +50,6 @@ inline void mbarrier_arrive(uint32_t barrier) { simt::mbarrier_arrive(barrier, 0
 inline void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes) { simt::mbarrier_arrive(barrier, bytes); }
 inline uint32_t mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
   return simt::mbarrier_try_wait(barrier, parity);
-}
-inline uint32_t mbarrier_test_wait(uint32_t barrier, uint32_t parity) {
-  return simt::mbarrier_test_wait(barrier, parity);
 }
 
 // ---- fences: memory has one order here
