@@ -124,19 +124,15 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
   const DownRows rows(a, d);
   const int dense_stride = stride_of(2 * d.inter), expert_stride = stride_of(2 * d.moe_inter);
   char* const expert_acts = c.acts + c.tokens * dense_stride;
-  if (c.first) choose(c, layer.route, false, false);
-  c.grid.wait(c.peers);
-  c.mark(1);
+  const Activations& from = c.p.activations;
   if (c.first) {
+    choose(c, layer.route, false, false);
     load_acts(c.acts, dense_stride, a.dense_act, c.tokens, d.inter);
     load_acts(expert_acts, expert_stride, a.expert_act, c.tokens * d.top_k, d.moe_inter);
   } else {
-    const Activations& from = c.p.activations;
+    c.early.wait(c.peers);
     fetch_acts(c.acts, dense_stride, from.dense_act, c.tokens, d.inter);
-    ptx::cp_async_commit();
-    fetch_acts(expert_acts, expert_stride, from.expert_act, c.tokens * d.top_k, d.moe_inter);
-    ptx::cp_async_commit();
-    ptx::cp_async_wait<1>();  // the experts' may come behind the dense products
+    ptx::cp_async_wait_all();
   }
   sync_consumers();
   if (!c.last) c.next_sum();
@@ -155,8 +151,13 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
                                 joined(room, u, t, row, d.leaves), t < c.tokens);
                           });
                         });
-  ptx::cp_async_wait_all();
-  sync_consumers();
+  if (!c.first) {  // what other blocks still had to do is done behind the dense products
+    c.grid.wait(c.peers);
+    c.mark(1);
+    fetch_acts(expert_acts, expert_stride, from.expert_act, c.tokens * d.top_k, d.moe_inter);
+    ptx::cp_async_wait_all();
+    sync_consumers();
+  }
   const auto put_experts = [&](int unit, int t, int row, float x, bool there) {
     put(1, unit * kUnitRows + row, t, x, there);
   };

@@ -49,11 +49,11 @@ __device__ __forceinline__ void ffn_out(Context& c, const LayerArgs& layer) {
       normed.change([&](float x, int p, int j) { return x * of_hidden * following.at(p, j); });
       normed.put(c.alone() ? reinterpret_cast<Bf16*>(c.acts) : c.p.activations.normed + t * n, n);
     }
-    if (!c.alone()) c.owners.arrive();
+    if (!c.alone()) c.early.arrive();
     hidden.put(c.residual, n);
     if (c.owner()) hidden.store(a.hidden + t * n, n);  // for whatever follows the launch
   }
-  if (!c.alone()) c.owners.expect(c.tokens);
+  if (!c.alone()) c.early.expect(c.tokens);
 }
 
 }  // namespace tp::cuda::resident

@@ -74,6 +74,8 @@ __device__ __forceinline__ void gate_up(Context& c, const LayerArgs& layer) {
         c.leave(contract, to, at, gated(room, u, t, column));
       });
     });
+    // What down can multiply while the last experts are under way elsewhere.
+    if (dense) c.early.arrive(), c.early.expect(static_cast<int>(gridDim.x));
   }
   c.grid.arrive();
   c.grid.expect(gridDim.x);

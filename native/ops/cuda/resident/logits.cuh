@@ -10,7 +10,7 @@ __device__ __forceinline__ void logits(Context& c) {
   const Dims& d = c.p.dims;
   const int n = d.hidden;
   c.tokens = c.p.in.rows;  // columns are rows of logits from here on
-  if (!c.first && !c.alone()) c.owners.wait(c.peers);
+  if (!c.first && !c.alone()) c.early.wait(c.peers);
   c.mark(1);
   if (c.first) {
     load_normed(c, a.hidden, a.norm, c.p.in.row);

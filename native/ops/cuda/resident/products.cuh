@@ -32,7 +32,7 @@ struct Context {
   int tokens, warp, lane;
   int column, quarter;  // of a product: the token of the lane's operand, and which 8 of every 32 elements
   Ring ring;
-  ArrivalCounter grid, owners;
+  ArrivalCounter grid, early;
   Sums sums;
   char* residual;   // bfloat16: the row of the residual stream that the block keeps
   char* acts;       // bfloat16 activations

@@ -27,7 +27,7 @@ __device__ __forceinline__ void qkv(Context& c, const LayerArgs& layer) {
   const QkvArgs& a = layer.qkv;
   const QkvRows rows(a);
   const int n = c.p.dims.hidden, q_rows = rows.q_units * kUnitRows, kv_rows = rows.kv_units * kUnitRows;
-  if (!c.first && !c.alone()) c.owners.wait(c.peers);
+  if (!c.first && !c.alone()) c.early.wait(c.peers);
   c.mark(1);
   if (c.first) {
     load_normed(c, a.hidden, a.norm);

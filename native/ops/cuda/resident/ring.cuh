@@ -97,7 +97,7 @@ class RingFiller : Ring {
 
   /// The next portion: lane r brings row r, from `from` on; null: no row. Adjacent: rows that share a slot
   /// are neighbours in memory.
-  __device__ __forceinline__ void produce(const Bf16* from, int row_bytes, bool adjacent,
+  __device__ __forceinline__ void produce(const Bf16* from, int row_bytes, bool adjacent, int ahead,
                                           const PeerMemory& peers, uint64_t policy) {
     const int lane = threadIdx.x % 32;
     const unsigned rows = __ballot_sync(~0u, lane < kUnitRows && from != nullptr);
@@ -107,7 +107,7 @@ class RingFiller : Ring {
       const int r = lane - i * kSlotRows;
       const int bytes = row_bytes * __popc(rows >> i * kSlotRows & ((1 << kSlotRows) - 1));
       wait_phase(full + 8, at_.phase ^ 1, peers);
-      while (coming_ == slots_ || (coming_ > 0 && coming_bytes_ + bytes > kBytesAhead)) {
+      while (coming_ == slots_ || (coming_ > 0 && coming_bytes_ + bytes > ahead)) {
         wait_phase(barriers_ + late_.slot * 16, late_.phase, peers);
         coming_--, coming_bytes_ -= __shfl_sync(~0u, asked_, static_cast<int>(late_.slot));
         if (++late_.slot == slots_) late_ = {0, late_.phase ^ 1};

@@ -42,7 +42,7 @@ __device__ __forceinline__ void add_attention(Context& c, const RouteArgs& a, Bf
   leave(router_in, [&](float x, int p, int j) { return rounded(rounded(x) * scale.at(p, j)) * root; });
   leave(dense_in, [&](float x, int p, int j) { return x * dense.at(p, j); });
   leave(expert_in, [&](float x, int p, int j) { return x * expert.at(p, j); });
-  if (!c.alone()) c.owners.arrive();
+  if (!c.alone()) c.early.arrive();
   hidden.put(c.residual, n);
   if (c.owner()) hidden.store(a.hidden + at, n);  // for whatever follows the launch
 }
@@ -269,9 +269,9 @@ __device__ __forceinline__ void route(Context& c, const LayerArgs& layer) {
   } else {
     const int64_t at = static_cast<int64_t>(blockIdx.x) * n;
     if (c.owner()) add_attention(c, a, to.router_in + at, to.dense_in + at, to.expert_in + at);
-    c.owners.expect(c.tokens);
+    c.early.expect(c.tokens);
     ptx::cp_async_wait_all();
-    c.owners.wait(c.peers);
+    c.early.wait(c.peers);
     if (!c.last) {  // what the next stage multiplies
       fetch_acts(c.acts, stride, to.dense_in, c.tokens, n);
       if (char* const room = c.expert_room(stride)) fetch_acts(room, stride, to.expert_in, c.tokens, n);

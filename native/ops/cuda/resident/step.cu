@@ -35,7 +35,7 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
     Schedule schedule(p, 0, 1);
     const Bf16* rows = nullptr;  // of unit 0, where units follow one another
     int64_t unit_stride = 0;     // elements
-    int part_stride = 0, bytes = 2 * d.hidden;
+    int part_stride = 0, bytes = 2 * d.hidden, ahead = kBytesAhead;
     bool adjacent = true;
     const int matrix = 2 * stage + at % 2;
     switch (matrix) {
@@ -70,7 +70,7 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
         break;
       case 2 * kDown + 1:
         schedule = down.expert_schedule(p, chosen.count);
-        bytes = down.ring_row_bytes(), adjacent = false;
+        bytes = down.ring_row_bytes(), adjacent = false, ahead = kBytesAheadOfExperts;
         break;
       case 2 * kStages:
         schedule = Schedule(p, d.local_vocab / kUnitRows, 1);
@@ -93,7 +93,7 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
                    ? down.expert_rows(chosen.expert[i], unit) + (r & shift) * (kUnitRows / 2) * d.moe_inter
                    : nullptr;
       }
-      ring.produce(from, bytes, adjacent, p.peers, policy);
+      ring.produce(from, bytes, adjacent, ahead, p.peers, policy);
       if (++part == schedule.parts) part = 0, unit += schedule.step;
     }
   }
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
             lane % 4,
             ring,
             ArrivalCounter(&p.counters->grid, __ldcg(&p.counters->grid_before)),
-            ArrivalCounter(&p.counters->owners, __ldcg(&p.counters->owners_before)),
+            ArrivalCounter(&p.counters->early, __ldcg(&p.counters->early_before)),
             Sums(room),
             acts - kResidualBytes,
             acts,
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
   __threadfence();
   if (atomicAdd(&p.counters->exited, 1u) != gridDim.x - 1) return;
   p.counters->exited = 0;
-  p.counters->grid_before = c.grid.due(), p.counters->owners_before = c.owners.due();
+  p.counters->grid_before = c.grid.due(), p.counters->early_before = c.early.due();
   p.counters->sum_turn = c.sum_turn;
 }
 

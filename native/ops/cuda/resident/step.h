@@ -24,8 +24,9 @@ constexpr int kUnitRows = 8;  // weight rows of a tensor-core product
 constexpr int kSlotRows = 4;  // of them in one slot of the ring
 constexpr int kUnitSlots = kUnitRows / kSlotRows;
 constexpr int kMostSlots = 16;
-constexpr int kBytesAhead =
-    46 << 10;  // of the ring on their way at once: more only queue in the memory system
+// Of the ring on their way at once: more only queue in the memory system, but where experts' down projections
+// are taken, in short rows and by some blocks one unit more than by others.
+constexpr int kBytesAhead = 46 << 10, kBytesAheadOfExperts = 92 << 10;
 constexpr int kSumFloats = kUnitRows * kMostTokens;  // of one warp's product
 constexpr int kGroup = 4;                            // portions of 8 rows whose sums meet at once
 // Sums of an expert's rows and leaves for one token, and some floats more, so that tokens lie on other banks.
@@ -54,11 +55,12 @@ struct Activations {
   Bf16* expert_act;  // (T, K, moeInter)
 };
 
-/// Arrivals only ever grow, over all launches; the last block to leave notes where they stand.
+/// Arrivals only ever grow, over all launches; the last block to leave notes where they stand. `early` are
+/// those of a part of a stage: owners' rows, the dense MLP.
 struct Counters {
   uint32_t grid, pad0[31];
-  uint32_t owners, pad1[31];
-  uint32_t exited, grid_before, owners_before;
+  uint32_t early, pad1[31];
+  uint32_t exited, grid_before, early_before;
   int sum_turn;
 };
 
