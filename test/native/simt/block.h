@@ -44,7 +44,7 @@ constexpr int kMostWarps = 32, kBarriers = 16;
 
 struct Barrier {
   int threads = 0, came = 0;
-  bool all = false;                   // __syncthreads
+  bool all = false;  // __syncthreads
   std::vector<Fiber*> waiting;
   uint32_t lanes[kMostWarps] = {};  // that came
 };

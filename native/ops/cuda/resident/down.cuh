@@ -37,21 +37,23 @@ struct DownRows {
   __device__ int ring_row_bytes() const { return 2 * moe * kUnitRows >> (halves - 1); }
 };
 
-/// Sums of an expert's rows, leaf by leaf, up to four of them, for the tokens that chose it, to `to`: (token, K,
-/// row, leaf), kExpertSums a token's expert. Leaves that are not there are nothing, which takes less time than
-/// to branch.
+/// Sums of an expert's rows, leaf by leaf, up to four of them, for the tokens that chose it, to `to`: (token,
+/// K, row, leaf), kExpertSums a token's expert. Leaves that are not there are nothing, which takes less time
+/// than to branch.
 __device__ __forceinline__ void multiply_expert(const Context& c, const DownRows& rows, uint64_t slots,
                                                 uint32_t weights, int half, const Acts& acts, float* to) {
-  constexpr int kLeaf = kLeafPieces * 16;  // bytes
+  constexpr int kLeaf = kLeafPieces * 16;                              // bytes
   const int slot = static_cast<signed char>(slots >> (8 * c.column));  // absent tokens chose nothing
   const uint32_t offset = half * 4 * kLeaf + c.quarter * 16;
-  const uint32_t act = ptx::shared_address(acts.data) + (c.column * c.p.dims.top_k + slot) * acts.stride + offset;
+  const uint32_t act =
+      ptx::shared_address(acts.data) + (c.column * c.p.dims.top_k + slot) * acts.stride + offset;
   weights += c.column * rows.moe * 2 + offset;
   Operand<kLeafPieces> w[4], x[4];
 #pragma unroll
   for (int l = 0; l < 4; l++) {
     const bool there = l < rows.leaves;
-    w[l].load(weights + l * kLeaf, c.quarter, there), x[l].load(act + l * kLeaf, c.quarter, there && slot >= 0);
+    w[l].load(weights + l * kLeaf, c.quarter, there),
+        x[l].load(act + l * kLeaf, c.quarter, there && slot >= 0);
   }
   __syncwarp();  // all loads are on their way before the first is waited for
   Product products[4];
@@ -68,9 +70,9 @@ __device__ __forceinline__ void multiply_expert(const Context& c, const DownRows
   }
 }
 
-/// The portions of a schedule of experts: a warp an expert, or half of one. Between two meetings as many units
-/// as there is room for: of a unit every token has K sums. done(unit, token, row, value, there) by whole warps,
-/// a lane a row.
+/// The portions of a schedule of experts: a warp an expert, or half of one. Between two meetings as many
+/// units as there is room for: of a unit every token has K sums. done(unit, token, row, value, there) by
+/// whole warps, a lane a row.
 template <int Halves, class Done>
 __device__ __forceinline__ void consume_experts(Context& c, const Schedule& schedule, const DownRows& rows,
                                                 const Acts& acts, Done&& done) {
@@ -92,8 +94,7 @@ __device__ __forceinline__ void consume_experts(Context& c, const Schedule& sche
       c.ring.wait_full(c.peers);
       const int i = part * kOnce + own;
       if (__any_sync(~0u, i < count))
-        multiply_expert(c, rows, c.chosen->slots[i], c.ring.row(own * Halves, row_bytes), half, acts,
-                        to);
+        multiply_expert(c, rows, c.chosen->slots[i], c.ring.row(own * Halves, row_bytes), half, acts, to);
       c.ring.release();
       if (++part == schedule.parts) part = 0, to += unit_floats;
     }
@@ -144,13 +145,12 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
       a.sum[at] = x;
   };
   const Schedule dense = rows.dense_schedule(c.p), experts = rows.expert_schedule(c.p, c.chosen->count);
-  consume<kDensePieces>(c, dense, d.leaves, {c.acts, dense_stride},
-                        [&](int first, int units, const float* room) {
-                          each_output<kUnitRows, true>(c, units, [&](int u, int t, int row) {
-                            put(0, dense.unit(first + u) * kUnitRows + row, t,
-                                joined(room, u, t, row, d.leaves), t < c.tokens);
-                          });
-                        });
+  consume<kDensePieces>(
+      c, dense, d.leaves, {c.acts, dense_stride}, [&](int first, int units, const float* room) {
+        each_output<kUnitRows, true>(c, units, [&](int u, int t, int row) {
+          put(0, dense.unit(first + u) * kUnitRows + row, t, joined(room, u, t, row, d.leaves), t < c.tokens);
+        });
+      });
   if (!c.first) {  // what other blocks still had to do is done behind the dense products
     c.grid.wait(c.peers);
     c.mark(1);

@@ -120,10 +120,10 @@ struct Acts {
 /// other banks.
 __device__ __forceinline__ int row_of(int column) { return (column & 1) * kSlotRows + column / 2; }
 
-/// Takes the next `portions` of the ring, and leaves their sums in the room, for all threads. A warp takes a chunk of `Pieces` pieces of every row; a portion has `chunks` of
-/// them. Parts: a unit has `parts` portions, each of its own activations; `portions` are those of whole
-/// units. One code for all matrices with rows of that length: it should stay in the instruction cache. So it
-/// is called, and returns how far the ring is.
+/// Takes the next `portions` of the ring, and leaves their sums in the room, for all threads. A warp takes a
+/// chunk of `Pieces` pieces of every row; a portion has `chunks` of them. Parts: a unit has `parts` portions,
+/// each of its own activations; `portions` are those of whole units. One code for all matrices with rows of
+/// that length: it should stay in the instruction cache. So it is called, and returns how far the ring is.
 template <int Pieces, bool Parts>
 __device__ __noinline__ RingAt take_portions(Ring ring, const PeerMemory& peers, int portions, int parts,
                                              int chunks, uint32_t acts, int stride, int tokens, float* room) {
@@ -174,7 +174,8 @@ __device__ __forceinline__ void consume(Context& c, const Schedule& schedule, in
 }
 
 /// An output of rows that `chunks` warps share, a power of two: their sums in tree order.
-__device__ __forceinline__ float joined(const float* room, int unit, int token, int row, int chunks = kWarps) {
+__device__ __forceinline__ float joined(const float* room, int unit, int token, int row,
+                                        int chunks = kWarps) {
   const float* const from = room + unit * kWarps * kSumFloats + token * kUnitRows + row;
   float sum[kWarps];
 #pragma unroll

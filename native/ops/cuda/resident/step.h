@@ -11,13 +11,13 @@ namespace tp::cuda::resident {
 /// Stages of a layer, in order; a step is (layer * kStages + stage), and the logits after all layers.
 enum Stage { kQkv, kAttention, kAttnOut, kRoute, kGateUp, kDown, kFfnOut, kStages };
 
-constexpr int kWarps = 8;              // that compute
-constexpr int kThreads = 32 * kWarps;  // of them
+constexpr int kWarps = 8;               // that compute
+constexpr int kThreads = 32 * kWarps;   // of them
 constexpr int kBlock = kThreads + 128;  // and the warp that keeps the ring full, of a group of four
 // Registers of a thread that computes and of one that does not: what was dealt out evenly, in groups of four
 // warps.
 constexpr int kRegisters = 232, kFillerRegisters = 40;
-constexpr int kMostTokens = 8;         // columns of a tensor-core product
+constexpr int kMostTokens = 8;  // columns of a tensor-core product
 constexpr int kMostTopK = 8;
 constexpr int kMostExperts = 128;
 constexpr int kUnitRows = 8;  // weight rows of a tensor-core product
