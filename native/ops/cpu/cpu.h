@@ -24,14 +24,17 @@ void synthesize(const Synthetic&, const Stretch&, Bf16* out, Backend&);
 uint64_t stream(const void* memory, uint64_t bytes, Backend&);
 const Ops& ops();
 
-/// Weight rows that one task takes: enough to stream, few enough to share out evenly.
-constexpr int kBlockRows = 32;
-
-TP_INLINE int blocks_of(int rows) { return (rows + kBlockRows - 1) / kBlockRows; }
-TP_INLINE int rows_in_block(int rows, int block) {
-  const int left = rows - block * kBlockRows;
-  return left < kBlockRows ? left : kBlockRows;
-}
+/// Weight rows shared out to `threads`, a block a task: long runs of memory stream faster (128 rows 10 %
+/// faster than 32), and about eight blocks a thread end nearly together.
+struct Blocks {
+  int rows, each;
+  Blocks(int rows_, int threads) : rows(rows_), each((rows_ + 8 * threads - 1) / (8 * threads)) {
+    each = each < 32 ? 32 : each > 128 ? 128 : (each + 3) & ~3;
+  }
+  int count() const { return (rows + each - 1) / each; }
+  int first(int block) const { return block * each; }
+  int rows_of(int block) const { return rows - first(block) < each ? rows - first(block) : each; }
+};
 
 /// Pointers to T rows of `width`, in scratch memory.
 TP_INLINE void row_pointers(const float* rows, int count, int64_t width, const float** out) {

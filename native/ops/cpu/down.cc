@@ -58,10 +58,11 @@ void expert_rows(const DownArgs& a, const Dims& d, int tokens, int row, Lanes* s
 }  // namespace
 
 void down(const DownArgs& a, const Dims& d, const Input& in, Backend& backend) {
-  const int blocks = blocks_of(d.hidden);
-  backend.parallel(2 * blocks, [&](int task, int thread) {
-    const int block = task % blocks, first = block * kBlockRows, rows = rows_in_block(d.hidden, block);
-    if (task < blocks) {
+  const Blocks blocks(d.hidden, backend.threads());
+  const int count = blocks.count();
+  backend.parallel(2 * count, [&](int task, int thread) {
+    const int block = task % count, first = blocks.first(block), rows = blocks.rows_of(block);
+    if (task < count) {
       const auto x = static_cast<const float**>(backend.scratch(thread, sizeof(float*) * in.tokens));
       row_pointers(a.dense_act, in.tokens, d.inter, x);
       mat_vec_leaves(a.down + static_cast<int64_t>(first) * d.inter, d.inter, rows, x, in.tokens, d.inter,

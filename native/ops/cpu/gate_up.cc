@@ -32,14 +32,17 @@ TP_INLINE void gated(const Bf16* gate, const Bf16* up, int rows, const float* co
 }  // namespace
 
 void gate_up(const GateUpArgs& a, const Dims& d, const Input& in, Backend& backend) {
-  const int n = d.hidden, dense_blocks = blocks_of(d.inter), expert_blocks = blocks_of(d.moe_inter);
+  const int n = d.hidden, threads = backend.threads();
+  // A token's experts are shared out side by side.
+  const Blocks of_dense(d.inter, threads), of_expert(d.moe_inter, (threads + d.top_k - 1) / d.top_k);
+  const int dense_blocks = of_dense.count(), expert_blocks = of_expert.count();
   backend.parallel(dense_blocks + d.experts * expert_blocks, [&](int task, int thread) {
     const auto x = static_cast<const float**>(backend.scratch(thread, sizeof(float*) * in.tokens));
     if (task < dense_blocks) {
       row_pointers(a.dense_in, in.tokens, n, x);
-      const int first = task * kBlockRows;
+      const int first = of_dense.first(task);
       const int64_t from = static_cast<int64_t>(first) * n;
-      gated(a.gate + from, a.up + from, rows_in_block(d.inter, task), x, in.tokens, n, d.bfloat16,
+      gated(a.gate + from, a.up + from, of_dense.rows_of(task), x, in.tokens, n, d.bfloat16,
             [&](int row, int t, float value) {
               a.dense_act[static_cast<int64_t>(t) * d.inter + first + row] = value;
             });
@@ -50,9 +53,9 @@ void gate_up(const GateUpArgs& a, const Dims& d, const Input& in, Backend& backe
     const int tokens = a.expert_start[expert + 1] - a.expert_start[expert];
     if (tokens == 0) return;
     for (int m = 0; m < tokens; m++) x[m] = a.expert_in + static_cast<int64_t>(assigned[m] / d.top_k) * n;
-    const int first = block * kBlockRows;
+    const int first = of_expert.first(block);
     const Bf16* gate = a.expert_gate_up + (static_cast<int64_t>(expert) * 2 * d.moe_inter + first) * n;
-    gated(gate, gate + static_cast<int64_t>(d.moe_inter) * n, rows_in_block(d.moe_inter, block), x, tokens, n,
+    gated(gate, gate + static_cast<int64_t>(d.moe_inter) * n, of_expert.rows_of(block), x, tokens, n,
           d.bfloat16, [&](int row, int m, float value) {
             a.expert_act[static_cast<int64_t>(assigned[m]) * d.moe_inter + first + row] = value;
           });

@@ -56,12 +56,13 @@ void logits(const LogitsArgs& a, const Dims& d, const Input& in, Backend& backen
     rms_norm(a.hidden + static_cast<int64_t>(in.row[r]) * d.hidden, a.norm, d.hidden, d.eps, d.bfloat16,
              a.normed + static_cast<int64_t>(r) * d.hidden);
   if (in.rows == 0) return;
-  backend.parallel(blocks_of(d.local_vocab), [&](int block, int thread) {
+  const Blocks blocks(d.local_vocab, backend.threads());
+  backend.parallel(blocks.count(), [&](int block, int thread) {
     const auto x = static_cast<const float**>(backend.scratch(thread, sizeof(float*) * in.rows));
     row_pointers(a.normed, in.rows, d.hidden, x);
-    const int first = block * kBlockRows;
-    mat_vec(a.table + static_cast<int64_t>(first) * d.hidden, d.hidden, rows_in_block(d.local_vocab, block),
-            x, in.rows, d.hidden, [&](int row, int r, float value) {
+    const int first = blocks.first(block);
+    mat_vec(a.table + static_cast<int64_t>(first) * d.hidden, d.hidden, blocks.rows_of(block), x, in.rows,
+            d.hidden, [&](int row, int r, float value) {
               a.logits[static_cast<int64_t>(r) * d.local_vocab + first + row] =
                   d.softcap > 0 ? d.softcap * tanh_f32(value / d.softcap) : value;
             });

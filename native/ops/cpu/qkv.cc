@@ -43,17 +43,18 @@ void qkv(const QkvArgs& a, const Dims& d, const Input& in, Backend& backend) {
   const Projection projections[3] = {{a.q_weight, q_rows, a.q, q_rows},
                                      {a.k_weight, kv_rows, a.kv, 2 * kv_rows},
                                      {a.v_weight, a.v_weight ? kv_rows : 0, a.kv + kv_rows, 2 * kv_rows}};
-  const int q_blocks = blocks_of(q_rows), kv_blocks = blocks_of(kv_rows);
-  const int blocks = q_blocks + kv_blocks * (a.v_weight ? 2 : 1);
-  backend.parallel(blocks, [&](int task, int thread) {
+  const Blocks of_q(q_rows, backend.threads()), of_kv(kv_rows, backend.threads());
+  const int q_blocks = of_q.count(), kv_blocks = of_kv.count();
+  backend.parallel(q_blocks + kv_blocks * (a.v_weight ? 2 : 1), [&](int task, int thread) {
     const int which = task < q_blocks ? 0 : 1 + (task - q_blocks) / kv_blocks;
     const int block = which == 0 ? task : (task - q_blocks) % kv_blocks;
     const Projection& p = projections[which];
+    const Blocks& blocks = which == 0 ? of_q : of_kv;
     const auto x = static_cast<const float**>(backend.scratch(thread, sizeof(float*) * in.tokens));
     row_pointers(a.normed, in.tokens, d.hidden, x);
-    const int first = block * kBlockRows;
-    mat_vec(p.weight + static_cast<int64_t>(first) * d.hidden, d.hidden, rows_in_block(p.rows, block), x,
-            in.tokens, d.hidden, [&](int row, int t, float value) {
+    const int first = blocks.first(block);
+    mat_vec(p.weight + static_cast<int64_t>(first) * d.hidden, d.hidden, blocks.rows_of(block), x, in.tokens,
+            d.hidden, [&](int row, int t, float value) {
               p.out[static_cast<int64_t>(t) * p.stride + first + row] = round_to(d.bfloat16, value);
             });
   });

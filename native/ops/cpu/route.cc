@@ -56,11 +56,12 @@ void route(const RouteArgs& a, const Dims& d, const Input& in, Backend& backend)
       a.normed[at + i] = round_to(d.bfloat16, scaled * root);
     }
   });
-  backend.parallel(blocks_of(d.experts), [&](int block, int thread) {
+  const Blocks blocks(d.experts, backend.threads());
+  backend.parallel(blocks.count(), [&](int block, int thread) {
     const auto x = static_cast<const float**>(backend.scratch(thread, sizeof(float*) * in.tokens));
     row_pointers(a.normed, in.tokens, n, x);
-    const int first = block * kBlockRows;
-    mat_vec(a.router + static_cast<int64_t>(first) * n, n, rows_in_block(d.experts, block), x, in.tokens, n,
+    const int first = blocks.first(block);
+    mat_vec(a.router + static_cast<int64_t>(first) * n, n, blocks.rows_of(block), x, in.tokens, n,
             [&](int row, int t, float value) { a.router_logits[t * d.experts + first + row] = value; });
   });
   for (int t = 0; t < in.tokens; t++)
