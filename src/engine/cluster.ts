@@ -12,6 +12,11 @@ import { RemoteRank } from './remote.js';
 /** Between two heartbeats, in ms. */
 export const HEARTBEAT_MS = 500;
 
+/** How a node is lost, in the words of TP_NODE_LOST. */
+export const CLOSED = 'its connection closed: the process was killed, or its host is down';
+export const silence = (ms: number): string =>
+  `nothing heard for ${Math.round(ms)} ms: its host, or the network to it, is down`;
+
 /** A node that was told to end has this long to end its ranks and say so. */
 const BYE_MS = 2000;
 
@@ -211,15 +216,12 @@ export class Cluster {
       if (asleep) node.heardAt = now;
       const silent = now - node.heardAt;
       if (silent > this.place.nodeTimeoutMs) {
-        this.#lose(
-          node.node,
-          `nothing heard for ${Math.round(silent)} ms: its host, or the network to it, is down`,
-        );
+        this.#lose(node.node, node.unreached > 0 ? CLOSED : silence(silent));
         continue;
       }
       this.#server.send(node.node, { type: 'heartbeat' }).catch(() => {
         if (++node.unreached < 2 || !node.present) return;
-        this.#lose(node.node, 'its connection closed: the process was killed, or its host is down');
+        this.#lose(node.node, CLOSED);
       });
     }
   }

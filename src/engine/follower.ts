@@ -6,7 +6,7 @@ import type { LeaderMessage } from '../comm/node-messages.js';
 import { NodeClient } from '../comm/nodes.js';
 import { fail, type TpError } from '../errors.js';
 import { log } from '../log.js';
-import { HEARTBEAT_MS } from './cluster.js';
+import { CLOSED, HEARTBEAT_MS, silence } from './cluster.js';
 import { type ModelSource, nameOf } from './job.js';
 import { type LaunchHooks, startLocalRank } from './local.js';
 import type { NodeFacts } from './membership.js';
@@ -182,19 +182,12 @@ class Follower {
     }
     // this process was held up: it cannot say who was silent meanwhile
     if (asleep) this.#heardAt = now;
-    const silent = Math.round(now - this.#heardAt);
-    if (silent > nodeTimeoutMs)
-      this.#fail(
-        fail(
-          'TP_NODE_LOST',
-          'node 0',
-          `nothing heard for ${silent} ms: its host, or the network to it, is down`,
-        ),
-      );
-    if (this.#goneAt !== null && now - this.#goneAt > GONE_MS)
-      this.#fail(
-        fail('TP_NODE_LOST', 'node 0', 'its connection closed: the process was killed, or its host is down'),
-      );
+    const silent = now - this.#heardAt;
+    const lost = silent > nodeTimeoutMs;
+    // a closed connection is silent as well: what is known says more than what is missing
+    if (this.#goneAt !== null && (lost || now - this.#goneAt > GONE_MS))
+      this.#fail(fail('TP_NODE_LOST', 'node 0', CLOSED));
+    else if (lost) this.#fail(fail('TP_NODE_LOST', 'node 0', silence(silent)));
     this.#say({ type: 'heartbeat' });
   }
 
