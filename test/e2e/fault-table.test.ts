@@ -215,14 +215,14 @@ const FAULTS: Fault[] = [
   },
   {
     what: 'the link gets slow: 3 ms a frame',
-    start: () => twoHosts([...PROMPT, '--max-tokens', '300'], 10),
+    start: () => twoHosts([...PROMPT, '--max-tokens', '400'], 10),
     act: async (runs) => {
       const mend = await hosts.slow(3);
       await runs[0]!.ended;
-      expect(await mend()).toBeGreaterThan(500); // most of the run came through it
+      expect(await mend()).toBeGreaterThan(300); // much of the run came through it
     },
     code: 0,
-    says: /300 tokens: /,
+    says: /400 tokens: /,
     withinMs: 60_000,
   },
   {
