@@ -17,7 +17,7 @@ inline void pause() {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) {
+ThreadPool::ThreadPool(int threads) : stretches_(static_cast<size_t>(threads)) {
   for (int t = 1; t < threads; t++) workers_.emplace_back([this, t] { loop(t); });
 }
 
@@ -35,8 +35,11 @@ void ThreadPool::run(int count, Work work, void* context) {
   }
   work_ = work;
   context_ = context;
-  count_ = count;
-  next_.store(0, std::memory_order_relaxed);
+  int begin = 0, left = threads();
+  for (Stretch& stretch : stretches_) {
+    stretch.next.store(begin, std::memory_order_relaxed);
+    stretch.end = begin += (count - begin) / left--;
+  }
   busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
   round_.fetch_add(1, std::memory_order_release);
   round_.notify_all();
@@ -48,7 +51,11 @@ void ThreadPool::run(int count, Work work, void* context) {
 }
 
 void ThreadPool::take(int thread) {
-  for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) work_(context_, i, thread);
+  for (int t = 0; t < threads(); t++) {
+    Stretch& stretch = stretches_[static_cast<size_t>((thread + t) % threads())];
+    for (int i; (i = stretch.next.fetch_add(1, std::memory_order_relaxed)) < stretch.end;)
+      work_(context_, i, thread);
+  }
 }
 
 void ThreadPool::loop(int thread) {

@@ -1,5 +1,6 @@
-// A few threads that share out numbered tasks. The caller works too. Tasks are taken from a counter, so a
-// slow core takes fewer; no result depends on who computed it.
+// A few threads that share out numbered tasks. The caller works too. Each goes through a stretch of its own,
+// whose tasks are neighbours in memory, and then helps with what others have left; no result depends on who
+// computed it.
 #pragma once
 
 #include <atomic>
@@ -26,11 +27,16 @@ class ThreadPool {
   void loop(int thread);
   void take(int thread);
 
+  /// What a thread has not begun of its stretch.
+  struct alignas(64) Stretch {
+    std::atomic<int> next{0};
+    int end = 0;
+  };
+
   std::vector<std::thread> workers_;
+  std::vector<Stretch> stretches_;  // a thread's each
   Work work_ = nullptr;
   void* context_ = nullptr;
-  int count_ = 0;
-  alignas(64) std::atomic<int> next_{0};
   alignas(64) std::atomic<int> busy_{0};
   alignas(64) std::atomic<unsigned> round_{0};
   std::atomic<bool> stop_{false};
