@@ -17,7 +17,7 @@ void attend(const float* q, const Element* k, const Element* v, int capacity, in
   for (int j = 0; j < visible; j++) {
     Lanes acc[1][1];
     clear(acc);
-    dot_tile(k + static_cast<int64_t>((first + j) % capacity) * dim, dim, dim, &q, dim, acc);
+    dot_tile(k + static_cast<int64_t>((first + j) % capacity) * dim, dim, &q, dim, acc, dim);
     score[j] = sum(acc[0][0]);
     max = score[j] > max ? score[j] : max;
   }

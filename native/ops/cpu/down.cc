@@ -20,7 +20,7 @@ TP_INLINE void add_expert(const Bf16* weight, const DownArgs& a, const Dims& d, 
         x[m] = a.expert_act + static_cast<int64_t>(assigned[first + m]) * d.moe_inter + l * leaf;
       Lanes acc[R][M];
       clear(acc);
-      dot_tile(weight + l * leaf, d.moe_inter, R * d.moe_inter, x, leaf, acc);
+      dot_tile(weight + l * leaf, d.moe_inter, x, leaf, acc, M == 1 ? R * d.moe_inter : 0);
       for (int m = 0; m < M; m++) {
         const int assignment = assigned[first + m];
         const Lanes scale = broadcast(a.route_weight[assignment]);

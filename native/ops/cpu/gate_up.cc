@@ -16,7 +16,7 @@ TP_INLINE void gated(const Bf16* gate, const Bf16* up, int rows, const float* co
     const auto tile = [&]<int M>(int token) {
       Lanes acc[2][M];
       clear(acc);
-      dot_tile(gate + static_cast<int64_t>(row) * n, apart, n, x + token, n, acc);
+      dot_tile(gate + static_cast<int64_t>(row) * n, apart, x + token, n, acc);
       for (int m = 0; m < M; m++) {
         const float g = round_to(bfloat16, sum(acc[0][m])), u = round_to(bfloat16, sum(acc[1][m]));
         out(row, token + m, round_to(bfloat16, round_to(bfloat16, gelu_tanh(g)) * u));
