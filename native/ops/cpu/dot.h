@@ -35,26 +35,21 @@ TP_INLINE void clear(Lanes (&acc)[R][M]) {
     for (Lanes& lanes : row) lanes = zero();
 }
 
-/// Rows and tokens of one tile. For a single token two rows, half of all apart: a sum alone would wait for
-/// each of its additions, and two long runs of memory are what the prefetchers see. Else 2 x up to 3: 12
-/// accumulators fill the AVX2 registers. Calls tile(first row, how far apart its rows are, first token) with
-/// compile-time sizes as template arguments.
+/// Rows and tokens of one tile: two rows, half of all apart, x up to 3 tokens, whose 12 accumulators fill the
+/// AVX2 registers. A sum alone would wait for each of its additions, and two long runs of memory are what the
+/// prefetchers see. Calls tile(first row, how far apart its rows are, first token) with compile-time sizes as
+/// template arguments.
 template <class Tile>
 TP_INLINE void for_tiles(int rows, int tokens, Tile&& tile) {
-  int r = 0;
-  if (tokens == 1) {
-    const int half = rows / 2;
-    for (; r < half; r++) tile.template operator()<2, 1>(r, half, 0);
-    r = 2 * half;
-  }
-  for (; r + 2 <= rows; r += 2) {
+  const int half = rows / 2;
+  for (int r = 0; r < half; r++) {
     int m = 0;
-    for (; m + 3 <= tokens; m += 3) tile.template operator()<2, 3>(r, 1, m);
-    if (tokens - m == 2) tile.template operator()<2, 2>(r, 1, m);
-    if (tokens - m == 1) tile.template operator()<2, 1>(r, 1, m);
+    for (; m + 3 <= tokens; m += 3) tile.template operator()<2, 3>(r, half, m);
+    if (tokens - m == 2) tile.template operator()<2, 2>(r, half, m);
+    if (tokens - m == 1) tile.template operator()<2, 1>(r, half, m);
   }
-  if (r == rows) return;
-  for (int m = 0; m < tokens; m++) tile.template operator()<1, 1>(r, 1, m);
+  if (rows % 2 == 0) return;
+  for (int m = 0; m < tokens; m++) tile.template operator()<1, 1>(rows - 1, half, m);
 }
 
 /// out(row, token, weight[row] . x[token]) for `rows` rows of n elements, `stride` apart.
