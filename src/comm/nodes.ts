@@ -163,9 +163,10 @@ export class NodeClient {
     for (;;) {
       const [words] = await this.#socket.receive();
       const { run, ...message } = decodeLeader(words ?? Buffer.alloc(0));
-      if (message.type === 'welcome') this.#session = run;
+      // a node that is refused says that it leaves, too
+      if (message.type === 'welcome' || message.type === 'refused') this.#session = run;
       // another session's words, such as those of a leader that was started again
-      if (message.type === 'refused' || run === this.#session) return message;
+      if (run === this.#session) return message;
     }
   }
 

@@ -39,6 +39,8 @@ export class Cluster {
   readonly #server: NodeServer;
   /** Ranks elsewhere of the run that is on, by rank. */
   readonly #ranks = new Map<number, { node: number; launch: string; process: RemoteRank }>();
+  /** Nodes that were refused and have not said that they leave. */
+  readonly #refused = new Set<number>();
   readonly #timer: NodeJS.Timeout;
   #lookedAt = performance.now();
   #onPresent: (() => void) | null = null;
@@ -119,7 +121,10 @@ export class Cluster {
     return new Map([...this.#ranks].map(([rank, { process }]) => [rank, process]));
   }
 
-  /** Tells every node to end with `exitCode` and waits until they have, for a moment. */
+  /**
+   * Tells every node to end with `exitCode` and waits until they have, for a moment; so for those that were refused: a
+   * client of libzmq with `immediate` throws away what it has not read when the connection closes.
+   */
   async close(exitCode: number): Promise<void> {
     clearInterval(this.#timer);
     this.#broken?.(fail('TP_INTERNAL', 'the run is over'));
@@ -128,7 +133,7 @@ export class Cluster {
       if (present) this.#tell(node, { type: 'bye', exitCode });
     const over = new Promise<void>((resolve) => {
       this.#onLeft = () => {
-        if (!this.members.others.some(({ present }) => present)) resolve();
+        if (this.#refused.size === 0 && !this.members.others.some(({ present }) => present)) resolve();
       };
       this.#onLeft();
     });
@@ -165,6 +170,7 @@ export class Cluster {
         }
         return;
       case 'leaving':
+        if (this.#refused.delete(node)) this.#onLeft?.();
         this.#lose(node, message.why);
         return;
     }
@@ -183,9 +189,11 @@ export class Cluster {
     }
     const problem = this.#mismatch(node, nodes, facts);
     if (problem) {
+      this.#refused.add(node);
       this.#tell(node, { type: 'refused', why: problem.text });
       throw problem;
     }
+    this.#refused.delete(node);
     this.members.join(node, facts);
     this.#tell(node, { type: 'welcome' });
     log.info(`node ${node} of ${this.place.nodes}: ${facts.host}, ${facts.ranks} x ${facts.device}`);
