@@ -14,8 +14,8 @@ const CLUSTER = ['test/e2e/{fault-table,launchers,nodes,recovery}.test.ts', 'tes
 export default defineConfig({
   test: {
     globalSetup: ['test/helpers/build.ts'],
-    testTimeout: 60_000,
-    hookTimeout: 60_000,
+    testTimeout: 120_000,
+    hookTimeout: 120_000,
     projects: [
       {
         extends: true,
