@@ -49,7 +49,9 @@ async function live(life: Life, poll: AsyncErrorPoll): Promise<void> {
   life.enter('collective');
   zmq.connect(peers);
   const collective: Collective = name === 'local' ? localCollective : zmq;
+  const met = life.recorder.begin('allReduce', -1, 'collective', 4);
   await collective.allReduce(new Float32Array(1)); // returns when everybody is there
+  met();
   const onDevice = name === 'peer' || name === 'nccl';
   if (onDevice) endGently(life, engine);
   if (onDevice) await joinOnDevice(engine, collective, ranks, spec.initTimeoutMs);

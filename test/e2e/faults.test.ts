@@ -163,7 +163,7 @@ describe('a run with a fault', () => {
     'names the rank that is stopped in the middle of decoding',
     async () => {
       await repeat(async (random) => {
-        const run = start('--step-timeout', '0.7');
+        const run = start('--step-timeout', '1.5'); // a step of a busy machine is no fault
         const workers = await run.spawned(RANKS);
         await run.decoding();
         await sleep(random() * 100);
@@ -176,6 +176,10 @@ describe('a run with a fault', () => {
             'm',
           ),
         );
+        // a rank's own words and its record number collectives alike
+        const said = /rank (\d+): (?:rank \d+ waited \d+ ms|waits) for rank \d+ in \w+ (#\d+)/.exec(stderr);
+        expect(said, stderr).not.toBe(null);
+        expect(stderr).toMatch(new RegExp(`^ {2}rank ${said![1]} .*, in \\w+ ${said![2]} \\(`, 'm'));
         expect(code).toBe(4);
         expect(gone(workers)()).toBe(true);
       });
