@@ -25,7 +25,7 @@ describe.skipIf(why)(`CUDA kernels on the host${why ? `: ${why}` : ''}`, () => {
       outputs.set(part, (await run(join(folder, 'simt_check'), [part, SEED])).output);
     });
     await share(jobs, 2);
-  }, 10 * MINUTES);
+  }, 20 * MINUTES);
 
   it('sees what is wrong with kernels that are wrong on purpose', { timeout: 2 * MINUTES }, async () => {
     const { status, output } = await run(join(folder, 'simt_selftest'), []);
