@@ -1,6 +1,7 @@
 import { afterEach, describe, expect, it } from 'vitest';
 import { NodeClient } from '../../src/comm/nodes.js';
 import { Cluster } from '../../src/engine/cluster.js';
+import { sleep } from '../helpers/running.js';
 import { tempDir } from '../helpers/tempdir.js';
 
 const about = { host: 'a', hostId: 'a', pid: 1, version: '1', ranks: 1, device: 'cpu' as const, devices: [] };
@@ -27,7 +28,7 @@ describe('node 0', () => {
     const closing = cluster.close(2).then(() => {
       closed = true;
     });
-    await new Promise((done) => setTimeout(done, 200));
+    await sleep(200);
     expect(closed).toBe(false);
     const at = performance.now();
     await node.send({ type: 'leaving', why: 'refused' });
