@@ -1,4 +1,4 @@
-// Times the CUDA ops and the whole step at the real shape, on a GPU: ops_time [time [many]] [time-fused]
+// Times the CUDA ops and the whole step at the real shape, on a GPU: ops_time [time [many]] [time-fused [POSITION]]
 // [moe] [profile] [profile-fused].
 #include "ops/bench_moe.h"
 #include "test/native/ops_support.h"
@@ -203,7 +203,8 @@ void report_stages(Fused& fused, int layer_count, const Input& input) {
   std::printf("  behind the first stage %.0f us\n", whole / kRuns / 1e3);
 }
 
-void time_fused(int layer_count) {
+/// `position`: of all tokens.
+void time_fused(int layer_count, int position) {
   const int stages = layer_count * 7 + 1;
   for (const int size : {1, 2}) {
     gpu.reset();
@@ -214,7 +215,7 @@ void time_fused(int layer_count) {
     const auto fused = gpu->fuse(decoder_of(m), m.d, nullptr);
     Step in(8, 8);
     for (const int T : {1, 2, 4, 8}) {
-      set_step(in, {100});
+      set_step(in, {position});
       const Input input = in.device(T, T);
       gpu->ops().embed(m.embed, m.d, input, *gpu);
       fused->run(0, stages, input);
@@ -358,7 +359,8 @@ int main(int argc, char** argv) {
       else
         time_all(30, {1, 2, 4, 8}, {1, 2});
     }
-    if (asked("time") || asked("time-fused")) time_fused(30);
+    const int last = std::atoi(argv[argc - 1]);
+    if (asked("time") || asked("time-fused")) time_fused(30, last > 0 ? last : 100);
     if (named && asked("profile-fused")) profile_fused();
     gpu.reset();
   } catch (const Error& error) {
