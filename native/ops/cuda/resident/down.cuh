@@ -123,16 +123,16 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
   const DownArgs& a = layer.down;
   const Dims& d = c.p.dims;
   const DownRows rows(a, d);
-  const int dense_stride = stride_of(2 * d.inter), expert_stride = stride_of(2 * d.moe_inter);
-  char* const expert_acts = c.acts + c.tokens * dense_stride;
+  // The experts' activations come where the dense MLP's have been. Few tokens choose the same expert: rows of
+  // its activations may begin in the same banks.
+  const int dense_stride = stride_of(2 * d.inter), expert_stride = 2 * d.moe_inter;
   const Activations& from = c.p.activations;
   if (c.first) {
     choose(c, layer.route, false, false);
-    load_acts(c.acts, dense_stride, a.dense_act, c.tokens, d.inter);
-    load_acts(expert_acts, expert_stride, a.expert_act, c.tokens * d.top_k, d.moe_inter);
+    load_acts(c.acts, dense_stride, a.dense_act, c.tokens, d.inter, d.inter);
   } else {
     c.early.wait(c.peers);
-    fetch_acts(c.acts, dense_stride, from.dense_act, c.tokens, d.inter);
+    fetch_acts(c.acts, dense_stride, from.dense_act, c.tokens, d.inter, d.inter);
     ptx::cp_async_wait_all();
   }
   sync_consumers();
@@ -151,17 +151,19 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
           put(0, dense.unit(first + u) * kUnitRows + row, t, joined(room, u, t, row, d.leaves), t < c.tokens);
         });
       });
-  if (!c.first) {  // what other blocks still had to do is done behind the dense products
+  if (c.first) {
+    load_acts(c.acts, expert_stride, a.expert_act, c.tokens * d.top_k, d.moe_inter, d.moe_inter);
+  } else {  // what other blocks still had to do is done behind the dense products
     c.grid.wait(c.peers);
     c.mark(1);
-    fetch_acts(expert_acts, expert_stride, from.expert_act, c.tokens * d.top_k, d.moe_inter);
+    fetch_acts(c.acts, expert_stride, from.expert_act, c.tokens * d.top_k, d.moe_inter, d.moe_inter);
     ptx::cp_async_wait_all();
-    sync_consumers();
   }
+  sync_consumers();
   const auto put_experts = [&](int unit, int t, int row, float x, bool there) {
     put(1, unit * kUnitRows + row, t, x, there);
   };
-  const Acts of_experts{expert_acts, expert_stride};
+  const Acts of_experts{c.acts, expert_stride};
   if (rows.halves > 1)
     consume_experts<2>(c, experts, rows, of_experts, put_experts);
   else

@@ -55,7 +55,7 @@ __device__ __forceinline__ void gate_up(Context& c, const LayerArgs& layer) {
       const RouteArgs& route = layer.route;
       load_normed(c, route.hidden, dense ? route.dense_norm : route.expert_norm);
     } else if (!dense && !room) {
-      fetch_acts(in, stride, c.p.activations.expert_in, c.tokens, d.hidden);
+      fetch_acts(in, stride, c.p.activations.expert_in, c.tokens, d.hidden, d.hidden);
       ptx::cp_async_wait_all();
     }
     sync_consumers();

@@ -15,7 +15,7 @@ __device__ __forceinline__ void logits(Context& c) {
   if (c.first) {
     load_normed(c, a.hidden, a.norm, c.p.in.row);
   } else if (!c.alone()) {
-    fetch_acts(c.acts, stride_of(2 * n), c.p.activations.normed, c.tokens, n, c.p.in.row);
+    fetch_acts(c.acts, stride_of(2 * n), c.p.activations.normed, c.tokens, n, n, c.p.in.row);
     ptx::cp_async_wait_all();
   }
   sync_consumers();

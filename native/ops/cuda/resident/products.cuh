@@ -216,17 +216,17 @@ __device__ __forceinline__ void each_output(const Context& c, int units, Each&& 
   }
 }
 
-/// Starts to bring rows of activations that other blocks have left: ptx::cp_async_wait_all() before they are
-/// read. Warps share a row where there are more of them; index: which row each column reads, null = its own.
-/// Out of line: many stages come here.
+/// Starts to bring rows of activations that other blocks have left, `width` elements of rows that lie `pitch`
+/// apart: ptx::cp_async_wait_all() before they are read. Warps share a row where there are more of them;
+/// index: which row each column reads, null = its own. Out of line: many stages come here.
 __device__ __noinline__ inline void fetch_acts(char* to, int stride, const Bf16* from, int rows, int width,
-                                               const int* index = nullptr) {
+                                               int pitch, const int* index = nullptr) {
   const int warp = warp_index(), lane = threadIdx.x % 32;
   const int shift = rows > 4 ? 0 : rows > 2 ? 1 : rows > 1 ? 2 : 3;  // of the warps that share a row
   const int first = ((warp & ((1 << shift) - 1)) * 32 + lane) * 8;
 #pragma unroll 1
   for (int r = warp >> shift; r < rows; r += kWarps >> shift) {
-    const Bf16* const row = from + static_cast<int64_t>(index ? index[r] : r) * width;
+    const Bf16* const row = from + static_cast<int64_t>(index ? index[r] : r) * pitch;
 #pragma unroll 1
     for (int at = first; at < width; at += 256 << shift)
       ptx::cp_async_16(ptx::shared_address(to + r * stride + at * 2), row + at);
@@ -234,12 +234,13 @@ __device__ __noinline__ inline void fetch_acts(char* to, int stride, const Bf16*
 }
 
 /// The same from fp32 memory, where a stage begins the launch.
-__device__ __forceinline__ void load_acts(char* to, int stride, const float* from, int rows, int width) {
+__device__ __forceinline__ void load_acts(char* to, int stride, const float* from, int rows, int width,
+                                          int pitch) {
   const int pieces = width / 4;
 #pragma unroll 4
   for (int i = threadIdx.x; i < rows * pieces; i += kThreads) {
     const int row = i / pieces, at = (i - row * pieces) * 4;
-    const float4 x = __ldcg(reinterpret_cast<const float4*>(from + static_cast<int64_t>(row) * width + at));
+    const float4 x = __ldcg(reinterpret_cast<const float4*>(from + static_cast<int64_t>(row) * pitch + at));
     put_four(to + row * stride, at, x);
   }
 }

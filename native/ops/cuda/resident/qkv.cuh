@@ -32,7 +32,7 @@ __device__ __forceinline__ void qkv(Context& c, const LayerArgs& layer) {
   if (c.first) {
     load_normed(c, a.hidden, a.norm);
   } else if (!c.alone()) {
-    fetch_acts(c.acts, stride_of(2 * n), c.p.activations.normed, c.tokens, n);
+    fetch_acts(c.acts, stride_of(2 * n), c.p.activations.normed, c.tokens, n, n);
     ptx::cp_async_wait_all();
   }
   sync_consumers();

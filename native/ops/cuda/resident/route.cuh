@@ -273,8 +273,8 @@ __device__ __forceinline__ void route(Context& c, const LayerArgs& layer) {
     ptx::cp_async_wait_all();
     c.early.wait(c.peers);
     if (!c.last) {  // what the next stage multiplies
-      fetch_acts(c.acts, stride, to.dense_in, c.tokens, n);
-      if (char* const room = c.expert_room(stride)) fetch_acts(room, stride, to.expert_in, c.tokens, n);
+      fetch_acts(c.acts, stride, to.dense_in, c.tokens, n, n);
+      if (char* const room = c.expert_room(stride)) fetch_acts(room, stride, to.expert_in, c.tokens, n, n);
     }
   }
   c.mark(2);

@@ -42,11 +42,13 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
       case 2 * kQkv:
         schedule = qkv.schedule(p);
         break;
-      case 2 * kAttnOut: {
-        const AttnOutRows of{layer.attn_out.weight, layer.attn_out.columns};
+      case 2 * kAttnOut:
+      case 2 * kAttnOut + 1: {
+        const AttnOutRows of(layer.attn_out, p);
+        if (at % 2 == of.turns) continue;
         schedule = of.schedule(p);
-        rows = of.row(0, 0, r), unit_stride = int64_t{kUnitRows} * of.columns, part_stride = of.part();
-        bytes = 2 * of.part(), adjacent = schedule.parts == 1;
+        rows = of.row(0, at % 2, r), unit_stride = int64_t{kUnitRows} * of.columns, part_stride = of.part();
+        bytes = 2 * of.part(), adjacent = of.part() == of.columns;
         break;
       }
       case 2 * kGateUp:
@@ -223,18 +225,22 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
 /// What products exchange; it lies behind the activations and is free while attention runs, which takes both.
 constexpr int kExchangeBytes = 2 * kRoomFloats * static_cast<int>(sizeof(float));
 
-/// Shared memory that the stages' activations take for `tokens` tokens.
-int act_bytes_of(const Decoder& decoder, const Dims& d, int tokens) {
+/// Shared memory that the stages' activations take at least for `tokens` tokens. What has more room needs
+/// fewer turns.
+int least_act_bytes(const Decoder& decoder, const Dims& d, int tokens, int blocks) {
   // Weights of four norms; later a token's inputs of router, dense MLP and experts, or rows of all.
   int most = std::max(4, tokens) * stride_of(2 * d.hidden);
-  most = std::max(most, tokens * (stride_of(2 * d.inter) + d.top_k * stride_of(2 * d.moe_inter)));
+  most = std::max({most, tokens * stride_of(2 * d.inter), tokens * d.top_k * 2 * d.moe_inter});
+  const int units = (d.hidden / kUnitRows + blocks - 1) / blocks;
   for (const LayerArgs& layer : decoder.layers) {
-    most = std::max(most, tokens * stride_of(2 * layer.attn_out.columns));
+    const int columns = layer.attn_out.columns, turns = columns > kAttentionPart ? 2 : 1;
+    most = std::max(most, tokens * stride_of(2 * columns / turns) +
+                              (turns > 1 ? units * kSumFloats * static_cast<int>(sizeof(float)) : 0));
     const size_t room =
         layer.attention.heads.head_dim == 256 ? sizeof(AttentionRoom<256>) : sizeof(AttentionRoom<512>);
     most = std::max(most, static_cast<int>(room) - kExchangeBytes);
   }
-  return (most + 127) / 128 * 128;
+  return most;
 }
 
 /// Room of a slot's rows in the ring.
@@ -349,8 +355,8 @@ class Step final : public Fused {
     p.in = in;
     p.from = from, p.to = to;
     p.by_tokens = divider(in.tokens);
-    p.act_bytes = act_bytes_of(decoder_, p.dims, in.tokens);
     p.slots = slots_for(in.tokens);
+    p.act_bytes = (room_ - p.slots * p.slot_bytes) & -128;
     const size_t shared =
         static_cast<size_t>(p.slots * p.slot_bytes + kResidualBytes + p.act_bytes + kExchangeBytes);
     const dim3 grid(static_cast<unsigned>(blocks()));
@@ -363,7 +369,8 @@ class Step final : public Fused {
 
  private:
   int slots_for(int tokens) const {
-    return std::min(kMostSlots, (room_ - act_bytes_of(decoder_, p_.dims, tokens)) / p_.slot_bytes);
+    return std::min(kMostSlots,
+                    (room_ - 128 - least_act_bytes(decoder_, p_.dims, tokens, blocks())) / p_.slot_bytes);
   }
 
   Decoder decoder_;
