@@ -83,8 +83,11 @@ struct AttentionRoom {
   static constexpr int kParts = D / 128, kGroups = kWarps / kParts;  // of dimensions; of rows
   static_assert(kGroups * 8 == kRows);
   static constexpr int kStride = D * 2 + 64;  // of queries and keys: eight rows use all banks
+  // Queries outlast a task where there is room: its neighbour may have the same.
+  static constexpr bool kKeeps = D == 256;
+  static constexpr int kQueries = kHeads * kStride;  // bytes
   struct Scores {
-    char query[kHeads * kStride];
+    char query[kKeeps ? 16 : kQueries];
     float part[2][kParts][kRows][kHeads];  // products; tiles take turns
     float weight[kWarps][8 + 1][kHeads];   // of a warp's rows, then what the tiles before count for
   };
@@ -93,6 +96,7 @@ struct AttentionRoom {
     float4 sum[kGroups - 1][kHeads][D / 4];  // of the groups but the first, behind the last tile
     float share[kWarps][kFewChunks];         // of a chunk in its head's sum, where chunks are joined
   };
+  char kept_query[kKeeps ? kQueries : 16];
   char key[kRows * kStride];
   Bf16 value[kRows][D];
   float total[kGroups][kHeads];  // of weights
@@ -173,6 +177,7 @@ __device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& laye
   const int top = of_group * 8, left = of_dims * 128;  // the warp's first row and dimension
   auto& room = *reinterpret_cast<Room*>(tasks.room);
   auto& scores = room.scores;
+  char* const queries_at = Room::kKeeps ? room.kept_query : scores.query;
   const auto row_of = [&](const AttentionTask& task, int row) {  // of the caches
     return static_cast<int64_t>(task.at + row - (row >= task.edge ? capacity : 0)) * D;
   };
@@ -193,8 +198,8 @@ __device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& laye
   bring(room.key, kStride, cache.k, now);
   bring(room.value, 2 * D, cache.v, now);
 
-  bool waited = false, begins = true, more = true;
-  int turn = 0;
+  bool waited = false, begins = true, meets = true, more = true;  // meets: it has other queries than the last
+  int turn = 0, ended = 0;                                        // tasks of these queries
   // A lane of the softmax has one head, of a row of each 32 / kHeads. Every warp looks at all rows for the
   // maximum, the warp's own first, and sums its own.
   constexpr int kApart = 32 / kHeads, kLooks = kRows / kApart;
@@ -203,9 +208,9 @@ __device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& laye
   float4 acc[kHeads];  // values: a lane takes 4 dimensions of all heads
 
 #pragma unroll 1
-  for (int i = first_task(); more;) {
-    // Queries where a task begins, keys and values of this step: a warp a head.
-    const int queries = begins ? group : 0, jobs = queries + 2 * __popc(now.fresh);
+  for (int i = tasks.begin; more;) {
+    // Queries that are not there yet, keys and values of this step: a warp a head.
+    const int queries = meets ? group : 0, jobs = queries + 2 * __popc(now.fresh);
     if (!begins && jobs > 0) sync_consumers();  // the tile before is not read any more
 #pragma unroll 1
     for (int job = warp; job < jobs || !waited; job += kWarps) {
@@ -218,7 +223,7 @@ __device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& laye
         const bool of_query = job < queries, of_key = (job - queries) % 2 == 0;
         if (of_query) {
           raw = qa.q + static_cast<int64_t>((t * kv_heads + now.kv_head) * group + job) * D;
-          to = reinterpret_cast<Bf16*>(scores.query + job * kStride);
+          to = reinterpret_cast<Bf16*>(queries_at + job * kStride);
         } else {
           uint32_t fresh = now.fresh;
 #pragma unroll 1
@@ -256,7 +261,7 @@ __device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& laye
       float even[4] = {}, odd[4] = {};
       const uint32_t at = left * 2 + quarter * 16;
       const uint32_t key = ptx::shared_address(room.key) + (top + column) * kStride + at,
-                     query = ptx::shared_address(scores.query) + column * kStride + at;
+                     query = ptx::shared_address(queries_at) + column * kStride + at;
 #pragma unroll
       for (int k = 0; k < 4; k++) {
         const uint4 x = ptx::ld_shared_v4(key + k * 64),
@@ -274,10 +279,10 @@ __device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& laye
     tasks.next_tile(next, kRows);
     const bool ends = next.begin >= next.end;
     if (ends) {
-      i += gridDim.x;
-      more = i < tasks.count;
+      more = ++i < tasks.end;
       if (more) next = tasks.at(i, kRows);
     }
+    const bool leaves = !more || next.token != now.token || next.kv_head != now.kv_head;  // these queries
     __syncwarp();
     if (more) {
       tasks.look(next, kRows);
@@ -355,11 +360,13 @@ __device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& laye
         for (int g = 1; g < Room::kGroups; g++) total += room.total[g][lane];
         tasks.partial_scale[first + lane * tasks.partial_chunks] = make_float2(max, total);
       }
-      if (joined_at_once(chunks)) {
+      ended++;
+      if (leaves && joined_at_once(chunks)) {
         sync_consumers();
         if (threadIdx.x == 0) {
           uint32_t* const done = tasks.chunks_done + pair;
-          room.last = chunks == 1 || ptx::atom_acq_rel_gpu_add(done, 1) == static_cast<uint32_t>(chunks) - 1;
+          const auto before = static_cast<uint32_t>(chunks - ended);
+          room.last = before == 0 || ptx::atom_acq_rel_gpu_add(done, ended) == before;
           if (room.last) *done = 0;  // for the next layer, which begins after all blocks have met
         }
         sync_consumers();
@@ -368,9 +375,10 @@ __device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& laye
           join_at_once(tasks, contract, pair * group + warp / kSharing, chunks, D, warp % kSharing * kDims,
                        kDims, room.share[warp]);
       }
+      if (leaves) ended = 0;
       if (more) sync_consumers();  // the room is free again
     }
-    now = next, begins = ends, turn ^= 1;
+    now = next, begins = ends, meets = Room::kKeeps ? leaves : ends, turn ^= 1;
   }
 }
 
@@ -436,7 +444,7 @@ __device__ __forceinline__ void attention(Context& c, const LayerArgs& layer) {
   const Tasks& tasks = c.tasks[h.window == 0];
   float* const contract = c.last ? layer.attention.attention : nullptr;
   uint64_t* const inputs_there = c.marks ? c.marks + 1 : nullptr;
-  if (first_task() >= tasks.count)
+  if (tasks.begin == tasks.end)
     c.grid.wait(c.peers);  // it must not arrive again before all have arrived once
   else if (h.head_dim == 256)
     attend<256>(tasks, layer, c.grid, contract, inputs_there);

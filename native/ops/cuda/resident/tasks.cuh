@@ -43,10 +43,6 @@ struct AttentionTask {
   uint32_t fresh;       // and the tokens they are of, a bit each
 };
 
-/// A block's first task. They begin at the last block: the first ones make rows, and the code of both does
-/// not fit into a multiprocessor's instruction cache (128 KB) together with that of the products.
-__device__ inline int first_task() { return static_cast<int>(gridDim.x - 1 - blockIdx.x); }
-
 /// The tasks of one kind of layer, window or full, and what they need of the launch: the same in all layers,
 /// and looked up where time is short. In shared memory.
 struct Tasks {
@@ -58,7 +54,7 @@ struct Tasks {
   const PeerMemory* peers;
   int partial_chunks, tokens;
   float eps;
-  int count;                      // of the step
+  int begin, end;                 // the block's
   int kv_heads, group, capacity;  // group: query heads of a KV head
   bool many;                      // some token's chunks are not joined at once
   Sight of[kMostTokens];
@@ -84,12 +80,18 @@ struct Tasks {
     if (t == 0) {
       room = acts, partial = p.partial, partial_scale = p.partial_scale, chunks_done = p.chunks_done;
       out = p.activations.attention, peers = &p.peers, partial_chunks = p.partial_chunks, eps = p.dims.eps;
-      tokens = in.tokens, count = sum, many = any;
+      tokens = in.tokens, many = any;
       kv_heads = h.kv_heads, group = h.heads / h.kv_heads, capacity = kind.capacity;
     }
+    // Neighbours, which share queries. They begin at the last block: the first ones make rows, and the code
+    // of both does not fit into a multiprocessor's instruction cache (128 KB) together with that of the
+    // products.
+    const int blocks = static_cast<int>(gridDim.x), own = blocks - 1 - static_cast<int>(blockIdx.x);
+    const auto first_of = [&](int i) { return sum > blocks ? i * sum / blocks : min(i, sum); };
+    if (t == 0) begin = first_of(own), end = first_of(own + 1);
     __syncwarp();
-    if (first_task() >= sum) return;
-    AttentionTask task = at(first_task(), tile_of(h.head_dim));
+    if (begin == end) return;
+    AttentionTask task = at(begin, tile_of(h.head_dim));
     look(task, tile_of(h.head_dim));
     if (t == 0) first = task;
   }
