@@ -1,5 +1,5 @@
-// Times the CUDA ops and the whole step at the real shape, on a GPU: ops_time [time [many]] [time-fused [POSITION]]
-// [moe] [profile] [profile-fused].
+// Times the CUDA ops and the whole step at the real shape, on a GPU: ops_time [time [many]] [moe] [profile]
+// [profile-fused] [time-fused [POSITION]].
 #include "ops/bench_moe.h"
 #include "test/native/ops_support.h"
 
