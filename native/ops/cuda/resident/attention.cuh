@@ -1,7 +1,7 @@
 // Norms and RoPE of the heads, the cache, and one query a head over it. A block goes through its tasks tile
-// by tile, and asks for a tile, be it of its next task, while it computes the one before. Positions of this
-// step come from the projections, not from the cache, where each token's own task lays them. Chunks are
-// joined in their order, so neither the batch nor timing changes a bit.
+// by tile: keys and values of a tile are two slots of the ring. Positions of this step come from the
+// projections, not from the cache, where each token's own task lays them. Chunks are joined in their order,
+// so neither the batch nor timing changes a bit.
 #pragma once
 
 #include "ops/cuda/resident/tasks.cuh"
@@ -82,12 +82,8 @@ struct AttentionRoom {
   static constexpr int kRows = tile_of(D), kHeads = most_group(D);
   static constexpr int kParts = D / 128, kGroups = kWarps / kParts;  // of dimensions; of rows
   static_assert(kGroups * 8 == kRows);
-  static constexpr int kStride = D * 2 + 64;  // of queries and keys: eight rows use all banks
-  // Queries outlast a task where there is room: its neighbour may have the same.
-  static constexpr bool kKeeps = D == 256;
-  static constexpr int kQueries = kHeads * kStride;  // bytes
+  static constexpr int kStride = D * 2 + 64;  // of queries: eight rows use all banks
   struct Scores {
-    char query[kKeeps ? 16 : kQueries];
     float part[2][kParts][kRows][kHeads];  // products; tiles take turns
     float weight[kWarps][8 + 1][kHeads];   // of a warp's rows, then what the tiles before count for
   };
@@ -96,13 +92,10 @@ struct AttentionRoom {
     float4 sum[kGroups - 1][kHeads][D / 4];  // of the groups but the first, behind the last tile
     float share[kWarps][kFewChunks];         // of a chunk in its head's sum, where chunks are joined
   };
-  char kept_query[kKeeps ? kQueries : 16];
-  char key[kRows * kStride];
-  Bf16 value[kRows][D];
+  char query[kHeads * kStride];  // they outlast a task: its neighbour may have the same
   float total[kGroups][kHeads];  // of weights
   bool last;                     // no other block has a chunk of the head left
 };
-static_assert(sizeof(AttentionRoom<512>) <= 50 << 10);  // more would cost the ring a slot
 
 __device__ inline float4 scaled(float4 x, float by) {
   return make_float4(x.x * by, x.y * by, x.z * by, x.w * by);
@@ -165,39 +158,21 @@ __device__ __noinline__ inline void join_at_once(const Tasks& tasks, float* cont
 
 /// The block's tasks, of which there is one at least.
 template <int D>
-__device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& layer, const ArrivalCounter& grid,
-                                       float* contract, uint64_t* inputs_there) {
+__device__ __forceinline__ RingAt attend(const Tasks& tasks, Ring ring, const LayerArgs& layer,
+                                         const ArrivalCounter& grid, float* contract,
+                                         uint64_t* inputs_there) {
   using Room = AttentionRoom<D>;
   constexpr int kRows = Room::kRows, kHeads = Room::kHeads, kStride = Room::kStride;
   const Cache& cache = layer.attention.cache;
   const QkvArgs& qa = layer.qkv;
-  const int kv_heads = tasks.kv_heads, group = tasks.group, capacity = tasks.capacity;
+  const int kv_heads = tasks.kv_heads, group = tasks.group;
   const int warp = warp_index(), lane = threadIdx.x % 32, column = lane / 4, quarter = lane % 4;
   const int of_group = warp / Room::kParts, of_dims = warp % Room::kParts;
   const int top = of_group * 8, left = of_dims * 128;  // the warp's first row and dimension
   auto& room = *reinterpret_cast<Room*>(tasks.room);
   auto& scores = room.scores;
-  char* const queries_at = Room::kKeeps ? room.kept_query : scores.query;
-  const auto row_of = [&](const AttentionTask& task, int row) {  // of the caches
-    return static_cast<int64_t>(task.at + row - (row >= task.edge ? capacity : 0)) * D;
-  };
-  /// Starts to bring what the warp takes of a tile from a cache; what the token does not see becomes zero.
-  const auto bring = [&](const void* to, int stride, const void* from, const AttentionTask& task) {
-    const int first = top + lane / 16, dim = left + lane % 16 * 8;
-    const uint32_t fresh = task.fresh_rows >> first, seen = task.seen >> first;
-#pragma unroll 1
-    for (int i = 0; i < 8; i += 2)
-      if (!(fresh >> i & 1))
-        ptx::cp_async_16(ptx::shared_address(to) + (first + i) * stride + dim * 2,
-                         static_cast<const Bf16*>(from) + row_of(task, first + i) + dim,
-                         seen >> i & 1 ? 16 : 0);
-    ptx::cp_async_commit();
-  };
 
   AttentionTask now = tasks.first;
-  bring(room.key, kStride, cache.k, now);
-  bring(room.value, 2 * D, cache.v, now);
-
   bool waited = false, begins = true, meets = true, more = true;  // meets: it has other queries than the last
   int turn = 0, ended = 0;                                        // tasks of these queries
   // A lane of the softmax has one head, of a row of each 32 / kHeads. Every warp looks at all rows for the
@@ -211,7 +186,8 @@ __device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& laye
   for (int i = tasks.begin; more;) {
     // Queries that are not there yet, keys and values of this step: a warp a head.
     const int queries = meets ? group : 0, jobs = queries + 2 * __popc(now.fresh);
-    if (!begins && jobs > 0) sync_consumers();  // the tile before is not read any more
+    ring.wait_full(*tasks.peers);
+    char *const keys = ring.data(0), *const values = ring.data(1);
 #pragma unroll 1
     for (int job = warp; job < jobs || !waited; job += kWarps) {
       Head<D> to_place;
@@ -223,7 +199,7 @@ __device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& laye
         const bool of_query = job < queries, of_key = (job - queries) % 2 == 0;
         if (of_query) {
           raw = qa.q + static_cast<int64_t>((t * kv_heads + now.kv_head) * group + job) * D;
-          to = reinterpret_cast<Bf16*>(queries_at + job * kStride);
+          to = reinterpret_cast<Bf16*>(room.query + job * kStride);
         } else {
           uint32_t fresh = now.fresh;
 #pragma unroll 1
@@ -231,9 +207,10 @@ __device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& laye
           t = __ffs(static_cast<int>(fresh)) - 1;
           const int row = tasks.of[t].last - now.begin;
           raw = qa.kv + static_cast<int64_t>((2 * t + (!of_key && qa.v_weight)) * kv_heads + now.kv_head) * D;
-          to = of_key ? reinterpret_cast<Bf16*>(room.key + row * kStride) : room.value[row];
+          to = reinterpret_cast<Bf16*>((of_key ? keys : values) + row * 2 * D);
           norm = of_key ? qa.k_norm : nullptr;
-          if (t == now.token) kept = static_cast<Bf16*>(of_key ? cache.k : cache.v) + row_of(now, row);
+          if (t == now.token)
+            kept = static_cast<Bf16*>(of_key ? cache.k : cache.v) + tasks.row_of(now, row) * D;
         }
         const int angles = t * qa.heads.rotary_pairs;
         to_place.ask(norm, norm ? qa.cosine + angles : nullptr, qa.sine + angles, qa.heads.rotary_pairs);
@@ -251,17 +228,13 @@ __device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& laye
 #pragma unroll
       for (float4& x : acc) x = make_float4(0, 0, 0, 0);
     }
-    ptx::cp_async_wait<1>();  // the keys; values may still be on their way
-    if (jobs > 0)
-      sync_consumers();
-    else
-      __syncwarp();
+    if (jobs > 0) sync_consumers();
 
     {
       float even[4] = {}, odd[4] = {};
       const uint32_t at = left * 2 + quarter * 16;
-      const uint32_t key = ptx::shared_address(room.key) + (top + column) * kStride + at,
-                     query = ptx::shared_address(queries_at) + column * kStride + at;
+      const uint32_t key = ptx::shared_address(keys) + (top + column) * 2 * D + at,
+                     query = ptx::shared_address(room.query) + column * kStride + at;
 #pragma unroll
       for (int k = 0; k < 4; k++) {
         const uint4 x = ptx::ld_shared_v4(key + k * 64),
@@ -274,7 +247,6 @@ __device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& laye
         for (int k = 0; k < 2; k++)
           scores.part[turn][of_dims][top + 2 * quarter + k][column] = even[k] + odd[k];
     }
-    // What comes next: the block's memory should never rest.
     AttentionTask next = now;
     tasks.next_tile(next, kRows);
     const bool ends = next.begin >= next.end;
@@ -283,13 +255,7 @@ __device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& laye
       if (more) next = tasks.at(i, kRows);
     }
     const bool leaves = !more || next.token != now.token || next.kv_head != now.kv_head;  // these queries
-    __syncwarp();
-    if (more) {
-      tasks.look(next, kRows);
-      bring(room.key, kStride, cache.k, next);
-    } else {
-      ptx::cp_async_commit();
-    }
+    if (more) tasks.look(next, kRows);
     sync_consumers();
 
     float score[kLooks], most = max;
@@ -314,15 +280,15 @@ __device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& laye
 #pragma unroll
     for (int k = 0; k < kLooks && k * kApart < 8; k++)
       if (look + k * kApart < 8) total += weight[look + k * kApart][head] = exp_f32(score[k] - max);
-    ptx::cp_async_wait<1>();  // the values; the next keys may be on their way
     __syncwarp();
 
-    const Bf16* const value = room.value[top] + left + lane * 4;
+    const char* const value = values + (top * D + left + lane * 4) * 2;
 #pragma unroll
     for (int k = 0; k < kHeads; k++) acc[k] = scaled(acc[k], weight[8][k]);
 #pragma unroll 4
     for (int r = 0; r < 8; r++) {
-      const uint2 raw = *reinterpret_cast<const uint2*>(value + r * D);
+      uint2 raw = *reinterpret_cast<const uint2*>(value + r * 2 * D);
+      if (!(now.seen >> (top + r) & 1)) raw = make_uint2(0, 0);  // what lies there may be no number
       const float4 v = make_float4(float_of(raw.x << 16), float_of(raw.x & 0xffff0000u),
                                    float_of(raw.y << 16), float_of(raw.y & 0xffff0000u));
 #pragma unroll
@@ -331,8 +297,8 @@ __device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& laye
         acc[k] = fused_four(w.x, v, acc[k]), acc[k + 1] = fused_four(w.y, v, acc[k + 1]);
       }
     }
-    __syncwarp();
-    if (more) bring(room.value, 2 * D, cache.v, next);
+    if (jobs > queries) ptx::fence_proxy_async();  // what was laid there, before the copy engine comes again
+    ring.release();
 
     if (ends) {
       // The groups' sums, in their order.
@@ -378,15 +344,16 @@ __device__ __forceinline__ void attend(const Tasks& tasks, const LayerArgs& laye
       if (leaves) ended = 0;
       if (more) sync_consumers();  // the room is free again
     }
-    now = next, begins = ends, meets = Room::kKeeps ? leaves : ends, turn ^= 1;
+    now = next, begins = ends, meets = leaves, turn ^= 1;
   }
+  return ring.at();
 }
 
 /// Out of line, where few layers come by: the registers of others are not spilled for its sums.
-__device__ __noinline__ inline void attend_wide(const Tasks& tasks, const LayerArgs& layer,
-                                                ArrivalCounter grid, float* contract,
-                                                uint64_t* inputs_there) {
-  attend<512>(tasks, layer, grid, contract, inputs_there);
+__device__ __noinline__ inline RingAt attend_wide(const Tasks& tasks, Ring ring, const LayerArgs& layer,
+                                                  ArrivalCounter grid, float* contract,
+                                                  uint64_t* inputs_there) {
+  return attend<512>(tasks, ring, layer, grid, contract, inputs_there);
 }
 
 /// Joins the chunks of heads that have many: a task is 128 dimensions of one head.
@@ -447,9 +414,9 @@ __device__ __forceinline__ void attention(Context& c, const LayerArgs& layer) {
   if (tasks.begin == tasks.end)
     c.grid.wait(c.peers);  // it must not arrive again before all have arrived once
   else if (h.head_dim == 256)
-    attend<256>(tasks, layer, c.grid, contract, inputs_there);
+    c.ring.go_to(attend<256>(tasks, c.ring, layer, c.grid, contract, inputs_there));
   else
-    attend_wide(tasks, layer, c.grid, contract, inputs_there);
+    c.ring.go_to(attend_wide(tasks, c.ring, layer, c.grid, contract, inputs_there));
   c.grid.arrive();
   c.grid.expect(gridDim.x);
   if (!tasks.many) return;

@@ -41,7 +41,8 @@ struct RingAt {
 class Ring {
  public:
   __device__ Ring(const Parameters& p, char* data, uint64_t* barriers)
-      : data_(ptx::shared_address(data)),
+      : memory_(data),
+        data_(ptx::shared_address(data)),
         barriers_(ptx::shared_address(barriers)),
         slots_(p.slots),
         bytes_(p.slot_bytes) {}
@@ -65,6 +66,8 @@ class Ring {
       if (__all_sync(~0u, there)) return;
     }
   }
+  /// Slot i of the next portion.
+  __device__ __forceinline__ char* data(int i) const { return memory_ + spot(i).slot * bytes_; }
   /// Shared address of row `row` of the next portion.
   __device__ __forceinline__ uint32_t row(int row, int row_bytes) const {
     return data_ + spot(row / kSlotRows).slot * bytes_ + row % kSlotRows * row_bytes;
@@ -86,6 +89,7 @@ class Ring {
     return slot < slots_ ? RingAt{slot, at_.phase} : RingAt{slot - slots_, at_.phase ^ 1};
   }
 
+  char* memory_;
   uint32_t data_, barriers_, slots_, bytes_;
   RingAt at_;
 };
@@ -95,30 +99,27 @@ class RingFiller : Ring {
  public:
   __device__ explicit RingFiller(const Ring& ring) : Ring(ring) {}
 
-  /// The next portion: lane r brings row r, from `from` on; null: no row. Adjacent: rows that share a slot
-  /// are neighbours in memory.
-  __device__ __forceinline__ void produce(const Bf16* from, int row_bytes, bool adjacent, int ahead,
+  /// The next portion: lane r brings row r, `bytes` from `from` on, to `offset` in its slot; null: no row.
+  __device__ __forceinline__ void produce(const Bf16* from, int bytes, int offset, int ahead,
                                           const PeerMemory& peers, uint64_t policy) {
     const int lane = threadIdx.x % 32;
-    const unsigned rows = __ballot_sync(~0u, lane < kUnitRows && from != nullptr);
 #pragma unroll 1
     for (int i = 0; i < kUnitSlots; i++) {
       const uint32_t full = barriers_ + at_.slot * 16;
       const int r = lane - i * kSlotRows;
-      const int bytes = row_bytes * __popc(rows >> i * kSlotRows & ((1 << kSlotRows) - 1));
+      const bool here = from != nullptr && r >= 0 && r < kSlotRows;
+      const int of_slot = __reduce_add_sync(~0u, here ? bytes : 0);
       wait_phase(full + 8, at_.phase ^ 1, peers);
-      while (coming_ == slots_ || (coming_ > 0 && coming_bytes_ + bytes > ahead)) {
+      while (coming_ == slots_ || (coming_ > 0 && coming_bytes_ + of_slot > ahead)) {
         wait_phase(barriers_ + late_.slot * 16, late_.phase, peers);
         coming_--, coming_bytes_ -= __shfl_sync(~0u, asked_, static_cast<int>(late_.slot));
         if (++late_.slot == slots_) late_ = {0, late_.phase ^ 1};
       }
-      coming_++, coming_bytes_ += bytes;
-      if (lane == static_cast<int>(at_.slot)) asked_ = bytes;
-      if (r == 0) ptx::mbarrier_arrive_expect_tx(full, bytes);
+      coming_++, coming_bytes_ += of_slot;
+      if (lane == static_cast<int>(at_.slot)) asked_ = of_slot;
+      if (r == 0) ptx::mbarrier_arrive_expect_tx(full, of_slot);
       __syncwarp();
-      if (r >= 0 && r < (adjacent ? 1 : kSlotRows) && (rows >> lane & 1))
-        ptx::cp_async_bulk(data_ + at_.slot * bytes_ + r * row_bytes, from,
-                           adjacent ? kSlotRows * row_bytes : row_bytes, full, policy);
+      if (here) ptx::cp_async_bulk(data_ + at_.slot * bytes_ + offset, from, bytes, full, policy);
       at_ = spot(1);
     }
   }

@@ -15,13 +15,35 @@ namespace tp::cuda {
 
 namespace resident {
 
+/// Keys and values of the block's tiles of attention: a slot each. The caches are rings too, so a tile may be
+/// two pieces.
+__device__ __forceinline__ void fill_tiles(const Tasks& tasks, const AttentionArgs& a, RingFiller& ring,
+                                           const PeerMemory& peers, uint64_t policy) {
+  const int tile = tile_of(a.heads.head_dim), row_bytes = 2 * a.heads.head_dim, lane = threadIdx.x % 32;
+  const bool second = lane % kSlotRows == 1;
+  const auto* const cache = static_cast<const Bf16*>(lane < kSlotRows ? a.cache.k : a.cache.v);
+#pragma unroll 1
+  for (int i = tasks.begin; i < tasks.end; i++) {
+#pragma unroll 1
+    for (AttentionTask task = tasks.at(i, tile); task.begin < task.end; tasks.next_tile(task, tile)) {
+      const int rows = min(task.end - task.begin, tile), of_first = min(rows, task.edge);
+      const int begin = second ? of_first : 0, bytes = ((second ? rows : of_first) - begin) * row_bytes;
+      const bool here = bytes > 0 && lane % kSlotRows < 2;
+      ring.produce(here ? cache + tasks.row_of(task, begin) * a.heads.head_dim : nullptr, bytes,
+                   begin * row_bytes, kBytesAhead, peers, policy);
+    }
+  }
+}
+
 /// What the ninth warp does: portions in the order in which the stages take them. Lane r brings row r.
-__device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& chosen, uint32_t listed) {
+__device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& chosen, uint32_t listed,
+                          const Tasks* tasks) {
   const Dims& d = p.dims;
   // Weights are read once a step: let them not drive out what is read again.
   const uint64_t policy = ptx::evict_first_policy();
   const int r = threadIdx.x % kUnitRows;
   uint32_t lists = 0;
+  bool prepared = false;
   const auto wait_list = [&] { wait_phase(listed, lists++ & 1, p.peers); };
   // A stage has up to two matrices. All go through one loop, which keeps its code in the instruction cache.
 #pragma unroll 1
@@ -35,20 +57,24 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
     Schedule schedule(p, 0, 1);
     const Bf16* rows = nullptr;  // of unit 0, where units follow one another
     int64_t unit_stride = 0;     // elements
-    int part_stride = 0, bytes = 2 * d.hidden, ahead = kBytesAhead;
+    int part_stride = 0, row_bytes = 2 * d.hidden, ahead = kBytesAhead;
     bool adjacent = true;
     const int matrix = 2 * stage + at % 2;
     switch (matrix) {
       case 2 * kQkv:
         schedule = qkv.schedule(p);
         break;
+      case 2 * kAttention:
+        if (!prepared) sync_prepared(), prepared = true;
+        fill_tiles(tasks[layer.attention.heads.window == 0], layer.attention, ring, p.peers, policy);
+        continue;
       case 2 * kAttnOut:
       case 2 * kAttnOut + 1: {
         const AttnOutRows of(layer.attn_out, p);
         if (at % 2 == of.turns) continue;
         schedule = of.schedule(p);
         rows = of.row(0, at % 2, r), unit_stride = int64_t{kUnitRows} * of.columns, part_stride = of.part();
-        bytes = 2 * of.part(), adjacent = of.part() == of.columns;
+        row_bytes = 2 * of.part(), adjacent = of.part() == of.columns;
         break;
       }
       case 2 * kGateUp:
@@ -68,11 +94,11 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
       case 2 * kDown:
         if (step == p.from) wait_list();
         schedule = down.dense_schedule(p);
-        rows = down.dense_row(0, r), unit_stride = int64_t{kUnitRows} * d.inter, bytes = 2 * d.inter;
+        rows = down.dense_row(0, r), unit_stride = int64_t{kUnitRows} * d.inter, row_bytes = 2 * d.inter;
         break;
       case 2 * kDown + 1:
         schedule = down.expert_schedule(p, chosen.count);
-        bytes = down.ring_row_bytes(), adjacent = false, ahead = kBytesAheadOfExperts;
+        row_bytes = down.ring_row_bytes(), adjacent = false, ahead = kBytesAheadOfExperts;
         break;
       case 2 * kStages:
         schedule = Schedule(p, d.local_vocab / kUnitRows, 1);
@@ -95,7 +121,10 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
                    ? down.expert_rows(chosen.expert[i], unit) + (r & shift) * (kUnitRows / 2) * d.moe_inter
                    : nullptr;
       }
-      ring.produce(from, bytes, adjacent, ahead, p.peers, policy);
+      // Neighbours in memory come by one copy.
+      const bool first = r % kSlotRows == 0;
+      ring.produce(adjacent && !first ? nullptr : from, adjacent ? kSlotRows * row_bytes : row_bytes,
+                   r % kSlotRows * row_bytes, ahead, p.peers, policy);
       if (++part == schedule.parts) part = 0, unit += schedule.step;
     }
   }
@@ -152,7 +181,7 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
   __syncthreads();
   if (warp_index() >= kWarps) {
     ptx::keep_registers<kFillerRegisters>();
-    if (warp_index() == kWarps) fill_ring(p, RingFiller(ring), chosen, ptx::shared_address(&listed));
+    if (warp_index() == kWarps) fill_ring(p, RingFiller(ring), chosen, ptx::shared_address(&listed), tasks);
     return;
   }
 
@@ -181,6 +210,7 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
   const int first_layer = p.from / kStages;
   if (first_layer < p.layer_count) fetch(&layers[first_layer & 1], p.layers + first_layer);
   if (c.warp < 2 && p.kinds[c.warp].heads.heads > 0) tasks[c.warp].prepare(p, p.kinds[c.warp], acts);
+  say_prepared();
   const auto most = static_cast<int>(min(c.peers.floats, int64_t{kMostTokens} * 2 * kRowLength));
   empty(c.peers, c.sum_turn, most),
       empty(c.peers, turn_before(c.sum_turn), most);  // that the launch before has read
@@ -248,7 +278,7 @@ int slot_bytes_of(const Decoder& decoder, const Dims& d) {
   int most = std::max({2 * d.hidden, 2 * d.inter, 2 * d.moe_inter * kUnitRows / halves_of(d.leaves)});
   for (const LayerArgs& layer : decoder.layers)
     most = std::max(most, 2 * std::min(layer.attn_out.columns, kAttentionPart));
-  return stride_of(kSlotRows * most);
+  return stride_of(std::max(kSlotRows * most, kTileBytes));
 }
 
 LayerKind kind_of(const Decoder& decoder, bool full) {

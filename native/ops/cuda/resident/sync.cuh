@@ -19,6 +19,10 @@ __device__ __forceinline__ int warp_index() {
 /// A barrier of the computing (consumer) threads of the block.
 __device__ inline void sync_consumers() { ptx::bar_sync<1, kThreads>(); }
 
+/// What the computing threads prepare at the begin of a launch is there for the warp that fills the ring.
+__device__ inline void say_prepared() { ptx::bar_arrive<2, kThreads + 32>(); }
+__device__ inline void sync_prepared() { ptx::bar_sync<2, kThreads + 32>(); }
+
 /// Ends the kernel when a wait that began at `begin` (0: now) has lasted too long or was called off; returns
 /// when it began. Kept out of line: the code of every step should stay in the instruction cache.
 __device__ __noinline__ inline uint64_t end_if_overdue(const PeerMemory& peers, uint64_t begin,

@@ -7,8 +7,10 @@
 
 namespace tp::cuda::resident {
 
-/// Positions of a tile: 16 KB of keys.
-inline __host__ __device__ constexpr int tile_of(int head_dim) { return 8192 / head_dim; }
+/// Of a tile's keys, and of its values.
+constexpr int kTileBytes = 16 << 10;
+/// Positions of a tile.
+inline __host__ __device__ constexpr int tile_of(int head_dim) { return kTileBytes / 2 / head_dim; }
 /// Query heads of a KV head, at most.
 inline __host__ __device__ constexpr int most_group(int head_dim) { return head_dim == 256 ? 2 : 8; }
 
@@ -109,6 +111,10 @@ struct Tasks {
     const auto row = static_cast<int>(static_cast<uint32_t>(task.begin) % static_cast<uint32_t>(capacity));
     task.at = (sight.slot * kv_heads + task.kv_head) * capacity + row, task.edge = capacity - row;
     return task;
+  }
+  /// Of the caches, where row `row` of the tile lies.
+  __device__ __forceinline__ int64_t row_of(const AttentionTask& task, int row) const {
+    return task.at + row - (row >= task.edge ? capacity : 0);
   }
   __device__ __forceinline__ void next_tile(AttentionTask& task, int tile) const {
     task.begin += tile, task.at += tile, task.edge -= tile;
