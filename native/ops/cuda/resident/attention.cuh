@@ -4,7 +4,9 @@
 // so neither the batch nor timing changes a bit.
 #pragma once
 
-#include "ops/cuda/resident/tasks.cuh"
+#include <type_traits>
+
+#include "ops/cuda/resident/weighted.cuh"
 
 namespace tp::cuda::resident {
 
@@ -76,36 +78,19 @@ struct Head {
   }
 };
 
-/// Shared memory of a task, in the room of the activations. A warp takes 8 rows of a tile and 128 dimensions.
+template <int D>
+using Weighted = std::conditional_t<most_group(D) == 2, FewHeads<D>, ManyHeads<D>>;
+
+/// Shared memory of a task, in the room of the activations.
 template <int D>
 struct AttentionRoom {
-  static constexpr int kRows = tile_of(D), kHeads = most_group(D);
-  static constexpr int kParts = D / 128, kGroups = kWarps / kParts;  // of dimensions; of rows
-  static_assert(kGroups * 8 == kRows);
   static constexpr int kStride = D * 2 + 64;  // of queries: eight rows use all banks
-  struct Scores {
-    float part[2][kParts][kRows][kHeads];  // products; tiles take turns
-    float weight[kWarps][8 + 1][kHeads];   // of a warp's rows, then what the tiles before count for
-  };
-  union {
-    Scores scores;
-    float4 sum[kGroups - 1][kHeads][D / 4];  // of the groups but the first, behind the last tile
-    float share[kWarps][kFewChunks];         // of a chunk in its head's sum, where chunks are joined
-  };
-  char query[kHeads * kStride];  // they outlast a task: its neighbour may have the same
-  float total[kGroups][kHeads];  // of weights
-  bool last;                     // no other block has a chunk of the head left
+  typename TileShape<D>::Scores scores[2];    // tiles take turns
+  char query[most_group(D) * kStride];        // they outlast a task: its neighbour may have the same
+  typename Weighted<D>::Room weighted;
+  float share[kWarps][kFewChunks];  // of a chunk in its head's sum, where chunks are joined
+  bool last;                        // no other block has a chunk of the head left
 };
-
-__device__ inline float4 scaled(float4 x, float by) {
-  return make_float4(x.x * by, x.y * by, x.z * by, x.w * by);
-}
-__device__ inline float4 fused_four(float a, float4 x, float4 sum) {
-  return make_float4(fused(a, x.x, sum.x), fused(a, x.y, sum.y), fused(a, x.z, sum.z), fused(a, x.w, sum.w));
-}
-__device__ inline float4 plus(float4 a, float4 b) {
-  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
-}
 
 /// Four neighbours of the output, as Context::leave(). `contract` null: the launch goes on.
 __device__ __forceinline__ void leave_four(float* contract, Bf16* out, int64_t at, float4 x) {
@@ -161,27 +146,19 @@ template <int D>
 __device__ __forceinline__ RingAt attend(const Tasks& tasks, Ring ring, const LayerArgs& layer,
                                          const ArrivalCounter& grid, float* contract,
                                          uint64_t* inputs_there) {
-  using Room = AttentionRoom<D>;
-  constexpr int kRows = Room::kRows, kHeads = Room::kHeads, kStride = Room::kStride;
+  using Shape = TileShape<D>;
+  constexpr int kStride = AttentionRoom<D>::kStride;
   const Cache& cache = layer.attention.cache;
   const QkvArgs& qa = layer.qkv;
   const int kv_heads = tasks.kv_heads, group = tasks.group;
   const int warp = warp_index(), lane = threadIdx.x % 32, column = lane / 4, quarter = lane % 4;
-  const int of_group = warp / Room::kParts, of_dims = warp % Room::kParts;
-  const int top = of_group * 8, left = of_dims * 128;  // the warp's first row and dimension
-  auto& room = *reinterpret_cast<Room*>(tasks.room);
-  auto& scores = room.scores;
+  const int top = warp / Shape::kParts * 8, of_dims = warp % Shape::kParts;  // of the warp's scores
+  auto& room = *reinterpret_cast<AttentionRoom<D>*>(tasks.room);
+  Weighted<D> weighted(room.weighted, warp, lane);
 
   AttentionTask now = tasks.first;
   bool waited = false, begins = true, meets = true, more = true;  // meets: it has other queries than the last
   int turn = 0, ended = 0;                                        // tasks of these queries
-  // A lane of the softmax has one head, of a row of each 32 / kHeads. Every warp looks at all rows for the
-  // maximum, the warp's own first, and sums its own.
-  constexpr int kApart = 32 / kHeads, kLooks = kRows / kApart;
-  const int head = lane % kHeads, look = lane / kHeads;
-  float max = 0, total = 0;
-  float4 acc[kHeads];  // values: a lane takes 4 dimensions of all heads
-
 #pragma unroll 1
   for (int i = tasks.begin; more;) {
     // Queries that are not there yet, keys and values of this step: a warp a head.
@@ -223,16 +200,12 @@ __device__ __forceinline__ RingAt attend(const Tasks& tasks, Ring ring, const La
       // A vote, which tells the compiler that the warp stays together.
       if (__any_sync(~0u, job < jobs)) to_place.place(raw, tasks.eps, to, kept);
     }
-    if (begins) {
-      max = -INFINITY, total = 0;
-#pragma unroll
-      for (float4& x : acc) x = make_float4(0, 0, 0, 0);
-    }
+    if (begins) weighted.begin();
     if (jobs > 0) sync_consumers();
 
     {
       float even[4] = {}, odd[4] = {};
-      const uint32_t at = left * 2 + quarter * 16;
+      const uint32_t at = of_dims * Shape::kPart * 2 + quarter * 16;
       const uint32_t key = ptx::shared_address(keys) + (top + column) * 2 * D + at,
                      query = ptx::shared_address(room.query) + column * kStride + at;
 #pragma unroll
@@ -242,90 +215,29 @@ __device__ __forceinline__ RingAt attend(const Tasks& tasks, Ring ring, const La
         multiply(even, q.x, q.y, x.x, x.y);
         multiply(odd, q.z, q.w, x.z, x.w);
       }
-      if (column < kHeads)
-#pragma unroll
-        for (int k = 0; k < 2; k++)
-          scores.part[turn][of_dims][top + 2 * quarter + k][column] = even[k] + odd[k];
+      if (column < Shape::kHeads)
+        *reinterpret_cast<float2*>(&room.scores[turn][of_dims][column][top + 2 * quarter]) =
+            make_float2(even[0] + odd[0], even[1] + odd[1]);
     }
     AttentionTask next = now;
-    tasks.next_tile(next, kRows);
+    tasks.next_tile(next, Shape::kRows);
     const bool ends = next.begin >= next.end;
     if (ends) {
       more = ++i < tasks.end;
-      if (more) next = tasks.at(i, kRows);
+      if (more) next = tasks.at(i, Shape::kRows);
     }
     const bool leaves = !more || next.token != now.token || next.kv_head != now.kv_head;  // these queries
-    if (more) tasks.look(next, kRows);
+    if (more) tasks.look(next, Shape::kRows);
     sync_consumers();
 
-    float score[kLooks], most = max;
-#pragma unroll
-    for (int k = 0; k < kLooks; k++) {
-      const int row = (top + look + k * kApart) % kRows;
-      score[k] = scores.part[turn][0][row][head];
-#pragma unroll
-      for (int p = 1; p < Room::kParts; p++) score[k] += scores.part[turn][p][row][head];
-      if (!(now.seen >> row & 1)) score[k] = -INFINITY;
-      most = score[k] > most ? score[k] : most;
-    }
-#pragma unroll
-    for (int span = kHeads; span < 32; span *= 2) {
-      const float other = __shfl_xor_sync(~0u, most, span);
-      most = other > most ? other : most;
-    }
-    auto& weight = scores.weight[warp];
-    const float keep = exp_f32(max - most);
-    max = most, total *= keep;
-    weight[8][head] = keep;  // lanes of a head have the same
-#pragma unroll
-    for (int k = 0; k < kLooks && k * kApart < 8; k++)
-      if (look + k * kApart < 8) total += weight[look + k * kApart][head] = exp_f32(score[k] - max);
-    __syncwarp();
-
-    const char* const value = values + (top * D + left + lane * 4) * 2;
-#pragma unroll
-    for (int k = 0; k < kHeads; k++) acc[k] = scaled(acc[k], weight[8][k]);
-#pragma unroll 4
-    for (int r = 0; r < 8; r++) {
-      uint2 raw = *reinterpret_cast<const uint2*>(value + r * 2 * D);
-      if (!(now.seen >> (top + r) & 1)) raw = make_uint2(0, 0);  // what lies there may be no number
-      const float4 v = make_float4(float_of(raw.x << 16), float_of(raw.x & 0xffff0000u),
-                                   float_of(raw.y << 16), float_of(raw.y & 0xffff0000u));
-#pragma unroll
-      for (int k = 0; k < kHeads; k += 2) {
-        const float2 w = *reinterpret_cast<const float2*>(&weight[r][k]);
-        acc[k] = fused_four(w.x, v, acc[k]), acc[k + 1] = fused_four(w.y, v, acc[k + 1]);
-      }
-    }
+    weighted.add(room.scores[turn], values, now.seen);
     if (jobs > queries) ptx::fence_proxy_async();  // what was laid there, before the copy engine comes again
     ring.release();
 
     if (ends) {
-      // The groups' sums, in their order.
-      sync_consumers();
-#pragma unroll
-      for (int span = kHeads; span < 32; span *= 2) total += __shfl_xor_sync(~0u, total, span);
-      if (of_dims == 0 && lane < kHeads) room.total[of_group][lane] = total;
-      const int four = left / 4 + lane;
-      if (of_group > 0)
-#pragma unroll
-        for (int k = 0; k < kHeads; k++) room.sum[of_group - 1][k][four] = acc[k];
-      sync_consumers();
       const int pair = now.token * kv_heads + now.kv_head, chunks = tasks.of[now.token].chunks;
       const int64_t first = static_cast<int64_t>(pair) * group * tasks.partial_chunks + now.chunk;
-      if (of_group == 0)
-#pragma unroll
-        for (int k = 0; k < kHeads; k++) {
-          if (k >= group) continue;
-#pragma unroll
-          for (int g = 1; g < Room::kGroups; g++) acc[k] = plus(acc[k], room.sum[g - 1][k][four]);
-          reinterpret_cast<float4*>(tasks.partial + (first + k * tasks.partial_chunks) * D)[four] = acc[k];
-        }
-      if (warp == 0 && lane < group) {
-#pragma unroll
-        for (int g = 1; g < Room::kGroups; g++) total += room.total[g][lane];
-        tasks.partial_scale[first + lane * tasks.partial_chunks] = make_float2(max, total);
-      }
+      weighted.leave(tasks.partial + first * D, tasks.partial_scale + first, tasks.partial_chunks, group);
       ended++;
       if (leaves && joined_at_once(chunks)) {
         sync_consumers();
@@ -336,13 +248,13 @@ __device__ __forceinline__ RingAt attend(const Tasks& tasks, Ring ring, const La
           if (room.last) *done = 0;  // for the next layer, which begins after all blocks have met
         }
         sync_consumers();
-        constexpr int kSharing = kWarps / kHeads, kDims = D / kSharing;  // warps of a head, and their share
+        constexpr int kSharing = kWarps / Shape::kHeads,
+                      kDims = D / kSharing;  // warps of a head; their share
         if (room.last && warp / kSharing < group)
           join_at_once(tasks, contract, pair * group + warp / kSharing, chunks, D, warp % kSharing * kDims,
                        kDims, room.share[warp]);
       }
       if (leaves) ended = 0;
-      if (more) sync_consumers();  // the room is free again
     }
     now = next, begins = ends, meets = leaves, turn ^= 1;
   }
