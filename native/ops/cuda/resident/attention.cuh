@@ -101,43 +101,58 @@ __device__ __forceinline__ void leave_four(float* contract, Bf16* out, int64_t a
     put_four(out, at, x);
 }
 
-/// Joins the few chunks of a head, `row` of (T, heads), by the block that has come last: `dims` dimensions
-/// from `left` on by each warp. `shares`: kFewChunks floats of the warp. Out of line: few blocks come here.
-__device__ __noinline__ inline void join_at_once(const Tasks& tasks, float* contract, int row, int chunks,
-                                                 int head_dim, int left, int dims, float* shares) {
-  constexpr int kAtOnce = 4;
-  static_assert(kFewChunks % kAtOnce == 0);
-  const int lane = threadIdx.x % 32;
+/// Joins the few chunks of a head, `row` of (T, heads), by the block that has come last: each of the warps
+/// that share a head has neighbouring dimensions, and its lanes those of kAcross chunks side by side.
+/// `shares`: kFewChunks floats of the warp. Out of line: few blocks come here.
+template <int D>
+__device__ __noinline__ void join_at_once(const Tasks& tasks, float* contract, int row, int chunks, int part,
+                                          float* shares) {
+  constexpr int kDims = D * most_group(D) / kWarps, kAcross = kDims < 128 ? 128 / kDims : 1;
+  constexpr int kLanes = 32 / kAcross, kSlices = kDims / (4 * kLanes), kAtOnce = kSlices > 1 ? 2 : 4;
+  static_assert(kFewChunks % (kAtOnce * kAcross) == 0);
+  const int lane = threadIdx.x % 32, across = lane / kLanes, dim = part * kDims + lane % kLanes * 4;
   const int64_t at = static_cast<int64_t>(row) * tasks.partial_chunks;
-  const float* const partial = tasks.partial + at * head_dim;
+  const float* const partial = tasks.partial + at * D + dim;
   float2 of = make_float2(-INFINITY, 0);
   if (lane < chunks) of = __ldcg(tasks.partial_scale + at + lane);
   float inverse = 0;
-#pragma unroll 1
-  for (int d = 0; d < dims; d += 128) {
-    const int dim = left + d + lane * 4, there = d + lane * 4 < dims ? chunks : 0;
-    float4 sum = make_float4(0, 0, 0, 0);
-    // A few at a time: more at once would be more code, and most sequences have few chunks.
-#pragma unroll 1
-    for (int first = 0; first < chunks; first += kAtOnce) {
-      float4 value[kAtOnce];
+  float4 sum[kSlices];
 #pragma unroll
-      for (int k = 0; k < kAtOnce; k++) {
-        value[k] = make_float4(0, 0, 0, 0);
-        if (first + k < there)
-          value[k] = __ldcg(reinterpret_cast<const float4*>(partial + dim + (first + k) * head_dim));
-      }
-      if (__any_sync(~0u, d + first == 0)) {  // while the values are on their way
-        const float share = exp_f32(of.x - warp_max(of.x));
-        inverse = __fdividef(1, warp_sum(share * of.y));
-        if (lane < kFewChunks) shares[lane] = share;
-        __syncwarp();
-      }
+  for (float4& x : sum) x = make_float4(0, 0, 0, 0);
+  // A few at a time: more at once would be more code, and most sequences have few chunks.
+#pragma unroll 1
+  for (int first = across; first < chunks + across; first += kAtOnce * kAcross) {
+    float4 value[kAtOnce][kSlices];
 #pragma unroll
-      for (int k = 0; k < kAtOnce; k++) sum = fused_four(shares[first + k], value[k], sum);
+    for (int k = 0; k < kAtOnce; k++)
+#pragma unroll
+      for (int s = 0; s < kSlices; s++) {
+        const int chunk = first + k * kAcross;
+        value[k][s] = make_float4(0, 0, 0, 0);
+        if (chunk < chunks)
+          value[k][s] = __ldcg(reinterpret_cast<const float4*>(partial + chunk * D + s * 4 * kLanes));
+      }
+    if (__any_sync(~0u, first == across)) {  // while the values are on their way
+      const float share = exp_f32(of.x - warp_max(of.x));
+      inverse = __fdividef(1, warp_sum(share * of.y));
+      if (lane < kFewChunks) shares[lane] = share;
+      __syncwarp();
     }
-    if (there)
-      leave_four(contract, tasks.out, static_cast<int64_t>(row) * head_dim + dim, scaled(sum, inverse));
+#pragma unroll
+    for (int k = 0; k < kAtOnce; k++)
+#pragma unroll
+      for (int s = 0; s < kSlices; s++) sum[s] = fused_four(shares[first + k * kAcross], value[k][s], sum[s]);
+  }
+#pragma unroll
+  for (int s = 0; s < kSlices; s++) {
+#pragma unroll
+    for (int span = kLanes; span < 32; span *= 2)
+      sum[s] = plus(sum[s],
+                    make_float4(__shfl_xor_sync(~0u, sum[s].x, span), __shfl_xor_sync(~0u, sum[s].y, span),
+                                __shfl_xor_sync(~0u, sum[s].z, span), __shfl_xor_sync(~0u, sum[s].w, span)));
+    if (across == 0)
+      leave_four(contract, tasks.out, static_cast<int64_t>(row) * D + dim + s * 4 * kLanes,
+                 scaled(sum[s], inverse));
   }
 }
 
@@ -248,11 +263,10 @@ __device__ __forceinline__ RingAt attend(const Tasks& tasks, Ring ring, const La
           if (room.last) *done = 0;  // for the next layer, which begins after all blocks have met
         }
         sync_consumers();
-        constexpr int kSharing = kWarps / Shape::kHeads,
-                      kDims = D / kSharing;  // warps of a head; their share
+        constexpr int kSharing = kWarps / Shape::kHeads;  // warps of a head
         if (room.last && warp / kSharing < group)
-          join_at_once(tasks, contract, pair * group + warp / kSharing, chunks, D, warp % kSharing * kDims,
-                       kDims, room.share[warp]);
+          join_at_once<D>(tasks, contract, pair * group + warp / kSharing, chunks, warp % kSharing,
+                          room.share[warp]);
       }
       if (leaves) ended = 0;
     }
