@@ -209,7 +209,7 @@ void time_fused(int layer_count, int position) {
   for (const int size : {1, 2}) {
     gpu.reset();
     gpu = std::make_unique<cuda::CudaBackend>(0);
-    Model m(size, layer_count, 8, 1100, 8);
+    Model m(size, layer_count, 8, std::max(1100, position + 100), 8);
     set_angles(m);
     // As one rank: what it would add to its peers' sums it adds to nothing.
     const auto fused = gpu->fuse(decoder_of(m), m.d, nullptr);
