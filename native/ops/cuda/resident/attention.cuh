@@ -102,15 +102,16 @@ __device__ __forceinline__ void leave_four(float* contract, Bf16* out, int64_t a
 }
 
 /// Joins the few chunks of a head, `row` of (T, heads), by the block that has come last: each of the warps
-/// that share a head has neighbouring dimensions, and its lanes those of kAcross chunks side by side.
-/// `shares`: kFewChunks floats of the warp. Out of line: few blocks come here.
+/// that share a head has neighbouring dimensions. `shares`: kFewChunks floats of the warp. Out of line: few
+/// blocks come here.
 template <int D>
 __device__ __noinline__ void join_at_once(const Tasks& tasks, float* contract, int row, int chunks, int part,
                                           float* shares) {
-  constexpr int kDims = D * most_group(D) / kWarps, kAcross = kDims < 128 ? 128 / kDims : 1;
-  constexpr int kLanes = 32 / kAcross, kSlices = kDims / (4 * kLanes), kAtOnce = kSlices > 1 ? 2 : 4;
-  static_assert(kFewChunks % (kAtOnce * kAcross) == 0);
-  const int lane = threadIdx.x % 32, across = lane / kLanes, dim = part * kDims + lane % kLanes * 4;
+  // A few at a time: more at once would be more code, and most sequences have few chunks.
+  constexpr int kDims = D * most_group(D) / kWarps, kSlices = (kDims + 127) / 128;
+  constexpr int kAtOnce = kSlices > 1 ? 2 : 4;
+  static_assert(kFewChunks % kAtOnce == 0);
+  const int lane = threadIdx.x % 32, dim = part * kDims + lane * 4, there = lane * 4 < kDims ? chunks : 0;
   const int64_t at = static_cast<int64_t>(row) * tasks.partial_chunks;
   const float* const partial = tasks.partial + at * D + dim;
   float2 of = make_float2(-INFINITY, 0);
@@ -119,20 +120,18 @@ __device__ __noinline__ void join_at_once(const Tasks& tasks, float* contract, i
   float4 sum[kSlices];
 #pragma unroll
   for (float4& x : sum) x = make_float4(0, 0, 0, 0);
-  // A few at a time: more at once would be more code, and most sequences have few chunks.
 #pragma unroll 1
-  for (int first = across; first < chunks + across; first += kAtOnce * kAcross) {
+  for (int first = 0; first < chunks; first += kAtOnce) {
     float4 value[kAtOnce][kSlices];
 #pragma unroll
     for (int k = 0; k < kAtOnce; k++)
 #pragma unroll
       for (int s = 0; s < kSlices; s++) {
-        const int chunk = first + k * kAcross;
         value[k][s] = make_float4(0, 0, 0, 0);
-        if (chunk < chunks)
-          value[k][s] = __ldcg(reinterpret_cast<const float4*>(partial + chunk * D + s * 4 * kLanes));
+        if (first + k < there)
+          value[k][s] = __ldcg(reinterpret_cast<const float4*>(partial + (first + k) * D + s * 128));
       }
-    if (__any_sync(~0u, first == across)) {  // while the values are on their way
+    if (__any_sync(~0u, first == 0)) {  // while the values are on their way
       const float share = exp_f32(of.x - warp_max(of.x));
       inverse = __fdividef(1, warp_sum(share * of.y));
       if (lane < kFewChunks) shares[lane] = share;
@@ -141,19 +140,12 @@ __device__ __noinline__ void join_at_once(const Tasks& tasks, float* contract, i
 #pragma unroll
     for (int k = 0; k < kAtOnce; k++)
 #pragma unroll
-      for (int s = 0; s < kSlices; s++) sum[s] = fused_four(shares[first + k * kAcross], value[k][s], sum[s]);
+      for (int s = 0; s < kSlices; s++) sum[s] = fused_four(shares[first + k], value[k][s], sum[s]);
   }
 #pragma unroll
-  for (int s = 0; s < kSlices; s++) {
-#pragma unroll
-    for (int span = kLanes; span < 32; span *= 2)
-      sum[s] = plus(sum[s],
-                    make_float4(__shfl_xor_sync(~0u, sum[s].x, span), __shfl_xor_sync(~0u, sum[s].y, span),
-                                __shfl_xor_sync(~0u, sum[s].z, span), __shfl_xor_sync(~0u, sum[s].w, span)));
-    if (across == 0)
-      leave_four(contract, tasks.out, static_cast<int64_t>(row) * D + dim + s * 4 * kLanes,
-                 scaled(sum[s], inverse));
-  }
+  for (int s = 0; s < kSlices; s++)
+    if (there)
+      leave_four(contract, tasks.out, static_cast<int64_t>(row) * D + dim + s * 128, scaled(sum[s], inverse));
 }
 
 /// The block's tasks, of which there is one at least.
