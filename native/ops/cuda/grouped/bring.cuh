@@ -36,17 +36,18 @@ __device__ void bring_weights(const Parameters& p, const Units<S>& units, char* 
     constexpr bool kDealt = kIsDealt<S, F>;
     const int boxes = (min(kHalf, part.rows - x.row) + part.box - 1) / part.box;
     const int copies = kDealt ? 4 : F == Finish::gated ? 2 * boxes : boxes;
-    const int box_bytes = (kDealt ? S::kRows / 4 : part.box) * R::kPitch;
+    const int box_bytes = (kDealt ? S::kRows / 4 : part.box) * R::kWeightPitch;
     const bool is_high = !kDealt && lane >= boxes;
     const int box = is_high ? lane - boxes : lane;
     const CUtensorMap* const map = is_high ? &part.high : &part.low;
     const int row = x.weight_row + box * part.box + (is_high ? part.high_row : 0);
-    const int offset = (is_high ? kHalf * R::kPitch : 0) + box * box_bytes;
+    const int offset = (is_high ? kHalf * R::kWeightPitch : 0) + box * box_bytes;
     const int chunks = part.leaves * part.chunks;
 #pragma unroll 1
     for (int c = 0; c < chunks; c += S::kWide) {
       const uint32_t full = barriers + walk.at * 16;
-      const int pieces = min(S::kWide, chunks - c);
+      // A copy beyond the end of a row brings zeros there.
+      const int pieces = (min(S::kWide, chunks - c) + R::kTogether - 1) / R::kTogether;
       wait_for(full + 8, walk.phase ^ 1);
       if (c == 0) {
         Slot<S>& known = slots[slot];
@@ -61,15 +62,16 @@ __device__ void bring_weights(const Parameters& p, const Units<S>& units, char* 
       __syncwarp();
       const uint32_t to = shared_address(stages) + walk.at * R::kStage + offset;
 #pragma unroll
-      for (int w = 0; w < S::kWide; w++)
-        if (lane < copies && w < pieces) {
+      for (int i = 0; i < S::kWide / R::kTogether; i++)
+        if (lane < copies && i < pieces) {
+          const int w = i * R::kTogether, column = (c + w) * Chunk;
+          const uint32_t there = to + R::weights_at(w);
           if constexpr (kDealt)
-            ptx::cp_async_bulk_tensor_3d(to + w * R::kPiece, map, (c + w) * Chunk, lane, x.weight_row / 4,
-                                         full);
+            ptx::cp_async_bulk_tensor_3d(there, map, column, lane, x.weight_row / 4, full);
           else if (p.once)  // nobody else will want them: they need not stay in the second-level cache
-            ptx::cp_async_bulk_tensor(to + w * R::kPiece, map, (c + w) * Chunk, row, full, kEvictFirst);
+            ptx::cp_async_bulk_tensor(there, map, column, row, full, kEvictFirst);
           else
-            ptx::cp_async_bulk_tensor(to + w * R::kPiece, map, (c + w) * Chunk, row, full);
+            ptx::cp_async_bulk_tensor(there, map, column, row, full);
         }
       if (c == 0) look(u + gridDim.x);
       walk.advance(p.stages);
@@ -119,7 +121,7 @@ __device__ void bring_tokens(const Parameters& p, const Units<S>& units, char* s
     for (int c = 0; c < chunks; c += S::kWide) {
       const uint32_t full = barriers + walk.at * 16;
       wait_for(full + 8, walk.phase ^ 1);
-      const uint32_t to = shared_address(stages) + walk.at * R::kStage + R::kWeights;
+      const uint32_t to = shared_address(stages) + walk.at * R::kStage;
       constexpr int kAll = S::kWide * kPieces;
 #pragma unroll 4
       for (int i = thread; i < columns * kAll; i += S::kGivers) {
@@ -128,7 +130,7 @@ __device__ void bring_tokens(const Parameters& p, const Units<S>& units, char* s
         const Bf16* const from =
             part.tokens + static_cast<int64_t>(table[row]) * part.width + c * Chunk + all * 8;
         const int place = Chunk == 64 ? piece ^ row % 8 : piece;
-        ptx::cp_async_16(to + w * R::kPiece + row * R::kPitch + place * 16, from);
+        ptx::cp_async_16(to + R::tokens_at(w) + row * R::kPitch + place * 16, from);
       }
       ptx::cp_async_mbarrier_arrive(full);
       walk.advance(p.stages);

@@ -159,11 +159,17 @@ void down(const DownArgs& a, const Dims& d, const Input& in, CudaBackend& backen
   auto* const sums =
       static_cast<float*>(backend.workspace("assignments' leaves", static_cast<size_t>(sums_of(width))));
   if (in.tokens <= kFew) {
-    Parameters p = with_experts(a, d);
-    p.once = in.tokens <= kOnce;
-    if (d.inter > 0) p.part[p.parts++] = dense_part<Experts128>(a, d, in.tokens, dense_act);
-    p.part[p.parts++] = expert_part<Experts128>(a, d, expert_act, sums, 0, width);
-    launch_grouped<Experts128, 88, Finish::sums>(backend, p);
+    const auto as = [&]<class S>() {
+      Parameters p = with_experts(a, d);
+      p.once = in.tokens <= kOnce;
+      if (d.inter > 0) p.part[p.parts++] = dense_part<S>(a, d, in.tokens, dense_act);
+      p.part[p.parts++] = expert_part<S>(a, d, expert_act, sums, 0, width);
+      launch_grouped<S, 88, Finish::sums>(backend, p);
+    };
+    if (in.tokens <= kOnce)
+      as.operator()<Experts64>();
+    else
+      as.operator()<Experts128>();
     join(a, d, in.tokens, sums, place, 0, width, backend);
     return;
   }

@@ -45,26 +45,26 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
     const int row = kDealt   ? (2 * m + high) * (S::kRows / 4) + row_warp * 8 + lane % 8
                     : kGated ? high * (S::kRows / 2) + tile * 8 + lane % 8
                              : tile * 16 + high * 8 + lane % 8;
-    a_row[m] = shared_address(stages) + row * R::kPitch;
+    a_row[m] = shared_address(stages) + row * R::kWeightPitch;
   }
-  const uint32_t b_row =
-      shared_address(stages) + R::kWeights + (first_column + lane / 16 * 8 + lane % 8) * R::kPitch;
+  const uint32_t b_row = shared_address(stages) + (first_column + lane / 16 * 8 + lane % 8) * R::kPitch;
   const int a_piece = lane / 16, b_piece = lane / 8 % 2;
   const auto at = [&](int piece) { return (Chunk == 64 ? piece ^ lane % 8 : piece) * 16; };
   // A step's elements of weights and activations; the next step's come while this one's are multiplied.
   struct Step {
     uint32_t a[kM][4], b[kN / 2][4];
   };
-  const auto load = [&]<bool Full>(Step& to, uint32_t stage, int step, int pairs) {
+  const auto load = [&]<bool Full>(Step& to, uint32_t stage, int chunk, int step, int pairs) {
     const bool half = step * 16 + 8 == Chunk;
 #pragma unroll
     for (int m = 0; m < kM; m++)
-      ptx::ldmatrix_x4(to.a[m], a_row[m] + stage + at(2 * step + (half ? 0 : a_piece)));
+      ptx::ldmatrix_x4(to.a[m],
+                       a_row[m] + stage + R::weights_at(chunk) + at(2 * step + (half ? 0 : a_piece)));
 #pragma unroll
     for (int pair = 0; pair < kN / 2; pair++)
       if (Full || pair < pairs)
-        ptx::ldmatrix_x4(to.b[pair],
-                         b_row + stage + pair * 16 * R::kPitch + at(2 * step + (half ? 0 : b_piece)));
+        ptx::ldmatrix_x4(to.b[pair], b_row + stage + R::tokens_at(chunk) + pair * 16 * R::kPitch +
+                                         at(2 * step + (half ? 0 : b_piece)));
   };
   Walk walk;
   int slot = 0;
@@ -136,7 +136,7 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
     };
     const auto multiply_unit = [&]<bool Full>() {
       Step steps[2];
-      load.template operator()<Full>(steps[0], walk.at * R::kStage, 0, pairs);
+      load.template operator()<Full>(steps[0], walk.at * R::kStage, 0, 0, pairs);
       int leaf = 0, left = chunks;
 #pragma unroll 1
       for (int c = 0; c < all_chunks; c += S::kWide) {
@@ -150,11 +150,11 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
           for (int step = 0; step < kSteps; step++) {
             const bool half = step * 16 + 8 == Chunk;
             if (step + 1 < kSteps) {
-              load.template operator()<Full>(steps[(step + 1) % 2], stage + w * R::kPiece, step + 1, pairs);
+              load.template operator()<Full>(steps[(step + 1) % 2], stage, w, step + 1, pairs);
             } else if (c + w + 1 < all_chunks) {
               if (w + 1 == S::kWide) wait_for(full, walk.phase);
-              load.template operator()<Full>(
-                  steps[0], w + 1 == S::kWide ? walk.at * R::kStage : stage + (w + 1) * R::kPiece, 0, pairs);
+              load.template operator()<Full>(steps[0], w + 1 == S::kWide ? walk.at * R::kStage : stage,
+                                             (w + 1) % S::kWide, 0, pairs);
             }
             const Step& now = steps[step % 2];
 #pragma unroll

@@ -18,8 +18,8 @@ inline int box_of(int rows, int tile) {
 /// How the kernels for S bring rows of a matrix that are not gated.
 template <class S, int Chunk>
 CUtensorMap map_of(const Bf16* weight, int64_t rows, int width, int box) {
-  return kIsDealt<S, Finish::sums> ? map_of_fourths(weight, rows, width, Chunk, S::kRows / 4, Chunk == 64)
-                                   : matrix_of(weight, rows, width, Chunk, box, Chunk == 64, true, 1).map;
+  if (kIsDealt<S, Finish::sums>) return map_of_fourths(weight, rows, width, Chunk, S::kRows / 4, Chunk == 64);
+  return matrix_of(weight, rows, width, Chunk * kBeside<S, Chunk>, box, Chunk == 64, true, 1).map;
 }
 
 /// A matrix of `rows` rows of `width` elements, whose leaves are joined.

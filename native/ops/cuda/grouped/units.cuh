@@ -83,6 +83,13 @@ struct Slot {
   int out_row[S::kColumns];
 };
 
+/// Chunks that one copy brings: neighbours in a row, up to 256 elements, where they are not swizzled. Short
+/// pieces of a row would share its lines of memory with their neighbours.
+template <class S, int Chunk>
+constexpr int kBeside = Chunk == 64               ? 1
+                        : S::kWide * Chunk <= 256 ? S::kWide
+                                                  : 256 / Chunk;
+
 inline __host__ __device__ int up(int x, int to) { return (x + to - 1) / to * to; }
 
 /// Shared memory of a block: the stages, then the stack of leaves, where the experts' units and assignments
@@ -90,8 +97,16 @@ inline __host__ __device__ int up(int x, int to) { return (x + to - 1) / to * to
 /// free, all warps have left the unit that had its slot before) and the barriers.
 template <class S, int Chunk>
 struct Room {
-  static constexpr int kPitch = Chunk * 2, kWeights = S::kRows * kPitch;
-  static constexpr int kPiece = kWeights + S::kColumns * kPitch, kStage = S::kWide * kPiece;
+  static constexpr int kPitch = Chunk * 2;  // bytes of a chunk, and from an activation's row to the next
+  static constexpr int kTogether = kBeside<S, Chunk>, kWeightPitch = kTogether * kPitch;
+  static_assert(S::kWide % kTogether == 0);
+  static constexpr int kWeights = S::kWide * S::kRows * kPitch, kTokens = S::kColumns * kPitch;
+  static constexpr int kStage = kWeights + S::kWide * kTokens;
+  /// Where a stage's chunk w lies.
+  static __host__ __device__ constexpr int weights_at(int w) {
+    return w / kTogether * S::kRows * kWeightPitch + w % kTogether * kPitch;
+  }
+  static __host__ __device__ constexpr int tokens_at(int w) { return kWeights + w * kTokens; }
   static constexpr int kLevel = S::kRows * S::kColumns * 4;
   static constexpr int kSlot = sizeof(Slot<S>);
   int stack, first_units, table, slots, barriers, bytes;
