@@ -1,6 +1,6 @@
-// Weights stream through a ring of slots in shared memory: one warp asks the copy engine for what the plan
-// will need and runs ahead as far as there is room, across stages and layers; the other warps take slots as
-// they need them. A slot holds four weight rows, or parts of them.
+// Weights, keys and values stream through a ring of slots in shared memory: one warp asks the copy engine for
+// what the plan will need and runs ahead as far as there is room, across stages and layers; the other warps
+// take slots as they need them. A slot holds four weight rows, or parts of them, or a tile's keys or values.
 #pragma once
 
 #include "ops/cuda/resident/sync.cuh"

@@ -1,6 +1,6 @@
 // The resident kernel: a block a multiprocessor runs the stages of the plan one after the other. Eight warps
-// compute; the ninth walks the same plan and keeps the ring of weights full, so that memory is read while
-// blocks wait for each other, for a peer or for the router.
+// compute; the ninth walks the same plan and keeps the ring full of what they will need, so that memory is
+// read while blocks wait for each other, for a peer or for the router.
 #include <algorithm>
 
 #include "ops/cuda/resident/attention.cuh"
