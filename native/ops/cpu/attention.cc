@@ -134,16 +134,14 @@ void attend_all(const AttentionArgs& a, const Input& in, Backend& backend) {
     auto* const scratch =
         static_cast<float*>(backend.scratch(thread, sizeof(float) * static_cast<size_t>(floats)));
     const int64_t at = (static_cast<int64_t>(t) * h.heads + head) * dim;
-    switch (each) {
-      case 8:
-        return attend<kMostHeads>(sight, a.q + at, a.attention + at, scratch);
-      case 4:
-        return attend<4>(sight, a.q + at, a.attention + at, scratch);
-      case 2:
-        return attend<2>(sight, a.q + at, a.attention + at, scratch);
-      default:
-        return attend<1>(sight, a.q + at, a.attention + at, scratch);
-    }
+    if (each == kMostHeads)
+      attend<kMostHeads>(sight, a.q + at, a.attention + at, scratch);
+    else if (each == 4)
+      attend<4>(sight, a.q + at, a.attention + at, scratch);
+    else if (each == 2)
+      attend<2>(sight, a.q + at, a.attention + at, scratch);
+    else
+      attend<1>(sight, a.q + at, a.attention + at, scratch);
   });
 }
 

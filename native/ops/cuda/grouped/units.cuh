@@ -2,6 +2,8 @@
 // and the tiles in their order.
 #pragma once
 
+#include <algorithm>
+
 #include "ops/cuda/gemv.cuh"
 
 namespace tp::cuda::grouped {
@@ -83,13 +85,6 @@ struct Slot {
   int out_row[S::kColumns];
 };
 
-/// Chunks that one copy brings: neighbours in a row, up to 256 elements, where they are not swizzled. Short
-/// pieces of a row would share its lines of memory with their neighbours.
-template <class S, int Chunk>
-constexpr int kBeside = Chunk == 64               ? 1
-                        : S::kWide * Chunk <= 256 ? S::kWide
-                                                  : 256 / Chunk;
-
 inline __host__ __device__ int up(int x, int to) { return (x + to - 1) / to * to; }
 
 /// Shared memory of a block: the stages, then the stack of leaves, where the experts' units and assignments
@@ -98,7 +93,10 @@ inline __host__ __device__ int up(int x, int to) { return (x + to - 1) / to * to
 template <class S, int Chunk>
 struct Room {
   static constexpr int kPitch = Chunk * 2;  // bytes of a chunk, and from an activation's row to the next
-  static constexpr int kTogether = kBeside<S, Chunk>, kWeightPitch = kTogether * kPitch;
+  /// Chunks that one copy brings of every weight row: neighbours, up to 256 elements, where they are not
+  /// swizzled. Short pieces of a row would share its lines of memory with their neighbours.
+  static constexpr int kTogether = Chunk == 64 ? 1 : std::min(S::kWide, 256 / Chunk);
+  static constexpr int kWeightPitch = kTogether * kPitch;
   static_assert(S::kWide % kTogether == 0);
   static constexpr int kWeights = S::kWide * S::kRows * kPitch, kTokens = S::kColumns * kPitch;
   static constexpr int kStage = kWeights + S::kWide * kTokens;

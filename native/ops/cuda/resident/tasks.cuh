@@ -38,11 +38,10 @@ __device__ inline bool joined_at_once(int chunks) { return chunks <= kFewChunks;
 /// A task, at one of its tiles. A row of the tile is a bit.
 struct AttentionTask {
   int token, kv_head, chunk;
-  int begin, end;       // position of the tile's first row; behind the task's last position
-  int at, edge;         // where its first row lies in the caches; the row that lies at the ring's begin again
-  uint32_t seen;        // rows that the token sees
-  uint32_t fresh_rows;  // of them, those of this step
-  uint32_t fresh;       // and the tokens they are of, a bit each
+  int begin, end;  // position of the tile's first row; behind the task's last position
+  int at, edge;    // where its first row lies in the caches; the row that lies at the ring's begin again
+  uint32_t seen;   // rows that the token sees
+  uint32_t fresh;  // tokens whose rows of this step are among them, a bit each
 };
 
 /// The tasks of one kind of layer, window or full, and what they need of the launch: the same in all layers,
@@ -124,12 +123,12 @@ struct Tasks {
   __device__ __forceinline__ void look(AttentionTask& task, int tile) const {
     const Sight& sight = of[task.token];
     task.seen = ~0u >> (32 - min(task.end - task.begin, tile)) & ~0u << max(sight.first - task.begin, 0);
-    task.fresh_rows = task.fresh = 0;
+    task.fresh = 0;
 #pragma unroll 1
     for (uint32_t left = sight.mates; left; left &= left - 1) {
       const int t = __ffs(static_cast<int>(left)) - 1;
       const auto row = static_cast<uint32_t>(of[t].last - task.begin);
-      if (row < 32 && (task.seen >> row & 1)) task.fresh_rows |= 1u << row, task.fresh |= 1u << t;
+      if (row < 32 && (task.seen >> row & 1)) task.fresh |= 1u << t;
     }
   }
 };
