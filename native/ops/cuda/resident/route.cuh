@@ -272,10 +272,6 @@ __device__ __forceinline__ void route(Context& c, const LayerArgs& layer) {
     c.early.expect(c.tokens);
     ptx::cp_async_wait_all();
     c.early.wait(c.peers);
-    if (!c.last) {  // what the next stage multiplies
-      fetch_acts(c.acts, stride, to.dense_in, c.tokens, n, n);
-      if (char* const room = c.expert_room(stride)) fetch_acts(room, stride, to.expert_in, c.tokens, n, n);
-    }
   }
   c.mark(2);
   each_own_expert(c, [&](int e) {
@@ -291,7 +287,13 @@ __device__ __forceinline__ void route(Context& c, const LayerArgs& layer) {
     a.router_logits[c.warp * d.experts + e] = logit;
     if (!c.last) ptx::st_relaxed_gpu(c.p.scores + c.warp * kMostExperts + e, value_of(logit));
   });
-  if (!c.last) return;
+  if (!c.last) {
+    if (c.alone()) return;
+    // What the next stage multiplies, behind the rows for which everyone waits.
+    fetch_acts(c.acts, stride, to.dense_in, c.tokens, n, n);
+    if (char* const room = c.expert_room(stride)) fetch_acts(room, stride, to.expert_in, c.tokens, n, n);
+    return;
+  }
   c.grid.arrive();
   c.grid.expect(gridDim.x);
   c.grid.wait(c.peers);
