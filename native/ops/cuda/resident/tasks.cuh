@@ -86,9 +86,19 @@ struct Tasks {
     }
     // Neighbours, which share queries. They begin at the last block: the first ones make rows, and the code
     // of both does not fit into a multiprocessor's instruction cache (128 KB) together with that of the
-    // products.
+    // products. A block's chunks are of one token and KV head where no block gets more to do by it.
     const int blocks = static_cast<int>(gridDim.x), own = blocks - 1 - static_cast<int>(blockIdx.x);
-    const auto first_of = [&](int i) { return sum > blocks ? i * sum / blocks : min(i, sum); };
+    const int pairs = in.tokens * h.kv_heads, each = max(blocks / pairs, 1);  // of tokens and heads; blocks
+    const int most = __reduce_max_sync(~0u, (sight.chunks + each - 1) / each);
+    const int pair = min(own / each, pairs), of_token = min(pair / h.kv_heads, in.tokens - 1);
+    const int of_pair = __shfl_sync(~0u, sight.chunks, of_token),
+              before = __shfl_sync(~0u, sight.before, of_token);
+    const auto first_of = [&](int i) {
+      if (sum <= blocks) return min(i, sum);
+      if (pairs > blocks || most > (sum - 1) / blocks + 1) return i * sum / blocks;
+      const int chunks = pair < pairs ? of_pair : 0;
+      return before + (pair - of_token * h.kv_heads) * chunks + ((i - pair * each) * chunks) / each;
+    };
     if (t == 0) begin = first_of(own), end = first_of(own + 1);
     __syncwarp();
     if (begin == end) return;
