@@ -1,7 +1,7 @@
 // Norms and RoPE of the heads, the cache, and one query a head over it. A block goes through its tasks tile
 // by tile: keys and values of a tile are two slots of the ring. Positions of this step come from the
-// projections, not from the cache, where each token's own task lays them. Chunks are joined in their order,
-// so neither the batch nor timing changes a bit.
+// projections, as soon as these are there, and not from the cache, where each token's own task lays them.
+// Chunks are joined in their order, so neither the batch nor timing changes a bit.
 #pragma once
 
 #include <type_traits>
@@ -34,16 +34,24 @@ struct Head {
         sin[i] = __ldg(reinterpret_cast<const float4*>(sine + at) + i);
     }
   }
-  /// norm(raw), rotated, to shared memory and, unless null, to the cache.
-  __device__ __forceinline__ void place(const float* raw, float eps, Bf16* to, Bf16* cache) const {
+  /// norm(raw), as soon as it is there, rotated, to shared memory and, unless null, to the cache.
+  __device__ __forceinline__ void place(const float* raw, const PeerMemory& peers, float eps, Bf16* to,
+                                        Bf16* cache) const {
     const int at = threadIdx.x % 32 * kHalf;
     float4 x[2][kHalf / 4];
     float sum = 0;
+    for (Timeout timeout;; timeout.poll(peers, kTimeoutNs)) {
+      bool there = true;
 #pragma unroll
-    for (int half = 0; half < 2; half++)
+      for (int half = 0; half < 2; half++)
 #pragma unroll
-      for (int i = 0; i < kHalf / 4; i++)
-        x[half][i] = __ldcg(reinterpret_cast<const float4*>(raw + half * (D / 2) + at) + i);
+        for (int i = 0; i < kHalf / 4; i++) {
+          const uint4 four = ptx::ld_relaxed_gpu_v4(raw + half * (D / 2) + at + i * 4);
+          there &= four.x != kNothing && four.y != kNothing && four.z != kNothing && four.w != kNothing;
+          x[half][i] = make_float4(float_of(four.x), float_of(four.y), float_of(four.z), float_of(four.w));
+        }
+      if (__all_sync(~0u, there)) break;
+    }
 #pragma unroll
     for (int half = 0; half < 2; half++)
 #pragma unroll
@@ -150,13 +158,13 @@ __device__ __noinline__ void join_at_once(const Tasks& tasks, float* contract, i
 
 /// The block's tasks, of which there is one at least.
 template <int D>
-__device__ __forceinline__ RingAt attend(const Tasks& tasks, Ring ring, const LayerArgs& layer,
-                                         const ArrivalCounter& grid, float* contract,
-                                         uint64_t* inputs_there) {
+__device__ __forceinline__ RingAt attend(const Tasks& tasks, Ring ring, const LayerArgs& layer, bool first,
+                                         float* contract, uint64_t* inputs_there) {
   using Shape = TileShape<D>;
   constexpr int kStride = AttentionRoom<D>::kStride;
   const Cache& cache = layer.attention.cache;
   const QkvArgs& qa = layer.qkv;
+  const float *const of_queries = first ? qa.q : tasks.q, *const of_keys = first ? qa.kv : tasks.kv;
   const int kv_heads = tasks.kv_heads, group = tasks.group;
   const int warp = warp_index(), lane = threadIdx.x % 32, column = lane / 4, quarter = lane % 4;
   const int top = warp / Shape::kParts * 8, of_dims = warp % Shape::kParts;  // of the warp's scores
@@ -164,49 +172,43 @@ __device__ __forceinline__ RingAt attend(const Tasks& tasks, Ring ring, const La
   Weighted<D> weighted(room.weighted, warp, lane);
 
   AttentionTask now = tasks.first;
-  bool waited = false, begins = true, meets = true, more = true;  // meets: it has other queries than the last
-  int turn = 0, ended = 0;                                        // tasks of these queries
+  bool begins = true, meets = true, more = true;  // meets: it has other queries than the last
+  int turn = 0, ended = 0;                        // tasks of these queries
+  sync_consumers();                               // what lay in the room has been read
 #pragma unroll 1
-  for (int i = tasks.begin; more;) {
+  for (int i = tasks.end - 1; more;) {
     // Queries that are not there yet, keys and values of this step: a warp a head.
     const int queries = meets ? group : 0, jobs = queries + 2 * __popc(now.fresh);
     ring.wait_full(*tasks.peers);
     char *const keys = ring.data(0), *const values = ring.data(1);
 #pragma unroll 1
-    for (int job = warp; job < jobs || !waited; job += kWarps) {
+    for (int job = warp; job < jobs; job += kWarps) {
       Head<D> to_place;
-      const float* raw = nullptr;
-      Bf16 *to = nullptr, *kept = nullptr;
-      if (job < jobs) {
-        const Bf16* norm = qa.q_norm;
-        int t = now.token;
-        const bool of_query = job < queries, of_key = (job - queries) % 2 == 0;
-        if (of_query) {
-          raw = qa.q + static_cast<int64_t>((t * kv_heads + now.kv_head) * group + job) * D;
-          to = reinterpret_cast<Bf16*>(room.query + job * kStride);
-        } else {
-          uint32_t fresh = now.fresh;
+      const float* raw;
+      Bf16 *to, *kept = nullptr;
+      const Bf16* norm = qa.q_norm;
+      int t = now.token;
+      const bool of_query = job < queries, of_key = (job - queries) % 2 == 0;
+      if (of_query) {
+        raw = of_queries + static_cast<int64_t>((t * kv_heads + now.kv_head) * group + job) * D;
+        to = reinterpret_cast<Bf16*>(room.query + job * kStride);
+      } else {
+        uint32_t fresh = now.fresh;
 #pragma unroll 1
-          for (int n = (job - queries) / 2; n > 0; n--) fresh &= fresh - 1;
-          t = __ffs(static_cast<int>(fresh)) - 1;
-          const int row = tasks.of[t].last - now.begin;
-          raw = qa.kv + static_cast<int64_t>((2 * t + (!of_key && qa.v_weight)) * kv_heads + now.kv_head) * D;
-          to = reinterpret_cast<Bf16*>((of_key ? keys : values) + row * 2 * D);
-          norm = of_key ? qa.k_norm : nullptr;
-          if (t == now.token)
-            kept = static_cast<Bf16*>(of_key ? cache.k : cache.v) + tasks.row_of(now, row) * D;
-        }
-        const int angles = t * qa.heads.rotary_pairs;
-        to_place.ask(norm, norm ? qa.cosine + angles : nullptr, qa.sine + angles, qa.heads.rotary_pairs);
+        for (int n = (job - queries) / 2; n > 0; n--) fresh &= fresh - 1;
+        t = __ffs(static_cast<int>(fresh)) - 1;
+        const int row = tasks.of[t].last - now.begin;
+        raw = of_keys + static_cast<int64_t>((2 * t + (!of_key && qa.v_weight)) * kv_heads + now.kv_head) * D;
+        to = reinterpret_cast<Bf16*>((of_key ? keys : values) + row * 2 * D);
+        norm = of_key ? qa.k_norm : nullptr;
+        if (t == now.token)
+          kept = static_cast<Bf16*>(of_key ? cache.k : cache.v) + tasks.row_of(now, row) * D;
       }
-      if (!waited) {
-        grid.wait(*tasks.peers);
-        if (inputs_there && threadIdx.x == 0) *inputs_there = ptx::globaltimer();
-        waited = true;
-      }
-      // A vote, which tells the compiler that the warp stays together.
-      if (__any_sync(~0u, job < jobs)) to_place.place(raw, tasks.eps, to, kept);
+      const int angles = t * qa.heads.rotary_pairs;
+      to_place.ask(norm, norm ? qa.cosine + angles : nullptr, qa.sine + angles, qa.heads.rotary_pairs);
+      to_place.place(raw, *tasks.peers, tasks.eps, to, kept);
     }
+    if (inputs_there && threadIdx.x == 0) *inputs_there = ptx::globaltimer(), inputs_there = nullptr;
     if (begins) weighted.begin();
     if (jobs > 0) sync_consumers();
 
@@ -230,7 +232,7 @@ __device__ __forceinline__ RingAt attend(const Tasks& tasks, Ring ring, const La
     tasks.next_tile(next, Shape::kRows);
     const bool ends = next.begin >= next.end;
     if (ends) {
-      more = ++i < tasks.end;
+      more = --i >= tasks.begin;
       if (more) next = tasks.at(i, Shape::kRows);
     }
     const bool leaves = !more || next.token != now.token || next.kv_head != now.kv_head;  // these queries
@@ -269,9 +271,8 @@ __device__ __forceinline__ RingAt attend(const Tasks& tasks, Ring ring, const La
 
 /// Out of line, where few layers come by: the registers of others are not spilled for its sums.
 __device__ __noinline__ inline RingAt attend_wide(const Tasks& tasks, Ring ring, const LayerArgs& layer,
-                                                  ArrivalCounter grid, float* contract,
-                                                  uint64_t* inputs_there) {
-  return attend<512>(tasks, ring, layer, grid, contract, inputs_there);
+                                                  bool first, float* contract, uint64_t* inputs_there) {
+  return attend<512>(tasks, ring, layer, first, contract, inputs_there);
 }
 
 /// Joins the chunks of heads that have many: a task is 128 dimensions of one head.
@@ -329,12 +330,9 @@ __device__ __forceinline__ void attention(Context& c, const LayerArgs& layer) {
   const Tasks& tasks = c.tasks[h.window == 0];
   float* const contract = c.last ? layer.attention.attention : nullptr;
   uint64_t* const inputs_there = c.marks ? c.marks + 1 : nullptr;
-  if (tasks.begin == tasks.end)
-    c.grid.wait(c.peers);  // it must not arrive again before all have arrived once
-  else if (h.head_dim == 256)
-    c.ring.go_to(attend<256>(tasks, c.ring, layer, c.grid, contract, inputs_there));
-  else
-    c.ring.go_to(attend_wide(tasks, c.ring, layer, c.grid, contract, inputs_there));
+  if (tasks.begin < tasks.end)
+    c.ring.go_to(h.head_dim == 256 ? attend<256>(tasks, c.ring, layer, c.first, contract, inputs_there)
+                                   : attend_wide(tasks, c.ring, layer, c.first, contract, inputs_there));
   c.grid.arrive();
   c.grid.expect(gridDim.x);
   if (!tasks.many) return;

@@ -1,6 +1,7 @@
 // Gate and up projections and GELU(gate) * up. A unit is four columns: their gate rows, then their up rows.
 #pragma once
 
+#include "ops/cuda/resident/qkv.cuh"
 #include "ops/cuda/resident/route.cuh"
 
 namespace tp::cuda::resident {
@@ -75,13 +76,12 @@ __device__ __forceinline__ void gate_up(Context& c, const LayerArgs& layer) {
       });
     });
     // What down can multiply while the last experts are under way elsewhere.
-    if (dense) c.early.arrive(), c.early.expect(static_cast<int>(gridDim.x));
+    if (!dense) continue;
+    c.early.arrive(), c.early.expect(static_cast<int>(gridDim.x));
+    empty_projections(c, layer);
   }
   c.grid.arrive();
   c.grid.expect(gridDim.x);
-  if (!c.last || c.first) return;
-  c.grid.wait(c.peers);
-  empty_scores(c);
 }
 
 }  // namespace tp::cuda::resident

@@ -23,10 +23,22 @@ struct QkvRows {
   }
 };
 
+/// Where a projected row lies, of q or behind these of k and v, as the ops' contract has them.
+struct Projections {
+  float *q, *kv;
+  int q_rows, kv_rows;
+  __device__ Projections(const QkvRows& rows, float* q_, float* kv_)
+      : q(q_), kv(kv_), q_rows(rows.q_units * kUnitRows), kv_rows(rows.kv_units * kUnitRows) {}
+  __device__ float* at(int t, int row) const {
+    return row < q_rows ? q + static_cast<int64_t>(t) * q_rows + row
+                        : kv + static_cast<int64_t>(t) * 2 * kv_rows + row - q_rows;
+  }
+};
+
 __device__ __forceinline__ void qkv(Context& c, const LayerArgs& layer) {
   const QkvArgs& a = layer.qkv;
   const QkvRows rows(a);
-  const int n = c.p.dims.hidden, q_rows = rows.q_units * kUnitRows, kv_rows = rows.kv_units * kUnitRows;
+  const int n = c.p.dims.hidden;
   if (!c.first && !c.alone()) c.early.wait(c.peers);
   c.mark(1);
   if (c.first) {
@@ -37,19 +49,25 @@ __device__ __forceinline__ void qkv(Context& c, const LayerArgs& layer) {
   }
   sync_consumers();
   const Schedule schedule = rows.schedule(c.p);
+  // A block reads few of these, so it waits for the values themselves and not for all blocks.
+  const Projections to(rows, c.last ? a.q : c.p.q, c.last ? a.kv : c.p.kv);
   consume<kWholePieces>(c, schedule, kWarps, {c.acts, stride_of(2 * n)},
                         [&](int first, int units, const float* room) {
                           each_output<kUnitRows>(c, units, [&](int u, int t, int row) {
-                            const float x = rounded(joined(room, u, t, row));
-                            const int at = schedule.unit(first + u) * kUnitRows + row;
-                            if (at < q_rows)
-                              a.q[static_cast<int64_t>(t) * q_rows + at] = x;
-                            else
-                              a.kv[static_cast<int64_t>(t) * 2 * kv_rows + at - q_rows] = x;  // k, then v
+                            ptx::st_relaxed_gpu(to.at(t, schedule.unit(first + u) * kUnitRows + row),
+                                                rounded(joined(room, u, t, row)));
                           });
                         });
-  c.grid.arrive();
-  c.grid.expect(gridDim.x);
+}
+
+/// Empties what the block has projected, which all blocks have read.
+__device__ __forceinline__ void empty_projections(const Context& c, const LayerArgs& layer) {
+  const QkvRows rows(layer.qkv);
+  const Schedule schedule = rows.schedule(c.p);
+  const Projections to(rows, c.p.q, c.p.kv);
+  each_output<kUnitRows>(c, schedule.units, [&](int u, int t, int row) {
+    *to.at(t, schedule.unit(u) * kUnitRows + row) = float_of(kNothing);
+  });
 }
 
 }  // namespace tp::cuda::resident

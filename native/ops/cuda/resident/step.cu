@@ -23,7 +23,7 @@ __device__ __forceinline__ void fill_tiles(const Tasks& tasks, const AttentionAr
   const bool second = lane % kSlotRows == 1;
   const auto* const cache = static_cast<const Bf16*>(lane < kSlotRows ? a.cache.k : a.cache.v);
 #pragma unroll 1
-  for (int i = tasks.begin; i < tasks.end; i++) {
+  for (int i = tasks.end - 1; i >= tasks.begin; i--) {
 #pragma unroll 1
     for (AttentionTask task = tasks.at(i, tile); task.begin < task.end; tasks.next_tile(task, tile)) {
       const int rows = min(task.end - task.begin, tile), of_first = min(rows, task.edge);
@@ -244,6 +244,16 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
   }
 
   wait_fetched();
+  // Of a launch that ends within a layer: what the stages to come would have emptied.
+  const int last = p.to - 1, ended = last % kStages;
+  const bool projected =
+      last - ended >= p.from && ended > kQkv && ended<kGateUp, routed = last> p.from && ended == kGateUp;
+  if (last < p.layer_count * kStages && (projected || routed)) {
+    c.grid.arrive(), c.grid.expect(gridDim.x);
+    c.grid.wait(c.peers);
+    if (projected) empty_projections(c, layers[last / kStages & 1]);
+    if (routed) empty_scores(c);
+  }
   if (threadIdx.x > 0) return;
   __threadfence();
   if (atomicAdd(&p.counters->exited, 1u) != gridDim.x - 1) return;
@@ -342,7 +352,7 @@ class Step final : public Fused {
       p_.peers.floats = int64_t{2} * d.hidden * kMostTokens;
       p_.peers.inbox[0] = values_to_come(p_.peers.inbox_bytes());
     }
-    size_t rows = 0;
+    size_t rows = 0, kv_rows = 0;
     int kv_heads = 0;
     for (const LayerArgs& layer : decoder.layers) {
       const Heads& h = layer.attention.heads;
@@ -351,10 +361,13 @@ class Step final : public Fused {
           std::max({p_.partial_chunks, kFewChunks, h.window > 0 ? 0 : std::min(kMostChunks, long_chunks)});
       rows = std::max(rows, static_cast<size_t>(h.heads) * h.head_dim);
       kv_heads = std::max(kv_heads, h.kv_heads);
+      kv_rows = std::max(kv_rows, static_cast<size_t>(h.kv_heads) * h.head_dim);
     }
     const size_t partials = kMostTokens * static_cast<size_t>(p_.partial_chunks);
     p_.partial = static_cast<float*>(cuda.allocate(partials * rows * sizeof(float)));
     p_.partial_scale = static_cast<float2*>(cuda.allocate(partials * rows / 256 * sizeof(float2)));
+    p_.q = values_to_come(kMostTokens * rows * sizeof(float));
+    p_.kv = values_to_come(kMostTokens * 2 * kv_rows * sizeof(float));
     p_.scores = values_to_come(size_t{kMostTokens} * kMostExperts * sizeof(float));
     p_.chunks_done = static_cast<uint32_t*>(cuda.allocate(sizeof(uint32_t) * kMostTokens * kv_heads));
     const auto rows_of = [&](size_t width) {  // (T, width)

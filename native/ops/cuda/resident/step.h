@@ -80,6 +80,7 @@ struct Parameters {
   PeerMemory peers;
   Counters* counters;
   Activations activations;
+  float *q, *kv;          // projections of a layer, as the ops' contract has them; kNothing outside it
   float* scores;          // (T, kMostExperts) the router's logits of a layer; kNothing outside it
   uint32_t* chunks_done;  // (T, kvHeads) chunks of attention that are there; 0 between layers
   float* partial;         // (T, heads, chunks, D) of attention, as wide as the widest layer needs

@@ -50,12 +50,13 @@ struct Tasks {
   char* room;  // of the activations
   float* partial;
   float2* partial_scale;
-  Bf16* out;  // activations
+  const float *q, *kv;  // projections on their way
+  Bf16* out;            // activations
   uint32_t* chunks_done;
   const PeerMemory* peers;
   int partial_chunks, tokens;
   float eps;
-  int begin, end;                 // the block's
+  int begin, end;                 // the block's; taken from the last on, which has this step's keys
   int kv_heads, group, capacity;  // group: query heads of a KV head
   bool many;                      // some token's chunks are not joined at once
   Sight of[kMostTokens];
@@ -79,6 +80,7 @@ struct Tasks {
     const bool any = __any_sync(~0u, there && !joined_at_once(sight.chunks));
     if (there) of[t] = sight;
     if (t == 0) {
+      q = p.q, kv = p.kv;
       room = acts, partial = p.partial, partial_scale = p.partial_scale, chunks_done = p.chunks_done;
       out = p.activations.attention, peers = &p.peers, partial_chunks = p.partial_chunks, eps = p.dims.eps;
       tokens = in.tokens, many = any;
@@ -97,12 +99,13 @@ struct Tasks {
       if (sum <= blocks) return min(i, sum);
       if (pairs > blocks || most > (sum - 1) / blocks + 1) return i * sum / blocks;
       const int chunks = pair < pairs ? of_pair : 0;
-      return before + (pair - of_token * h.kv_heads) * chunks + ((i - pair * each) * chunks) / each;
+      return before + (pair - of_token * h.kv_heads) * chunks +
+             ((i - pair * each) * chunks + each - 1) / each;
     };
     if (t == 0) begin = first_of(own), end = first_of(own + 1);
     __syncwarp();
     if (begin == end) return;
-    AttentionTask task = at(begin, tile_of(h.head_dim));
+    AttentionTask task = at(end - 1, tile_of(h.head_dim));
     look(task, tile_of(h.head_dim));
     if (t == 0) first = task;
   }
