@@ -218,10 +218,6 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row
 __device__ __forceinline__ void prefetch_l2(const void* at) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }
-/// The same of `bytes` neighbours, a multiple of 16, by the copy engine.
-__device__ __forceinline__ void prefetch_l2_bulk(const void* at, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes));
-}
 /// Eight bytes that no one writes while the kernel runs.
 __device__ __forceinline__ uint2 ld_global_nc_v2(const void* from) {
   uint2 x;

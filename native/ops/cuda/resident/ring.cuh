@@ -100,6 +100,7 @@ class RingFiller : Ring {
   __device__ explicit RingFiller(const Ring& ring) : Ring(ring) {}
 
   /// The next portion: lane r brings row r, `bytes` from `from` on, to `offset` in its slot; null: no row.
+  /// Waits until no more than `ahead` bytes are on their way with it, or no other slot.
   __device__ __forceinline__ void produce(const Bf16* from, int bytes, int offset, int ahead,
                                           const PeerMemory& peers, uint64_t policy) {
     const int lane = threadIdx.x % 32;

@@ -57,7 +57,7 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
     Schedule schedule(p, 0, 1);
     const Bf16* rows = nullptr;  // of unit 0, where units follow one another
     int64_t unit_stride = 0;     // elements
-    int part_stride = 0, row_bytes = 2 * d.hidden, ahead = kBytesAhead;
+    int part_stride = 0, row_bytes = 2 * d.hidden;
     bool adjacent = true;
     const int matrix = 2 * stage + at % 2;
     switch (matrix) {
@@ -82,12 +82,6 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
         rows = gate_up.dense_row(0, r), unit_stride = int64_t{kUnitColumns} * d.hidden;
         break;
       case 2 * kGateUp + 1:
-        if (step + 1 < p.to) {  // memory would rest until the experts are chosen
-          const Schedule next = down.dense_schedule(p);
-#pragma unroll 1
-          for (int i = threadIdx.x % 32; i < next.units; i += 32)
-            ptx::prefetch_l2_bulk(down.dense_row(next.unit(i), 0), kUnitRows * 2 * d.inter);
-        }
         wait_list();
         schedule = gate_up.expert_schedule(p, chosen.count);
         break;
@@ -98,7 +92,7 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
         break;
       case 2 * kDown + 1:
         schedule = down.expert_schedule(p, chosen.count);
-        row_bytes = down.ring_row_bytes(), adjacent = false, ahead = kBytesAheadOfExperts;
+        row_bytes = down.ring_row_bytes(), adjacent = false;
         break;
       case 2 * kStages:
         schedule = Schedule(p, d.local_vocab / kUnitRows, 1);
@@ -107,6 +101,9 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
       default:
         continue;
     }
+    // As much as fits into the ring before its stage begins.
+    const bool early = matrix == 2 * kQkv || stage == kAttnOut || matrix == 2 * kGateUp;
+    const int gently = early ? p.slots / kUnitSlots : 0;
 #pragma unroll 1
     for (int n = 0, unit = schedule.first, part = 0; n < schedule.portions; n++) {
       const Bf16* from = rows + unit * unit_stride + part * part_stride;
@@ -124,7 +121,7 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
       // Neighbours in memory come by one copy.
       const bool first = r % kSlotRows == 0;
       ring.produce(adjacent && !first ? nullptr : from, adjacent ? kSlotRows * row_bytes : row_bytes,
-                   r % kSlotRows * row_bytes, ahead, p.peers, policy);
+                   r % kSlotRows * row_bytes, n < gently ? kOneSlot : kBytesAhead, p.peers, policy);
       if (++part == schedule.parts) part = 0, unit += schedule.step;
     }
   }

@@ -110,7 +110,6 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row) {
 // ---- global memory
 
 inline void prefetch_l2(const void*) {}
-inline void prefetch_l2_bulk(const void*, int) {}
 inline uint2 ld_global_nc_v2(const void* from) { return *static_cast<const uint2*>(from); }
 inline uint32_t ld_acquire_gpu(const uint32_t* from) {
   simt::load_shared_with_others(from);
