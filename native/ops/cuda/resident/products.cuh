@@ -52,9 +52,10 @@ struct Context {
   /// A token alone: every block makes its rows for itself, which takes less time than to wait for another
   /// block's.
   __device__ bool alone() const { return p.in.tokens == 1; }
+  __device__ int own() const { return static_cast<int>(blockIdx.x) - p.first_owner; }
   /// The block makes a token's rows, and has it in the residual stream's memory.
-  __device__ bool owner() const { return static_cast<int>(blockIdx.x) < p.in.tokens; }
-  __device__ int row() const { return alone() ? 0 : static_cast<int>(blockIdx.x); }
+  __device__ bool owner() const { return static_cast<unsigned>(own()) < static_cast<unsigned>(p.in.tokens); }
+  __device__ int row() const { return alone() ? 0 : own(); }
   __device__ void next_sum() { sum_turn = (sum_turn + 1) % kInboxTurns; }
   /// A rounded value for the stages to come, or, at the end of the launch, where the ops' contract has it.
   __device__ void leave(float* contract, Bf16* to, int64_t at, float value) const {

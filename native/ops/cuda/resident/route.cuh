@@ -267,7 +267,7 @@ __device__ __forceinline__ void route(Context& c, const LayerArgs& layer) {
     ptx::cp_async_wait_all();
     sync_consumers();
   } else {
-    const int64_t at = static_cast<int64_t>(blockIdx.x) * n;
+    const int64_t at = static_cast<int64_t>(c.row()) * n;
     if (c.owner()) add_attention(c, a, to.router_in + at, to.dense_in + at, to.expert_in + at);
     c.early.expect(c.tokens);
     ptx::cp_async_wait_all();

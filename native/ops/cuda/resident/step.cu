@@ -395,6 +395,8 @@ class Step final : public Fused {
     p.in = in;
     p.from = from, p.to = to;
     p.by_tokens = divider(in.tokens);
+    // Blocks that have a unit of o_proj less than others are there first.
+    p.first_owner = std::min(p.dims.hidden / kUnitRows % blocks(), blocks() - in.tokens);
     p.slots = slots_for(in.tokens);
     p.act_bytes = (room_ - p.slots * p.slot_bytes) & -128;
     const size_t shared =

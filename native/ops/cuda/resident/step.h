@@ -90,7 +90,8 @@ struct Parameters {
   uint64_t*
       marks;  // (blocks, stages, 4) ns: begin, inputs there, later inputs there, end; null = do not measure
   int layer_count, from, to;
-  int slots;  // of the ring
+  int first_owner;  // the block that makes token 0's rows
+  int slots;        // of the ring
   int slot_bytes;
   int act_bytes;  // room of the activations
 };

@@ -86,9 +86,8 @@ struct Tasks {
       tokens = in.tokens, many = any;
       kv_heads = h.kv_heads, group = h.heads / h.kv_heads, capacity = kind.capacity;
     }
-    // Neighbours, which share queries. They begin at the last block: the first ones make rows, and the code
-    // of both does not fit into a multiprocessor's instruction cache (128 KB) together with that of the
-    // products. A block's chunks are of one token and KV head where no block gets more to do by it.
+    // Neighbours, which share queries. They begin at the last block: the last ones have less of o_proj to do.
+    // A block's chunks are of one token and KV head where no block gets more by it.
     const int blocks = static_cast<int>(gridDim.x), own = blocks - 1 - static_cast<int>(blockIdx.x);
     const int pairs = in.tokens * h.kv_heads, each = max(blocks / pairs, 1);  // of tokens and heads; blocks
     const int most = __reduce_max_sync(~0u, (sight.chunks + each - 1) / each);
