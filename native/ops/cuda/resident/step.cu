@@ -243,8 +243,8 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
   wait_fetched();
   // Of a launch that ends within a layer: what the stages to come would have emptied.
   const int last = p.to - 1, ended = last % kStages;
-  const bool projected =
-      last - ended >= p.from && ended > kQkv && ended<kGateUp, routed = last> p.from && ended == kGateUp;
+  const bool projected = ended > kQkv && ended < kGateUp && last - ended >= p.from;
+  const bool routed = ended == kGateUp && last > p.from;
   if (last < p.layer_count * kStages && (projected || routed)) {
     c.grid.arrive(), c.grid.expect(gridDim.x);
     c.grid.wait(c.peers);
