@@ -4,6 +4,7 @@ import type { Collective } from './collective.js';
 
 export const localCollective: Collective = {
   name: 'local',
+  begun: 0,
   async allReduce() {},
   async gather(send, gathered) {
     gathered.set(send);

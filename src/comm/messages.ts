@@ -38,7 +38,8 @@ export const head = { v: z.literal(PROTOCOL), run: z.string() };
 const collectives = z
   .array(
     z.strictObject({
-      n: count,
+      place: count,
+      n: count.nullable(),
       op: z.string(),
       layer: z.number().int(),
       stage: z.string(),

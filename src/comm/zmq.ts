@@ -59,6 +59,10 @@ export class ZmqCollective implements Collective {
     for (const link of this.#links) if (!link.binds) link.connect(peers[link.partner]!);
   }
 
+  get begun(): number {
+    return this.#sequence;
+  }
+
   limit(timeoutMs: number): void {
     for (const link of this.#links) link.limit(timeoutMs);
   }

@@ -3,6 +3,7 @@
 import { hostname } from 'node:os';
 import { pairEndpoint } from '../comm/bootstrap.js';
 import type { Collective } from '../comm/collective.js';
+import type { FlightRecorder } from '../comm/flight-recorder.js';
 import { localCollective } from '../comm/local.js';
 import { ZmqCollective } from '../comm/zmq.js';
 import { EXIT, fail } from '../errors.js';
@@ -49,12 +50,12 @@ async function live(life: Life, poll: AsyncErrorPoll): Promise<void> {
   life.enter('collective');
   zmq.connect(peers);
   const collective: Collective = name === 'local' ? localCollective : zmq;
-  const met = life.recorder.begin('allReduce', -1, 'collective', 4);
+  const met = life.recorder.begin('allReduce', -1, 'collective', 4, collective.begun + 1);
   await collective.allReduce(new Float32Array(1)); // returns when everybody is there
   met();
   const onDevice = name === 'peer' || name === 'nccl';
   if (onDevice) endGently(life, engine);
-  if (onDevice) await joinOnDevice(engine, collective, ranks, spec.initTimeoutMs);
+  if (onDevice) await joinOnDevice(engine, collective, life.recorder, ranks, spec.initTimeoutMs);
   // peer's kernels bound their own waiting; NCCL's wait for ever
   if (name === 'nccl') poll.start(engine);
 
@@ -121,13 +122,16 @@ const WARM_UP: Job = {
 async function joinOnDevice(
   engine: NativeEngine,
   host: Collective,
+  recorder: FlightRecorder,
   ranks: number,
   timeoutMs: number,
 ): Promise<void> {
   const hello = engine.collectiveHello();
   const all = new Uint8Array(hello.length * ranks);
   const floats = (bytes: Uint8Array) => new Float32Array(bytes.buffer, bytes.byteOffset, bytes.length / 4);
+  const met = recorder.begin('gather', -1, 'collective', hello.length, host.begun + 1);
   await host.gather(floats(hello), floats(all));
+  met();
   const hellos = Array.from({ length: ranks }, (_, r) => all.slice(r * hello.length, (r + 1) * hello.length));
   await engine.joinCollective(hellos, timeoutMs);
 }

@@ -26,7 +26,8 @@ const endpoints = fc.dictionary(count.map(String), fc.string());
 
 const collectives = fc.array(
   fc.record({
-    n: count,
+    place: count,
+    n: fc.option(count),
     op: fc.string(),
     layer: fc.integer(),
     stage: fc.string(),

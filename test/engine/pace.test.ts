@@ -85,7 +85,7 @@ async function run(stepMs: readonly number[], what: GenerateJob, sequences: numb
         what,
         (report: StepReport) => void tokens.push(...report.rows.map(({ token }) => token)),
       );
-      return { bursts: engine.bursts, tokens, agreed: recorder.entries().at(-1)?.n ?? 0 };
+      return { bursts: engine.bursts, tokens, agreed: recorder.entries().at(-1)?.place ?? 0 };
     }),
   );
 }

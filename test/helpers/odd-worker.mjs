@@ -98,8 +98,14 @@ for (;;) {
     const doing = rank === 1 ? 'computes step 2' : 'waits for rank 1 in allReduce #9';
     const entry = { op: 'allReduce', layer: 2, stage: 'down', bytes: 64, agoMs: 500, tookMs: 1 };
     const collectives = [
-      { ...entry, n: 8 },
-      { ...entry, n: 9, bytes: how === 'sends another size' && rank === 1 ? 32 : 64, tookMs: null },
+      { ...entry, place: 11, n: 8 },
+      {
+        ...entry,
+        place: 12,
+        n: 9,
+        bytes: how === 'sends another size' && rank === 1 ? 32 : 64,
+        tookMs: null,
+      },
     ];
     const behind = how !== 'sends another size' && rank === 1;
     await control.send({

@@ -128,6 +128,7 @@ export class Meeting {
       });
     return {
       name: 'local',
+      begun: 0,
       allReduce: (buffer) => meet(buffer, null),
       gather: (send, gathered) => meet(send, gathered),
       limit: () => {},
