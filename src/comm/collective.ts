@@ -5,8 +5,8 @@ import { fail } from '../errors.js';
 /** All ranks make the same calls in the same order, and all end with the same bits. */
 export interface Collective {
   readonly name: CollectiveName;
-  /** Operations begun so far: the number of the latest, by which errors name it. 0 where they have none. */
-  readonly begun: number;
+  /** The number of the next operation, from 1, by which errors name it. */
+  readonly next: number;
   /**
    * Replaces `buffer` by its fp32 sum over all ranks. Ranks meet in a balanced binary tree, neighbours first:
    * ((r0 + r1) + (r2 + r3)) + ..., which is the upper part of the tree that each rank began over its own leaves.

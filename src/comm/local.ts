@@ -2,14 +2,22 @@
 
 import type { Collective } from './collective.js';
 
-export const localCollective: Collective = {
-  name: 'local',
-  begun: 0,
-  async allReduce() {},
-  async gather(send, gathered) {
-    gathered.set(send);
-  },
-  limit() {},
-  pending: () => null,
-  close() {},
-};
+export function localCollective(): Collective {
+  let next = 1;
+  return {
+    name: 'local',
+    get next() {
+      return next;
+    },
+    async allReduce() {
+      next++;
+    },
+    async gather(send, gathered) {
+      next++;
+      gathered.set(send);
+    },
+    limit() {},
+    pending: () => null,
+    close() {},
+  };
+}

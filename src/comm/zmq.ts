@@ -59,8 +59,8 @@ export class ZmqCollective implements Collective {
     for (const link of this.#links) if (!link.binds) link.connect(peers[link.partner]!);
   }
 
-  get begun(): number {
-    return this.#sequence;
+  get next(): number {
+    return (this.#sequence + 1) >>> 0;
   }
 
   limit(timeoutMs: number): void {
@@ -106,7 +106,7 @@ export class ZmqCollective implements Collective {
   #begin(op: Op): void {
     if (this.#awake) native().stayAwake(AWAKE_MS);
     this.#op = op;
-    this.#sequence = (this.#sequence + 1) >>> 0;
+    this.#sequence = this.next;
   }
 
   /** Sends `mine` and returns the partner's floats, as many; the view is valid until the next await. */

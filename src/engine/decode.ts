@@ -170,7 +170,7 @@ async function runStep(decoder: Decoder, batch: Batch, timed: boolean): Promise<
       }
       const { send, gathered } = engine.syncBuffers(at);
       const { op, layer, stage } = steps[at]!;
-      const done = recorder.begin(op, layer, stage, send.byteLength, collective.begun + 1);
+      const done = recorder.begin(op, layer, stage, send.byteLength, collective.next);
       const began = clock(); // it has its inputs when it begins
       if (gathered) await collective.gather(send, gathered);
       else await collective.allReduce(send);
@@ -215,7 +215,7 @@ async function runBurst({ engine, recorder }: Decoder, batch: Batch, steps: numb
 /** The smallest of the ranks' numbers, the same on all: by the host's collective, which is there beside that of the GPUs. */
 async function smallestOf({ collective, recorder, size }: Decoder, mine: number): Promise<number> {
   const all = new Float32Array(size);
-  const done = recorder.begin('gather', -1, 'burst length', 4, collective.begun + 1);
+  const done = recorder.begin('gather', -1, 'burst length', 4, collective.next);
   await collective.gather(Float32Array.of(mine), all);
   done();
   return Math.min(...all);

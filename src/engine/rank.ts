@@ -49,8 +49,8 @@ async function live(life: Life, poll: AsyncErrorPoll): Promise<void> {
 
   life.enter('collective');
   zmq.connect(peers);
-  const collective: Collective = name === 'local' ? localCollective : zmq;
-  const met = life.recorder.begin('allReduce', -1, 'collective', 4, collective.begun + 1);
+  const collective: Collective = name === 'local' ? localCollective() : zmq;
+  const met = life.recorder.begin('allReduce', -1, 'collective', 4, collective.next);
   await collective.allReduce(new Float32Array(1)); // returns when everybody is there
   met();
   const onDevice = name === 'peer' || name === 'nccl';
@@ -129,7 +129,7 @@ async function joinOnDevice(
   const hello = engine.collectiveHello();
   const all = new Uint8Array(hello.length * ranks);
   const floats = (bytes: Uint8Array) => new Float32Array(bytes.buffer, bytes.byteOffset, bytes.length / 4);
-  const met = recorder.begin('gather', -1, 'collective', hello.length, host.begun + 1);
+  const met = recorder.begin('gather', -1, 'collective', hello.length, host.next);
   await host.gather(floats(hello), floats(all));
   met();
   const hellos = Array.from({ length: ranks }, (_, r) => all.slice(r * hello.length, (r + 1) * hello.length));

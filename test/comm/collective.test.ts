@@ -1,5 +1,7 @@
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { chooseCollective } from '../../src/comm/collective.js';
+import { localCollective } from '../../src/comm/local.js';
+import { ZmqCollective } from '../../src/comm/zmq.js';
 import { type Order, RankGroup } from '../helpers/rank-group.js';
 
 /** Sizes in floats: empty, one, odd, either side of ZeroMQ's 8 KiB batches, what decoding uses, a large prefill. */
@@ -101,6 +103,20 @@ describe.each(CASES)('the %s collective over %i processes', (name, ranks) => {
       expect(nan).toBeNaN();
       expect(Object.is(zero, -0)).toBe(true);
     }
+  });
+});
+
+describe('a collective of one rank', () => {
+  it.each([
+    ['local', () => localCollective()],
+    ['zmq', () => ZmqCollective.bind(0, 1, () => '')],
+  ])('numbers what it does: %s', async (_name, make) => {
+    const collective = await make();
+    expect(collective.next).toBe(1);
+    await collective.allReduce(new Float32Array(1));
+    await collective.gather(new Float32Array(1), new Float32Array(1));
+    expect(collective.next).toBe(3);
+    collective.close();
   });
 });
 

@@ -8,7 +8,7 @@ const [name, folder, rank, ranks] = process.argv.slice(2);
 const endpoint = (from, to) => `ipc://${join(folder, `r${from}-r${to}`)}`;
 
 async function open() {
-  if (name === 'local') return localCollective;
+  if (name === 'local') return localCollective();
   const zmq = await ZmqCollective.bind(+rank, +ranks, (partner) => endpoint(rank, partner));
   zmq.connect(
     Object.fromEntries(Array.from({ length: +ranks }, (_, other) => [other, endpoint(other, rank)])),

@@ -128,7 +128,7 @@ export class Meeting {
       });
     return {
       name: 'local',
-      begun: 0,
+      next: 1,
       allReduce: (buffer) => meet(buffer, null),
       gather: (send, gathered) => meet(send, gathered),
       limit: () => {},

@@ -75,7 +75,7 @@ async function life(threads, isa) {
   const { plan, engine } = open(threads, isa);
   await loadWeights(engine, plan, SYNTHETIC);
   await engine.prepare();
-  const text = await said({ plan, engine }, localCollective, true);
+  const text = await said({ plan, engine }, localCollective(), true);
   await engine.readBandwidth(0.01);
   engine.close();
   return text;
@@ -156,7 +156,7 @@ for (let round = 0; round < 3; round++) {
 const alone = open(1, 'generic');
 await loadWeights(alone.engine, alone.plan, SYNTHETIC);
 await alone.engine.prepare();
-const expected = await said(alone, localCollective, false);
+const expected = await said(alone, localCollective(), false);
 alone.engine.close();
 let over = false;
 const readers = [reader(2, () => over), reader(3, () => over)];
