@@ -76,7 +76,7 @@ export async function goldens(suite, gpus) {
       });
     }
     await suite.test(
-      `goldens: ${name} float32: the same logits, bit for bit, in all ${ways.length}`,
+      `goldens: ${name} float32: the same logits, bit for bit, all ${ways.length} times`,
       async () => {
         must(seen.size === ways.length, `only ${seen.size} ways gave logits`);
         must(new Set(seen.values()).size === 1, [...seen].map(([way, hash]) => `${way}: ${hash}`).join('\n'));

@@ -52,6 +52,7 @@ struct Context {
   /// A token alone: every block makes its rows for itself, which takes less time than to wait for another
   /// block's.
   __device__ bool alone() const { return p.in.tokens == 1; }
+  /// The token whose rows the block would make: there may be none of that number.
   __device__ int own() const { return static_cast<int>(blockIdx.x) - p.first_owner; }
   /// The block makes a token's rows, and has it in the residual stream's memory.
   __device__ bool owner() const { return static_cast<unsigned>(own()) < static_cast<unsigned>(p.in.tokens); }
