@@ -136,7 +136,7 @@ class Nccl final : public DeviceCollective {
     all_gather(buffer, parts_, floats, on);
     const cudaError_t status =
         launch_kernel(size_ == 4 ? tree_kernel<4> : tree_kernel<8>,
-                      dim3(static_cast<unsigned>((floats + 255) / 256)), 256, stream, parts_, buffer, floats);
+                      dim3(static_cast<unsigned>((floats + 255) / 256)), 256, stream, false, parts_, buffer, floats);
     if (status != cudaSuccess) fail("TP_COLLECTIVE", "nccl: adding: %s", cudaGetErrorString(status));
   }
 

@@ -99,6 +99,13 @@ __device__ __forceinline__ void push(const Inboxes& in, int64_t line, const floa
     if (peer != in.rank) push_line(inbox(in, peer, in.rank, epoch) + line, packed);
 }
 
+/// The number of this operation. Kernels on both sides overlap with this one, up to here and up to theirs.
+__device__ __forceinline__ uint32_t begin(const Inboxes& in) {
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
+  return *in.epoch + 1;
+}
+
 /// The last block to end counts the operation; all blocks have read the epoch by then.
 __device__ __forceinline__ void finish(const Inboxes& in, uint32_t epoch) {
   __syncthreads();
@@ -113,7 +120,7 @@ __device__ __forceinline__ void finish(const Inboxes& in, uint32_t epoch) {
 template <int N>
 __global__ void __launch_bounds__(kThreads)
     all_reduce_kernel(const __grid_constant__ Inboxes in, float* buffer, int64_t floats) {
-  const uint32_t epoch = *in.epoch + 1;
+  const uint32_t epoch = begin(in);
   const int64_t lines = (floats + kLineFloats - 1) / kLineFloats;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
                 step = int64_t{gridDim.x} * kThreads;
@@ -145,7 +152,7 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     all_gather_kernel(const __grid_constant__ Inboxes in, const float* send, float* gathered,
                       int64_t floats) {
-  const uint32_t epoch = *in.epoch + 1;
+  const uint32_t epoch = begin(in);
   const int64_t lines = (floats + kLineFloats - 1) / kLineFloats;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
                 step = int64_t{gridDim.x} * kThreads;
@@ -242,7 +249,8 @@ class Peer final : public DeviceCollective {
     const auto kernel = in_.size == 2   ? all_reduce_kernel<2>
                         : in_.size == 4 ? all_reduce_kernel<4>
                                         : all_reduce_kernel<8>;
-    check(launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, stream, in_, buffer, floats),
+    check(launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, stream, true, in_, buffer,
+                        floats),
           "all-reduce");
   }
 
@@ -250,8 +258,8 @@ class Peer final : public DeviceCollective {
     const auto stream = static_cast<cudaStream_t>(on);
     const int blocks = blocks_for(floats);
     if (blocks == 0) return;
-    check(launch_kernel(all_gather_kernel, dim3(static_cast<unsigned>(blocks)), kThreads, stream, in_, send,
-                        gathered, floats),
+    check(launch_kernel(all_gather_kernel, dim3(static_cast<unsigned>(blocks)), kThreads, stream, true, in_,
+                        send, gathered, floats),
           "all-gather");
   }
 

@@ -320,9 +320,9 @@ void time_moe() {
   gpu = std::make_unique<cuda::CudaBackend>(0);
 }
 
-/// A layer of 32 and one of 2,048 tokens, for a profiler.
+/// A layer of 16, of 32 and of 2,048 tokens, for a profiler.
 void profile_many() {
-  for (const int T : {32, 2048}) {
+  for (const int T : {16, 32, 2048}) {
     gpu.reset();
     gpu = std::make_unique<cuda::CudaBackend>(0);
     Model m(2, 1, T, 2112, T > 64 ? 1 : T);
