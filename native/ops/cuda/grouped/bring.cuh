@@ -79,7 +79,8 @@ __device__ void bring_weights(const Parameters& p, const Units<S>& units, char* 
   }
 }
 
-/// Brings the activations of the columns. By S::kGivers threads.
+/// Brings the activations of the columns: tokens follow each other in memory, what one expert's columns are
+/// is spread. By S::kGivers threads.
 template <class S, int Chunk>
 __device__ void bring_tokens(const Parameters& p, const Units<S>& units, char* stages, int* tables,
                              uint32_t barriers, int thread) {
@@ -95,9 +96,8 @@ __device__ void bring_tokens(const Parameters& p, const Units<S>& units, char* s
 #pragma unroll
     for (int i = 0; i < kPer; i++) {
       const int column = thread + i * S::kGivers;
-      if (column >= next.count) continue;
-      rows[i] = p.part[next.part].columns > 0 ? next.column + column
-                                              : __ldcg(p.assignment + next.start + next.column + column);
+      if (p.part[next.part].columns == 0 && column < next.count)
+        rows[i] = __ldcg(p.assignment + next.start + next.column + column);
     }
   };
   look(blockIdx.x);
@@ -107,21 +107,40 @@ __device__ void bring_tokens(const Parameters& p, const Units<S>& units, char* s
   for (int u = blockIdx.x; u < total; u += gridDim.x, turn ^= 1) {
     const Unit x = next;
     const Part& part = p.part[x.part];
+    const int chunks = part.leaves * part.chunks;
+    const auto each_stage = [&](auto&& bring) {
+#pragma unroll 1
+      for (int c = 0; c < chunks; c += S::kWide) {
+        const uint32_t full = barriers + walk.at * 16;
+        wait_for(full + 8, walk.phase ^ 1);
+        bring(c, full, shared_address(stages) + walk.at * R::kStage);
+        walk.advance(p.stages);
+      }
+    };
+    if (part.columns > 0) {
+      look(u + gridDim.x);
+      each_stage([&](int c, uint32_t full, uint32_t to) {
+        if (thread > 0) return ptx::mbarrier_arrive(full);
+        const int pieces = min(S::kWide, chunks - c);
+        ptx::mbarrier_arrive_expect_tx(full, pieces * part.token_box * R::kPitch);
+#pragma unroll
+        for (int w = 0; w < S::kWide; w++)
+          if (w < pieces)
+            ptx::cp_async_bulk_tensor(to + R::tokens_at(w), &part.token_rows, (c + w) * Chunk, x.column,
+                                      full);
+      });
+      continue;
+    }
     int* const table = tables + turn * S::kColumns;
     const int columns = x.count;  // what lies in the others' places does not touch these columns' sums
 #pragma unroll
     for (int i = 0; i < kPer; i++) {
       const int column = thread + i * S::kGivers;
-      if (column < columns) table[column] = part.columns > 0 ? rows[i] : p.token_of.of(rows[i]);
+      if (column < columns) table[column] = p.token_of.of(rows[i]);
     }
     ptx::bar_sync<1, S::kGivers>();
     look(u + gridDim.x);
-    const int chunks = part.leaves * part.chunks;
-#pragma unroll 1
-    for (int c = 0; c < chunks; c += S::kWide) {
-      const uint32_t full = barriers + walk.at * 16;
-      wait_for(full + 8, walk.phase ^ 1);
-      const uint32_t to = shared_address(stages) + walk.at * R::kStage;
+    each_stage([&](int c, uint32_t full, uint32_t to) {
       constexpr int kAll = S::kWide * kPieces;
 #pragma unroll 4
       for (int i = thread; i < columns * kAll; i += S::kGivers) {
@@ -133,8 +152,7 @@ __device__ void bring_tokens(const Parameters& p, const Units<S>& units, char* s
         ptx::cp_async_16(to + R::tokens_at(w) + row * R::kPitch + place * 16, from);
       }
       ptx::cp_async_mbarrier_arrive(full);
-      walk.advance(p.stages);
-    }
+    });
   }
 }
 

@@ -30,6 +30,9 @@ Part part_of(const Bf16* weight, int rows, int width, int leaves, int columns, c
   p.box = box_of(rows, S::kRows);
   p.low = map_of<S, Chunk>(weight, rows, width, p.box);
   p.tokens = tokens;
+  p.token_box = least(S::kColumns, up(columns, 8));
+  if (columns > 0)
+    p.token_rows = matrix_of(tokens, columns, width, Chunk, p.token_box, Chunk == 64, true, 1).map;
   p.out = out;
   p.out_stride = out_stride;
   p.rows = p.all_rows = rows;

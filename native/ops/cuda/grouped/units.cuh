@@ -46,6 +46,7 @@ constexpr bool kIsDealt = S::kRowTiles == 2 && F != Finish::gated;
 /// A weight matrix, or one for every expert, times rows of activations.
 struct Part {
   CUtensorMap low, high;      // high: of gated tiles the up rows, whose gate rows come by `low`
+  CUtensorMap token_rows;     // of a matrix: its tokens
   const Bf16* tokens;         // (activation rows, width)
   float* out;                 // (rows of output, rows of the weight matrix)
   int64_t out_stride;         // from one row of output to the next
@@ -57,6 +58,7 @@ struct Part {
   int tiles, tile_rows;       // tiles of rows, and rows of a tile (gated: gate rows)
   int width, leaves, chunks;  // elements of a row, cut into leaves, each into chunks
   int columns;                // tokens; 0: the assignments of the experts
+  int token_box;              // rows of tokens that one copy brings
 };
 
 constexpr int kMostParts = 3, kMostStages = 24;
