@@ -64,7 +64,7 @@ __device__ void bring_weights(const Parameters& p, const Units<S>& units, char* 
 #pragma unroll
       for (int i = 0; i < S::kWide / R::kTogether; i++)
         if (lane < copies && i < pieces) {
-          const int w = i * R::kTogether, column = (c + w) * Chunk;
+          const int w = i * R::kTogether, column = part.chunk(c, w, S::kWide) * Chunk;
           const uint32_t there = to + R::weights_at(w);
           if constexpr (kDealt)
             ptx::cp_async_bulk_tensor_3d(there, map, column, lane, x.weight_row / 4, full);
@@ -126,8 +126,8 @@ __device__ void bring_tokens(const Parameters& p, const Units<S>& units, char* s
 #pragma unroll
         for (int w = 0; w < S::kWide; w++)
           if (w < pieces)
-            ptx::cp_async_bulk_tensor(to + R::tokens_at(w), &part.token_rows, (c + w) * Chunk, x.column,
-                                      full);
+            ptx::cp_async_bulk_tensor(to + R::tokens_at(w), &part.token_rows,
+                                      part.chunk(c, w, S::kWide) * Chunk, x.column, full);
       });
       continue;
     }

@@ -167,9 +167,9 @@ void down(const DownArgs& a, const Dims& d, const Input& in, CudaBackend& backen
       launch_grouped<S, 88, Finish::sums>(backend, p);
     };
     if (in.tokens <= kOnce)
-      as.operator()<Experts64>();
+      as.operator()<ExpertLeaves64>();
     else
-      as.operator()<Experts128>();
+      as.operator()<ExpertLeaves128>();
     join(a, d, in.tokens, sums, place, 0, width, backend);
     return;
   }

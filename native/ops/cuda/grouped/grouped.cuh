@@ -15,7 +15,7 @@ namespace tp::cuda::grouped {
 /// Adds a level of the stack to the sums, or moves the sums there. A thread has places of its own.
 template <class S, int M, int N>
 __device__ inline void join_level(float (&acc)[M][N][4], float* stack, int level, bool keep) {
-  float* const place = stack + level * S::kRows * S::kColumns + threadIdx.x;
+  float* const place = stack + level * S::kTeams * S::kRows * S::kColumns + threadIdx.x;
 #pragma unroll
   for (int i = 0; i < M * N * 4; i++) {
     float& sum = acc[i / (N * 4)][i / 4 % N][i % 4];
@@ -27,15 +27,35 @@ __device__ inline void join_level(float (&acc)[M][N][4], float* stack, int level
   }
 }
 
+/// Adds the teams' sums to the first team's, in tree order. All multiplying warps call it.
+template <class S, int M, int N>
+__device__ inline void join_teams(float (&acc)[M][N][4], float* room, int team) {
+  constexpr int kThreads = S::kTeamWarps * 32;
+  static_assert(S::kTeams == 4 || S::kTeams == 2);
+  float* const place = room + threadIdx.x % kThreads;
+  const auto at = [&](int of, int i) -> float& { return place[((of - 1) * M * N * 4 + i) * kThreads]; };
+#pragma unroll
+  for (int i = 0; i < M * N * 4; i++)
+    if (team > 0) at(team, i) = acc[i / (N * 4)][i / 4 % N][i % 4];
+  ptx::bar_sync<2, S::kWarps * 32>();
+#pragma unroll
+  for (int i = 0; i < M * N * 4; i++) {
+    float& sum = acc[i / (N * 4)][i / 4 % N][i % 4];
+    if (team == 0) sum = S::kTeams == 2 ? sum + at(1, i) : (sum + at(1, i)) + (at(2, i) + at(3, i));
+  }
+  ptx::bar_sync<2, S::kWarps * 32>();  // before the next tile's come
+}
+
 /// Multiplies: a warp's part of every tile.
 template <class S, int Chunk, Finish F>
 __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char* stages, float* stack,
-                               const Slot<S>* slots, uint32_t barriers) {
+                               const Slot<S>* slots, uint32_t barriers, int levels) {
   using R = Room<S, Chunk>;
   constexpr int kM = S::kRowTiles, kN = S::kColumnTiles, kSteps = (Chunk + 15) / 16;
   constexpr bool kGated = F == Finish::gated, kDealt = kIsDealt<S, F>;
   static_assert(kN % 2 == 0 && kSteps % 2 == 0);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, total = units.total();
+  const int team = threadIdx.x / 32 / S::kTeamWarps, warp = threadIdx.x / 32 % S::kTeamWarps,
+            lane = threadIdx.x % 32, total = units.total();
   const int row_warp = warp % S::kRowWarps, first_column = warp / S::kRowWarps * kN * 8;
   // What the lane asks ldmatrix for: its row and piece of the four 8 x 8 matrices.
   uint32_t a_row[kM];
@@ -75,8 +95,11 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
     const Slot<S>& x = slots[slot];
     if (++slot > p.stages) slot = 0;
     const Part& part = p.part[x.part];
+    const bool apart = part.leaf_stride != 0, sided = S::kTeams > 1 && part.teams > 1;
     const int pairs = (x.count - first_column + 15) / 16;  // of column tiles that hold columns
-    const int chunks = part.chunks, all_chunks = part.leaves * chunks;
+    const int chunks = part.chunks, all_chunks = part.leaves * chunks,
+              leaves = sided && !apart ? part.leaves / S::kTeams : part.leaves;
+    const bool takes_part = pairs > 0 && (sided ? team < all_chunks : team == 0);
     float acc[kM][kN][4] = {};
     const auto write = [&](int leaf) {
     // A lane's sums: (row lane / 4, column 2 (lane % 4)), the next column, and the same of row + 8.
@@ -118,7 +141,7 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
         }
     };
     const auto end_leaf = [&](int leaf) {
-      if (part.leaf_stride != 0) {
+      if (apart) {
         write(leaf);
 #pragma unroll
         for (int m = 0; m < kM; m++)
@@ -132,29 +155,33 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
       int level = 0;
 #pragma unroll 1
       for (; leaf >> level & 1; level++) join_level<S>(acc, stack, level, false);
-      if (leaf + 1 < part.leaves) join_level<S>(acc, stack, level, true);
+      if (leaf + 1 < leaves) join_level<S>(acc, stack, level, true);
     };
     const auto multiply_unit = [&]<bool Full>() {
       Step steps[2];
-      load.template operator()<Full>(steps[0], walk.at * R::kStage, 0, 0, pairs);
-      int leaf = 0, left = chunks;
+      const int first = sided ? team : 0, leaf_step = sided && apart ? S::kTeams : 1;
+      load.template operator()<Full>(steps[0], walk.at * R::kStage, first, 0, pairs);
+      int leaf = sided && apart ? team : 0, left = chunks;
 #pragma unroll 1
       for (int c = 0; c < all_chunks; c += S::kWide) {
         const uint32_t stage = walk.at * R::kStage, done = full + 8;
         walk.advance(p.stages);
         full = barriers + walk.at * 16;
 #pragma unroll
-        for (int w = 0; w < S::kWide; w++) {
-          if (c + w >= all_chunks) break;
+        for (int i = 0; i < S::kWide; i++) {
+          if (sided ? i > 0 : c + i >= all_chunks) break;
+          const int w = sided ? team : i;
+          const bool leaves_stage = sided || i + 1 == S::kWide || c + i + 1 == all_chunks,
+                     more = sided ? c + S::kWide < all_chunks : c + i + 1 < all_chunks;
 #pragma unroll
           for (int step = 0; step < kSteps; step++) {
             const bool half = step * 16 + 8 == Chunk;
             if (step + 1 < kSteps) {
               load.template operator()<Full>(steps[(step + 1) % 2], stage, w, step + 1, pairs);
-            } else if (c + w + 1 < all_chunks) {
-              if (w + 1 == S::kWide) wait_for(full, walk.phase);
-              load.template operator()<Full>(steps[0], w + 1 == S::kWide ? walk.at * R::kStage : stage,
-                                             (w + 1) % S::kWide, 0, pairs);
+            } else if (more) {
+              if (leaves_stage) wait_for(full, walk.phase);
+              load.template operator()<Full>(steps[0], leaves_stage ? walk.at * R::kStage : stage,
+                                             leaves_stage ? first : i + 1, 0, pairs);
             }
             const Step& now = steps[step % 2];
 #pragma unroll
@@ -174,17 +201,17 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
               }
             }
           }
-          if (w + 1 == S::kWide || c + w + 1 == all_chunks) {
+          if (leaves_stage) {
             __syncwarp();
             if (lane == 0) ptx::mbarrier_arrive(done);
           }
-          if (--left == 0) end_leaf(leaf++), left = chunks;
+          if (--left == 0) end_leaf(leaf), leaf += leaf_step, left = chunks;
         }
       }
     };
-    if (pairs >= kN / 2) {
+    if (takes_part && pairs >= kN / 2) {
       multiply_unit.template operator()<true>();
-    } else if (pairs > 0) {
+    } else if (takes_part) {
       multiply_unit.template operator()<false>();
     } else {
 #pragma unroll 1
@@ -194,7 +221,10 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
         walk.advance(p.stages);
       }
     }
-    if (part.leaf_stride == 0 && pairs > 0) write(0);
+    if (apart) continue;
+    if constexpr (S::kTeams > 1)
+      if (sided) join_teams<S>(acc, stack + (levels - 1) * R::kLevel / 4, team);
+    if (takes_part && team == 0) write(0);
   }
 }
 
@@ -225,7 +255,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     return bring_tokens<S, Chunk>(p, units, shared, reinterpret_cast<int*>(shared + room.table), barriers,
                                   static_cast<int>(threadIdx.x) - (S::kWarps + 1) * 32);
   multiply_tiles<S, Chunk, F>(p, units, shared, reinterpret_cast<float*>(shared + room.stack), slots,
-                              barriers);
+                              barriers, levels);
 }
 
 /// Fills in what follows from the shape, and starts the kernel.
@@ -233,7 +263,7 @@ template <class S, int Chunk, Finish F>
 void launch_grouped(CudaBackend& backend, Parameters p) {
   constexpr bool kGated = F == Finish::gated;
   using R = Room<S, Chunk>;
-  int levels = 0;
+  int levels = 0;  // of the stack; the last is where teams meet
   p.dense_units = 0;
   for (int i = 0; i < p.parts; i++) {
     Part& part = p.part[i];
@@ -241,8 +271,15 @@ void launch_grouped(CudaBackend& backend, Parameters p) {
     part.tile_rows = half;
     part.tiles = (part.rows + half - 1) / half;
     if (part.columns > 0) p.dense_units += part.tiles * ((part.columns + S::kColumns - 1) / S::kColumns);
-    if (part.leaf_stride == 0)
-      while (1 << levels < part.leaves) levels++;
+    const bool apart = part.leaf_stride != 0,
+               sided = S::kTeams > 1 &&
+                       (apart ? part.chunks == 1 : R::kTogether == 1 && part.leaves % S::kTeams == 0);
+    part.teams = sided ? S::kTeams : 1;
+    part.side = sided && !apart ? part.leaves / S::kTeams * part.chunks : 1;
+    if (apart) continue;
+    int needed = sided ? 1 : 0;
+    for (int leaves = part.leaves / part.teams; leaves > 1; leaves /= 2) needed++;
+    if (needed > levels) levels = needed;
   }
   const int fixed = R(0, levels, p.experts).bytes;
   p.stages = least(kMostStages, (backend.shared_memory() - 2048 - fixed) / (R::kStage + R::kSlot + 16));

@@ -13,7 +13,7 @@ namespace tp::cuda::grouped {
 constexpr int kCrossover = kChunk;
 /// Above so many tokens tiles are made for multiplying, up to so many for reading weights.
 constexpr int kFew = 64;
-/// Up to so many tokens a tile's columns are all there are of an expert: no other tile wants its weights.
+/// Up to so many tokens the narrow tiles' columns are all there are: no other tile wants their weights.
 constexpr int kOnce = 32;
 
 /// THE choice between the two ways.

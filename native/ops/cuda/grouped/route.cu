@@ -96,7 +96,9 @@ void route(const RouteArgs& a, const Dims& d, const Input& in, CudaBackend& back
     backend.launch(norm_tokens<Per, Aligned>, dim3(static_cast<unsigned>(T)), kThreads, 0, r, normed);
   });
   Parameters p{};
-  p.part[0] = part_of<Few16, 64>(a.router, d.experts, d.hidden, 1, T, normed, a.router_logits, d.experts);
+  // The router is no rank's shard: its rows are cut for the teams.
+  const int parts = d.hidden % (Few16::kTeams * 64) == 0 ? Few16::kTeams : 1;
+  p.part[0] = part_of<Few16, 64>(a.router, d.experts, d.hidden, parts, T, normed, a.router_logits, d.experts);
   p.parts = 1;
   launch_grouped<Few16, 64, Finish::sums>(backend, p);
   constexpr int kChoosers = 4;  // warps of a block

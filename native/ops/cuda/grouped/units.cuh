@@ -9,11 +9,14 @@
 namespace tp::cuda::grouped {
 
 /// How a block's warps share a tile: every warp takes RowTiles x 16 rows by ColumnTiles x 8 columns. A stage
-/// holds up to Wide chunks of its rows: longer pieces of a row come faster, and barriers cost less.
-template <int RowWarps, int RowTiles, int ColumnWarps, int ColumnTiles, int Wide>
+/// holds up to Wide chunks of its rows: longer pieces of a row come faster, and barriers cost less. Sided:
+/// there is a team of such warps for each of those chunks, and they are of different leaves, so that a row's
+/// leaves are summed side by side.
+template <int RowWarps, int RowTiles, int ColumnWarps, int ColumnTiles, int Wide, bool Sided = false>
 struct Shape {
   static constexpr int kRowWarps = RowWarps, kRowTiles = RowTiles, kColumnTiles = ColumnTiles, kWide = Wide;
-  static constexpr int kWarps = RowWarps * ColumnWarps;
+  static constexpr int kTeams = Sided ? Wide : 1, kTeamWarps = RowWarps * ColumnWarps,
+                       kWarps = kTeams * kTeamWarps;
   static constexpr int kRows = RowWarps * RowTiles * 16, kColumns = ColumnWarps * ColumnTiles * 8;
   static constexpr int kGivers = 96;  // threads that bring activations
   static constexpr int kThreads = kWarps * 32 + 32 + kGivers;
@@ -21,11 +24,16 @@ struct Shape {
 
 /// Tiles for a few columns, where reading the weights is all: fine enough that all processors have the same
 /// work. An expert has few tokens, so its tiles are narrow.
-using Few16 = Shape<1, 1, 1, 4, 4>;
-using Few32 = Shape<2, 1, 1, 4, 4>;
-using Few64 = Shape<4, 1, 1, 4, 2>;
+using Few16 = Shape<1, 1, 2, 2, 4, true>;
+using Few32 = Shape<2, 1, 2, 2, 4>;
+using Few64 = Shape<4, 1, 2, 2, 2>;
+using Leaves32 = Shape<2, 1, 2, 2, 4, true>;
 using Experts64 = Shape<4, 1, 1, 2, 4>;
-using Experts128 = Shape<8, 1, 1, 2, 2>;
+using ExpertLeaves64 = Shape<4, 1, 1, 2, 4, true>;
+using ExpertLeaves128 = Shape<8, 1, 1, 2, 2, true>;
+/// For more columns than those hold, up to kFew.
+using Wide32 = Shape<2, 1, 4, 2, 4>;
+using Wide64 = Shape<4, 1, 4, 2, 2>;
 /// For many columns, where multiplying is all.
 using Many64 = Shape<4, 2, 2, 4, 1>;
 using Many128 = Shape<4, 2, 2, 8, 1>;
@@ -57,8 +65,12 @@ struct Part {
   int box;                    // rows that one copy brings
   int tiles, tile_rows;       // tiles of rows, and rows of a tile (gated: gate rows)
   int width, leaves, chunks;  // elements of a row, cut into leaves, each into chunks
+  int teams, side;            // that share a row's leaves, and chunks from one team's to the next one's
   int columns;                // tokens; 0: the assignments of the experts
   int token_box;              // rows of tokens that one copy brings
+
+  /// Where chunk w of a stage lies in the row. c: the chunks of the stages before it.
+  __device__ int chunk(int c, int w, int wide) const { return side > 1 ? c / wide + w * side : c + w; }
 };
 
 constexpr int kMostParts = 3, kMostStages = 24;
@@ -107,7 +119,7 @@ struct Room {
     return w / kTogether * S::kRows * kWeightPitch + w % kTogether * kPitch;
   }
   static __host__ __device__ constexpr int tokens_at(int w) { return kWeights + w * kTokens; }
-  static constexpr int kLevel = S::kRows * S::kColumns * 4;
+  static constexpr int kLevel = S::kTeams * S::kRows * S::kColumns * 4;
   static constexpr int kSlot = sizeof(Slot<S>);
   int stack, first_units, table, slots, barriers, bytes;
   __host__ __device__ Room(int stages, int levels, int experts) {
