@@ -217,6 +217,7 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
 #pragma unroll 1
       for (int c = 0; c < all_chunks; c += S::kWide) {
         wait_for(barriers + walk.at * 16, walk.phase);
+        __syncwarp();  // or a lane that still looks might miss the phase, and wait for the one after the next
         if (lane == 0) ptx::mbarrier_arrive(barriers + walk.at * 16 + 8);
         walk.advance(p.stages);
       }
