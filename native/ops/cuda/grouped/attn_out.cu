@@ -19,7 +19,7 @@ void attn_out(const AttnOutArgs& a, const Dims& d, const Input& in, CudaBackend&
   const int64_t count = int64_t{in.tokens} * a.columns;
   Bf16* const attention = room_for(backend, count);
   round_rows(backend, Next::at_once, {a.attention, attention, count}, {}, {});
-  if (in.tokens <= kOnce)
+  if (in.tokens <= kNarrow)
     multiply_as<Leaves32>(a, d, in.tokens, attention, backend);
   else if (in.tokens <= kFew)
     multiply_as<Wide32>(a, d, in.tokens, attention, backend);

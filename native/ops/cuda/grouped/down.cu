@@ -161,12 +161,12 @@ void down(const DownArgs& a, const Dims& d, const Input& in, CudaBackend& backen
   if (in.tokens <= kFew) {
     const auto as = [&]<class S>() {
       Parameters p = with_experts(a, d);
-      p.once = in.tokens <= kOnce;
+      p.once = in.tokens <= kNarrow;
       if (d.inter > 0) p.part[p.parts++] = dense_part<S>(a, d, in.tokens, dense_act);
       p.part[p.parts++] = expert_part<S>(a, d, expert_act, sums, 0, width);
       launch_grouped<S, 88, Finish::sums>(backend, p);
     };
-    if (in.tokens <= kOnce)
+    if (in.tokens <= kNarrow)
       as.operator()<ExpertLeaves64>();
     else
       as.operator()<ExpertLeaves128>();

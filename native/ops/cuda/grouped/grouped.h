@@ -13,8 +13,9 @@ namespace tp::cuda::grouped {
 constexpr int kCrossover = kChunk;
 /// Above so many tokens tiles are made for multiplying, up to so many for reading weights.
 constexpr int kFew = 64;
-/// Up to so many tokens the narrow tiles' columns are all there are: no other tile wants their weights.
-constexpr int kOnce = 32;
+/// Up to so many tokens narrow tiles hold all of them, those of experts nearly always all of an expert's: no
+/// other tile wants their weights.
+constexpr int kNarrow = 32;
 
 /// THE choice between the two ways.
 inline bool chosen(const Dims& d, int tokens) { return d.bfloat16 && tokens > kCrossover; }

@@ -18,7 +18,7 @@ void multiply_as(const LogitsArgs& a, const Dims& d, int rows, const Bf16* norme
 void head(const LogitsArgs& a, const Dims& d, const Input& in, CudaBackend& backend) {
   Bf16* const normed = room_for(backend, int64_t{in.rows} * d.hidden);
   norm_rows(backend, a.hidden, in.row, a.norm, normed, in.rows, d.hidden, d.eps);
-  if (in.rows <= kOnce)
+  if (in.rows <= kNarrow)
     multiply_as<Few64>(a, d, in.rows, normed, backend);
   else if (in.rows <= kFew)
     multiply_as<Wide64>(a, d, in.rows, normed, backend);

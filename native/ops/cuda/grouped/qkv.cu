@@ -22,7 +22,7 @@ void project_as(const QkvArgs& a, const Dims& d, int tokens, const Bf16* normed,
 void project(const QkvArgs& a, const Dims& d, const Input& in, CudaBackend& backend) {
   Bf16* const normed = room_for(backend, int64_t{in.tokens} * d.hidden);
   norm_rows(backend, a.hidden, nullptr, a.norm, normed, in.tokens, d.hidden, d.eps);
-  if (in.tokens <= kOnce)
+  if (in.tokens <= kNarrow)
     project_as<Few32>(a, d, in.tokens, normed, backend);
   else if (in.tokens <= kFew)
     project_as<Wide32>(a, d, in.tokens, normed, backend);

@@ -23,7 +23,8 @@ struct Shape {
 };
 
 /// Tiles for a few columns, where reading the weights is all: fine enough that all processors have the same
-/// work. An expert has few tokens, so its tiles are narrow.
+/// work, and of many warps, because a row's products wait for each other. An expert has few tokens, so its
+/// tiles are narrower.
 using Few16 = Shape<1, 1, 2, 2, 4, true>;
 using Few32 = Shape<2, 1, 2, 2, 4>;
 using Few64 = Shape<4, 1, 2, 2, 2>;
@@ -31,7 +32,7 @@ using Leaves32 = Shape<2, 1, 2, 2, 4, true>;
 using Experts64 = Shape<4, 1, 1, 2, 4>;
 using ExpertLeaves64 = Shape<4, 1, 1, 2, 4, true>;
 using ExpertLeaves128 = Shape<8, 1, 1, 2, 2, true>;
-/// For more columns than those hold, up to kFew.
+/// For more columns than those hold.
 using Wide32 = Shape<2, 1, 4, 2, 4>;
 using Wide64 = Shape<4, 1, 4, 2, 2>;
 /// For many columns, where multiplying is all.
