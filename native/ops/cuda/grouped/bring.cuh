@@ -26,11 +26,11 @@ __device__ void bring_weights(const Parameters& p, const Units<S>& units, char* 
                                                    : __ldcg(p.assignment + next.start + next.column + column);
     }
   };
-  look(units.begin());
+  look(blockIdx.x);
   Walk walk;
   int slot = 0;
 #pragma unroll 1
-  for (int u = units.begin(); u < total; u = units.after(u)) {
+  for (int u = blockIdx.x; u < total; u += gridDim.x) {
     const Unit x = next;
     const Part& part = p.part[x.part];
     constexpr bool kDealt = kIsDealt<S, F>;
@@ -73,7 +73,7 @@ __device__ void bring_weights(const Parameters& p, const Units<S>& units, char* 
           else
             ptx::cp_async_bulk_tensor(there, map, column, row, full);
         }
-      if (c == 0) look(units.after(u));
+      if (c == 0) look(u + gridDim.x);
       walk.advance(p.stages);
     }
   }
@@ -100,11 +100,11 @@ __device__ void bring_tokens(const Parameters& p, const Units<S>& units, char* s
         rows[i] = __ldcg(p.assignment + next.start + next.column + column);
     }
   };
-  look(units.begin());
+  look(blockIdx.x);
   Walk walk;
   int turn = 0;
 #pragma unroll 1
-  for (int u = units.begin(); u < total; u = units.after(u), turn ^= 1) {
+  for (int u = blockIdx.x; u < total; u += gridDim.x, turn ^= 1) {
     const Unit x = next;
     const Part& part = p.part[x.part];
     const int chunks = part.leaves * part.chunks;
@@ -118,7 +118,7 @@ __device__ void bring_tokens(const Parameters& p, const Units<S>& units, char* s
       }
     };
     if (part.columns > 0) {
-      look(units.after(u));
+      look(u + gridDim.x);
       each_stage([&](int c, uint32_t full, uint32_t to) {
         if (thread > 0) return ptx::mbarrier_arrive(full);
         const int pieces = min(S::kWide, chunks - c);
@@ -139,7 +139,7 @@ __device__ void bring_tokens(const Parameters& p, const Units<S>& units, char* s
       if (column < columns) table[column] = p.token_of.of(rows[i]);
     }
     ptx::bar_sync<1, S::kGivers>();
-    look(units.after(u));
+    look(u + gridDim.x);
     each_stage([&](int c, uint32_t full, uint32_t to) {
       constexpr int kAll = S::kWide * kPieces;
 #pragma unroll 4

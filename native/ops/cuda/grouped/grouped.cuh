@@ -89,7 +89,7 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
   Walk walk;
   int slot = 0;
 #pragma unroll 1
-  for (int u = units.begin(); u < total; u = units.after(u)) {
+  for (int u = blockIdx.x; u < total; u += gridDim.x) {
     uint32_t full = barriers + walk.at * 16;
     wait_for(full, walk.phase);
     const Slot<S>& x = slots[slot];
@@ -282,17 +282,10 @@ void launch_grouped(CudaBackend& backend, Parameters p) {
     for (int leaves = part.leaves / part.teams; leaves > 1; leaves /= 2) needed++;
     if (needed > levels) levels = needed;
   }
-  const int blocks = backend.processors();
-  const auto stages_of = [](const Part& part) {
-    return (part.leaves * part.chunks + S::kWide - 1) / S::kWide;
-  };
-  const int dense = stages_of(p.part[0]), expert = stages_of(p.part[p.parts - 1]);
-  p.more = p.dense_units % blocks;
-  p.turns = std::max(1, (dense + expert / 2) / expert) * (blocks - p.more);
   const int fixed = R(0, levels, p.experts).bytes;
   p.stages = least(kMostStages, (backend.shared_memory() - 2048 - fixed) / (R::kStage + R::kSlot + 16));
-  backend.launch(multiply_grouped<S, Chunk, F>, dim3(static_cast<unsigned>(blocks)), S::kThreads,
-                 static_cast<size_t>(R(p.stages, levels, p.experts).bytes), p, levels);
+  backend.launch(multiply_grouped<S, Chunk, F>, dim3(static_cast<unsigned>(backend.processors())),
+                 S::kThreads, static_cast<size_t>(R(p.stages, levels, p.experts).bytes), p, levels);
 }
 
 }  // namespace tp::cuda::grouped

@@ -80,7 +80,6 @@ constexpr uint64_t kEvictFirst = 0x12f0000000000000;  // a cache policy, as crea
 struct Parameters {
   Part part[kMostParts];  // the experts' is the last
   int parts, dense_units, stages;
-  int more, turns;          // blocks with a dense unit more than others; experts' units that only these take
   int experts;              // 0: none
   const int* expert_start;  // (E + 1)
   const int* assignment;    // (T * K) output rows of the experts' columns
@@ -144,8 +143,7 @@ struct Walk {
 };
 
 /// All units of the kernel in their order: dense parts, then expert after expert; of a row tile all columns
-/// follow each other, so that its weights come from memory once. Blocks take them in turn, but who has a
-/// dense unit more than others leaves as many turns to these as it takes longer.
+/// follow each other, so that its weights come from memory once.
 template <class S>
 class Units {
  public:
@@ -176,19 +174,6 @@ class Units {
     if (lane == 0) first_[p_.experts] = done;
   }
   __device__ int total() const { return first_[p_.experts]; }
-  /// This block's first unit, and the one that follows a unit of it; from total() on there are none.
-  __device__ int begin() const {
-    const int b = blockIdx.x;
-    return b < p_.dense_units ? b : p_.dense_units + b - p_.more;
-  }
-  __device__ int after(int u) const {
-    const int b = blockIdx.x, dense = p_.dense_units, others = gridDim.x - p_.more;
-    if (u < dense && u + static_cast<int>(gridDim.x) >= dense)
-      return dense + (b < p_.more ? p_.turns + b : b - p_.more);
-    if (u < dense || u >= dense + p_.turns) return u + gridDim.x;
-    return u + others < dense + p_.turns ? u + others : dense + p_.turns + b;
-  }
-
   __device__ Unit unit(int u) const {
     Unit x{};
     if (u < p_.dense_units) {
