@@ -134,9 +134,10 @@ class Nccl final : public DeviceCollective {
       fail("TP_COLLECTIVE", "nccl: %lld floats, room for %lld", static_cast<long long>(floats),
            static_cast<long long>(max_floats_));
     all_gather(buffer, parts_, floats, on);
+    const dim3 grid(static_cast<unsigned>((floats + 255) / 256));
     const cudaError_t status =
-        launch_kernel(size_ == 4 ? tree_kernel<4> : tree_kernel<8>,
-                      dim3(static_cast<unsigned>((floats + 255) / 256)), 256, stream, false, parts_, buffer, floats);
+        launch_kernel({.grid = grid, .block = 256, .stream = stream},
+                      size_ == 4 ? tree_kernel<4> : tree_kernel<8>, parts_, buffer, floats);
     if (status != cudaSuccess) fail("TP_COLLECTIVE", "nccl: adding: %s", cudaGetErrorString(status));
   }
 

@@ -243,24 +243,18 @@ class Peer final : public DeviceCollective {
   const PeerMemory* peers() const override { return &peers_; }
 
   void all_reduce(float* buffer, int64_t floats, Stream on) override {
-    const auto stream = static_cast<cudaStream_t>(on);
     const int blocks = blocks_for(floats);
     if (blocks == 0) return;
     const auto kernel = in_.size == 2   ? all_reduce_kernel<2>
                         : in_.size == 4 ? all_reduce_kernel<4>
                                         : all_reduce_kernel<8>;
-    check(launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, stream, true, in_, buffer,
-                        floats),
-          "all-reduce");
+    check(launch_kernel(with(blocks, on), kernel, in_, buffer, floats), "all-reduce");
   }
 
   void all_gather(const float* send, float* gathered, int64_t floats, Stream on) override {
-    const auto stream = static_cast<cudaStream_t>(on);
     const int blocks = blocks_for(floats);
     if (blocks == 0) return;
-    check(launch_kernel(all_gather_kernel, dim3(static_cast<unsigned>(blocks)), kThreads, stream, true, in_,
-                        send, gathered, floats),
-          "all-gather");
+    check(launch_kernel(with(blocks, on), all_gather_kernel, in_, send, gathered, floats), "all-gather");
   }
 
   void abort() override { shared_->abort = 1; }
@@ -278,6 +272,13 @@ class Peer final : public DeviceCollective {
       fail("TP_COLLECTIVE", "peer: %lld floats, room for %lld", static_cast<long long>(floats),
            static_cast<long long>(in_.lines * kLineFloats));
     return static_cast<int>(std::min<int64_t>((lines + kThreads - 1) / kThreads, kMostBlocks));
+  }
+
+  static Launch with(int blocks, Stream on) {
+    return {.grid = dim3(static_cast<unsigned>(blocks)),
+            .block = kThreads,
+            .stream = static_cast<cudaStream_t>(on),
+            .overlap = true};
   }
 
   size_t line_bytes() const { return size_t{2} * in_.size * in_.lines * sizeof(uint4); }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "base/launch.cuh"
 #include "ops/backend.h"
 
 namespace tp::cuda {
@@ -55,43 +56,24 @@ class CudaBackend final : public Backend {
   template <class... Parameters, class... Arguments>
   void launch_cluster(void (*kernel)(Parameters...), dim3 grid, int block, size_t shared, int cluster,
                       const Arguments&... arguments) {
-    prepare(reinterpret_cast<const void*>(kernel), shared);
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = overlap ? 1 : 0;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = static_cast<unsigned>(cluster);
-    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = dim3(static_cast<unsigned>(block));
-    config.dynamicSmemBytes = shared;
-    config.stream = stream_;
-    config.attrs = attributes;
-    config.numAttrs = cluster > 1 ? 2 : 1;
-    check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "launching a kernel");
+    start({.grid = grid,
+           .block = block,
+           .stream = stream_,
+           .shared = shared,
+           .cluster = cluster,
+           .overlap = overlap},
+          kernel, arguments...);
   }
-
-  int ring_bytes =
-      96 << 10;  // of weights on their way to a block: more would only crowd the second-level cache
   /// Launches a kernel whose blocks wait for each other: all are resident at once, or the launch fails.
   template <class... Parameters, class... Arguments>
   void launch_together(void (*kernel)(Parameters...), dim3 grid, int block, size_t shared,
                        const Arguments&... arguments) {
-    prepare(reinterpret_cast<const void*>(kernel), shared);
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = dim3(static_cast<unsigned>(block));
-    config.dynamicSmemBytes = shared;
-    config.stream = stream_;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "launching a kernel");
+    start({.grid = grid, .block = block, .stream = stream_, .shared = shared, .together = true}, kernel,
+          arguments...);
   }
 
+  /// Of weights on their way to a block: more would only crowd the second-level cache.
+  int ring_bytes = 96 << 10;
   bool overlap = true;  // kernels start before their predecessor ends; off for comparison
 
  private:
@@ -99,6 +81,11 @@ class CudaBackend final : public Backend {
     void* memory;
     size_t bytes;
   };
+  template <class... Parameters, class... Arguments>
+  void start(const Launch& launch, void (*kernel)(Parameters...), const Arguments&... arguments) {
+    prepare(reinterpret_cast<const void*>(kernel), launch.shared);
+    check(launch_kernel(launch, kernel, arguments...), "launching a kernel");
+  }
   /// Lets a kernel use `shared` bytes; the same split of cache and shared memory for all, so that two can be
   /// resident.
   void prepare(const void* kernel, size_t shared);

@@ -35,8 +35,9 @@ void synthesize(const Synthetic& source, const Stretch& stretch, Bf16* out, Back
   CudaBackend& cuda = of(backend);
   const uint64_t blocks = (stretch.count * stretch.rows + kThreads - 1) / kThreads,
                  most = static_cast<uint64_t>(cuda.processors()) * 4;
-  check(launch_kernel(make_elements, dim3(static_cast<unsigned>(blocks < most ? blocks : most)), kThreads,
-                      cuda.stream(), false, source, stretch, out),
+  const dim3 grid(static_cast<unsigned>(blocks < most ? blocks : most));
+  check(launch_kernel({.grid = grid, .block = kThreads, .stream = cuda.stream()}, make_elements, source,
+                      stretch, out),
         "making synthetic weights");
 }
 
@@ -52,7 +53,8 @@ uint64_t stream(const void* memory, uint64_t bytes, Backend& backend) {
 }  // namespace
 
 void start_stream(const void* memory, uint64_t bytes, unsigned long long* sum, CudaBackend& cuda) {
-  check(launch_kernel(read_all, dim3(static_cast<unsigned>(cuda.processors() * 8)), 256, cuda.stream(), false,
+  const dim3 grid(static_cast<unsigned>(cuda.processors() * 8));
+  check(launch_kernel({.grid = grid, .block = 256, .stream = cuda.stream()}, read_all,
                       static_cast<const uint4*>(memory), bytes / sizeof(uint4), sum),
         "reading memory");
 }

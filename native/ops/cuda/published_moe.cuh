@@ -88,7 +88,8 @@ inline void run(const PublishedMoe& p, cudaStream_t stream) {
   const auto blocks = [](int count) { return static_cast<unsigned>((count + kThreads - 1) / kThreads); };
   const auto all = static_cast<unsigned>(p.tokens * p.top_k);
   const auto start = [&](void (*kernel)(PublishedMoe), dim3 grid) {
-    check(launch_kernel(kernel, grid, kThreads, stream, false, p), "launching the published kernels");
+    check(launch_kernel({.grid = grid, .block = kThreads, .stream = stream}, kernel, p),
+          "launching the published kernels");
   };
   start(project, dim3(static_cast<unsigned>(2 * p.width / kColumns), all));
   start(activate, dim3(blocks(p.tokens * p.top_k * p.width)));

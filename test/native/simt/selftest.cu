@@ -298,7 +298,7 @@ void races() {
   // The host's own: nothing has run before it waits.
   const Memory memory(kThreads);
   cudaMemset(memory.values, 0, kThreads * sizeof(int));
-  tp::launch_kernel(increment, dim3(1), kThreads, stream, false, memory.values, true);
+  tp::launch_kernel({.grid = dim3(1), .block = kThreads, .stream = stream}, increment, memory.values, true);
   const bool early = memory.values[0] == 0;
   cudaStreamSynchronize(stream);
   say(early && memory.values[0] == 1, "a host that does not wait sees nothing", "");
