@@ -1,11 +1,12 @@
 // Weight rows times many columns of activations, every weight read once for all of them.
 //
 // A block takes tiles of weight rows by columns (tokens, or the assignments of one expert) by turns. One warp
-// brings weights by the copy engine, a few more bring the columns' activations by 16-byte copies, both into
-// the same ring of stages, as far ahead as there is room; the other warps multiply: tensor-core products of
-// bfloat16 with fp32 sums. A sum goes along its leaf (or the whole row) in steps of 16 elements, the last of
-// a piece of 88 has 8, so its bits depend on nothing but its own weights and activations: not on the tile,
-// the other columns, the number of tokens or the TP degree. Leaves meet in tree order, or are written apart.
+// brings weights by the copy engine, a few more bring the columns' activations (tokens by the copy engine, an
+// expert's by 16-byte copies), both into the same ring of stages, as far ahead as there is room; the other
+// warps multiply: tensor-core products of bfloat16 with fp32 sums. A sum goes along its leaf (or the whole
+// row) in steps of 16 elements, the last of a piece of 88 has 8, so its bits depend on nothing but its own
+// weights and activations: not on the tile, the other columns, the number of tokens or the TP degree. Leaves
+// meet in tree order, or are written apart.
 #pragma once
 
 #include "ops/cuda/grouped/bring.cuh"
