@@ -79,8 +79,8 @@ __device__ void bring_weights(const Parameters& p, const Units<S>& units, char* 
   }
 }
 
-/// Brings the activations of the columns: tokens follow each other in memory, what one expert's columns are
-/// is spread. By S::kGivers threads.
+/// Brings the activations of the columns: tokens follow each other in memory, an expert's are spread. By
+/// S::kGivers threads.
 template <class S, int Chunk>
 __device__ void bring_tokens(const Parameters& p, const Units<S>& units, char* stages, int* tables,
                              uint32_t barriers, int thread) {
