@@ -20,12 +20,25 @@ struct DownRows {
         moe(d.moe_inter),
         leaves(d.leaves),
         halves(halves_of(d.leaves)) {}
-  __device__ Schedule dense_schedule(const Parameters& p) const { return {p, hidden / kUnitRows, 1}; }
   /// Experts of a portion: as many as 8 warps take.
   __device__ int at_once() const { return kWarps >> (halves - 1); }
-  /// Begins where the dense units ended.
+  /// Portions of an experts' unit.
+  __device__ int parts(int count) const { return (count + at_once() - 1) >> (halves > 1 ? 2 : 3); }
+  /// Of the experts' units the blocks behind the first `more` have one less. If that is more than a portion,
+  /// they take as many portions of the dense MLP more.
+  __device__ Schedule dense_schedule(const Parameters& p, int count) const {
+    const int all = hidden / kUnitRows;
+    if (parts(count) == 1) return {p, all, 1};
+    const int blocks = static_cast<int>(gridDim.x), more = all - p.by_blocks.of(all) * blocks;
+    const int others = blocks - more, each = p.by_blocks.of(max(all - others * parts(count), 0));
+    const int left = all - each * more, other = static_cast<int>(blockIdx.x) - more;
+    return other < 0 ? Schedule(static_cast<int>(blockIdx.x), more, each)
+                     : Schedule(each * more + other, others, (left - other + others - 1) / others);
+  }
+  /// Short ones begin where the dense units ended.
   __device__ Schedule expert_schedule(const Parameters& p, int count) const {
-    return {p, hidden / kUnitRows, (count + at_once() - 1) >> (halves > 1 ? 2 : 3), hidden / kUnitRows};
+    const int all = hidden / kUnitRows;
+    return {p, all, parts(count), parts(count) == 1 ? all : 0};
   }
   __device__ const Bf16* dense_row(int unit, int r) const {
     return dense + (int64_t{unit} * kUnitRows + r) * inter;
@@ -83,8 +96,8 @@ __device__ __forceinline__ void consume_experts(Context& c, const Schedule& sche
   // As one of the 256 sums (unit, token; row, leaf):
   const int mine = c.p.by_tokens.of(c.warp), token = c.warp - mine * c.tokens;
 #pragma unroll 1
-  for (int unit = 0; unit < schedule.units; unit += units_once) {
-    const int units = min(units_once, schedule.units - unit), portions = units * schedule.parts;
+  for (int unit = 0, all = schedule.units; unit < all; unit += units_once) {
+    const int units = min(units_once, all - unit), portions = units * schedule.parts;
     // (half, unit, token, K, kExpertSums): of two halves both rooms, which all must have read.
     if (Halves > 1) sync_consumers();
     float* const room = Halves > 1 ? c.exchange : c.next_room();
@@ -144,13 +157,13 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
     else if (there)
       a.sum[at] = x;
   };
-  const Schedule dense = rows.dense_schedule(c.p), experts = rows.expert_schedule(c.p, c.chosen->count);
-  consume<kDensePieces>(
-      c, dense, d.leaves, {c.acts, dense_stride}, [&](int first, int units, const float* room) {
-        each_output<kUnitRows, true>(c, units, [&](int u, int t, int row) {
-          put(0, dense.unit(first + u) * kUnitRows + row, t, joined(room, u, t, row, d.leaves), t < c.tokens);
-        });
-      });
+  const Schedule dense = rows.dense_schedule(c.p, c.chosen->count),
+                 experts = rows.expert_schedule(c.p, c.chosen->count);
+  consume<kDensePieces>(c, dense, d.leaves, {c.acts, dense_stride}, [&](int, int units, float* room) {
+    each_output<kUnitRows, true>(c, units, [&](int u, int t, int row) {
+      put(0, unit_in(room, u) * kUnitRows + row, t, joined(room, u, t, row, d.leaves), t < c.tokens);
+    });
+  });
   if (c.first) {
     load_acts(c.acts, expert_stride, a.expert_act, c.tokens * d.top_k, d.moe_inter, d.moe_inter);
   } else {  // what other blocks still had to do is done behind the dense products

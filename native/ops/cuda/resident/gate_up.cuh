@@ -22,7 +22,8 @@ struct GateUpRows {
   __device__ Schedule dense_schedule(const Parameters& p) const { return {p, inter / kUnitColumns, 1}; }
   /// Begins where the dense units ended, so that no block has more than one unit above its share.
   __device__ Schedule expert_schedule(const Parameters& p, int count) const {
-    return {p, count * expert_units(), 1, inter / kUnitColumns};
+    const int all = count * expert_units();
+    return Schedule(p, all, 1, inter / kUnitColumns).and_draw(p, all);
   }
   __device__ const Bf16* dense_row(int unit, int r) const {
     return (r < kUnitColumns ? gate : up) + (int64_t{unit} * kUnitColumns + r % kUnitColumns) * hidden;
@@ -63,9 +64,9 @@ __device__ __forceinline__ void gate_up(Context& c, const LayerArgs& layer) {
     const Schedule schedule = dense ? rows.dense_schedule(c.p) : rows.expert_schedule(c.p, c.chosen->count);
     float* const contract = dense ? a.dense_act : a.expert_act;
     Bf16* const to = dense ? c.p.activations.dense_act : c.p.activations.expert_act;
-    consume<kWholePieces>(c, schedule, kWarps, {in, stride}, [&](int first, int units, const float* room) {
+    consume<kWholePieces>(c, schedule, kWarps, {in, stride}, [&](int, int units, float* room) {
       each_output<kUnitColumns>(c, units, [&](int u, int t, int column) {
-        int unit = schedule.unit(first + u), row = t, width = d.inter;
+        int unit = unit_in(room, u), row = t, width = d.inter;
         if (!dense) {
           const int i = c.p.by_expert_units.of(unit), slot = c.chosen->slot(i, t);
           if (slot < 0) return;

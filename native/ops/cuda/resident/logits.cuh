@@ -5,6 +5,11 @@
 
 namespace tp::cuda::resident {
 
+__device__ inline Schedule logits_schedule(const Parameters& p) {
+  const int all = p.dims.local_vocab / kUnitRows;
+  return Schedule(p, all, 1).and_draw(p, all);
+}
+
 __device__ __forceinline__ void logits(Context& c) {
   const LogitsArgs& a = c.p.logits;
   const Dims& d = c.p.dims;
@@ -19,16 +24,14 @@ __device__ __forceinline__ void logits(Context& c) {
     ptx::cp_async_wait_all();
   }
   sync_consumers();
-  const Schedule schedule(c.p, d.local_vocab / kUnitRows, 1);
-  consume<kWholePieces>(c, schedule, kWarps, {c.acts, stride_of(2 * n)},
-                        [&](int first, int units, const float* room) {
-                          each_output<kUnitRows>(c, units, [&](int u, int row_of_logits, int row) {
-                            const float x = joined(room, u, row_of_logits, row);
-                            a.logits[static_cast<int64_t>(row_of_logits) * d.local_vocab +
-                                     schedule.unit(first + u) * kUnitRows + row] =
-                                d.softcap > 0 ? d.softcap * tanh_f32(x / d.softcap) : x;
-                          });
-                        });
+  const Schedule schedule = logits_schedule(c.p);
+  consume<kWholePieces>(c, schedule, kWarps, {c.acts, stride_of(2 * n)}, [&](int, int units, float* room) {
+    each_output<kUnitRows>(c, units, [&](int u, int row_of_logits, int row) {
+      const float x = joined(room, u, row_of_logits, row);
+      a.logits[static_cast<int64_t>(row_of_logits) * d.local_vocab + unit_in(room, u) * kUnitRows + row] =
+          d.softcap > 0 ? d.softcap * tanh_f32(x / d.softcap) : x;
+    });
+  });
 }
 
 }  // namespace tp::cuda::resident

@@ -110,6 +110,28 @@ struct Operand {
     for (int i = 0; i < kSteps; i++)
       x[i] = ptx::ld_shared_v4(from + i * 64, held && (i * 4 + 3 < Pieces || i * 4 + quarter < Pieces));
   }
+  /// The same of rows that begin in the same banks: every other row brings its steps as second, first,
+  /// fourth, third, ...
+  __device__ __forceinline__ void load_in_turns(uint32_t from, int quarter, bool second_first) {
+    static_assert(Pieces % 4 == 0 || kSteps % 2 == 1, "a step that is not whole has no other to change with");
+    const uint32_t even = from + (second_first ? 64 : 0), odd = from + (second_first ? 0 : 64);
+#pragma unroll
+    for (int i = 0; i < kSteps; i++) {
+      const bool alone = i + 1 == kSteps && i % 2 == 0;
+      x[i] = ptx::ld_shared_v4((alone   ? from
+                                : i % 2 ? odd
+                                        : even) +
+                                   i / 2 * 128,
+                               i * 4 + 3 < Pieces || i * 4 + quarter < Pieces);
+    }
+  }
+  __device__ __forceinline__ void put_in_order(bool second_first) {
+#pragma unroll
+    for (int i = 0; i + 1 < kSteps; i += 2) {
+      const uint4 first = x[i], second = x[i + 1];
+      x[i] = second_first ? second : first, x[i + 1] = second_first ? first : second;
+    }
+  }
 };
 
 /// The activations of a stage: a row a token in shared memory.
@@ -118,60 +140,82 @@ struct Acts {
   int stride;  // bytes
 };
 
-/// The row of a portion that lanes of a column bring: neighbouring columns are in neighbouring slots, on
-/// other banks.
+/// The row of a portion that lanes of a column bring: neighbouring columns have the same row of neighbouring
+/// slots, which begins in the same banks.
 __device__ __forceinline__ int row_of(int column) { return (column & 1) * kSlotRows + column / 2; }
 
-/// Takes the next `portions` of the ring, and leaves their sums in the room, for all threads. A warp takes a
-/// chunk of `Pieces` pieces of every row; a portion has `chunks` of them. Parts: a unit has `parts` portions,
-/// each of its own activations; `portions` are those of whole units. One code for all matrices with rows of
+/// Portions that lie in a room.
+struct Taken {
+  RingAt at;  // behind them
+  int portions;
+  bool last;  // of the stage
+};
+
+/// Of a portion in a room, its unit.
+__device__ __forceinline__ int& unit_in(float* room, int portion) {
+  return reinterpret_cast<int*>(room + kGroup * kWarps * kSumFloats)[portion];
+}
+static_assert(kRoomFloats >= kGroup * kWarps * kSumFloats + kGroup);
+
+/// Takes the next portions of the stage, kGroup of them or what is left, and leaves their sums in the room,
+/// for all threads. A warp takes a chunk of `Pieces` pieces of every row; a portion has `chunks` of them.
+/// Parts: a unit has `parts` portions, each of its own activations. One code for all matrices with rows of
 /// that length: it should stay in the instruction cache. So it is called, and returns how far the ring is.
 template <int Pieces, bool Parts>
-__device__ __noinline__ RingAt take_portions(Ring ring, const PeerMemory& peers, int portions, int parts,
-                                             int chunks, uint32_t acts, int stride, int tokens, float* room) {
+__device__ __noinline__ Taken take_portions(Ring ring, const PeerMemory& peers, int parts, int chunks,
+                                            uint32_t acts, int stride, int tokens, float* const sums) {
   const int warp = warp_index(), column = threadIdx.x % 32 / 4, quarter = threadIdx.x % 4;
   const int row = row_of(column), row_bytes = chunks * Pieces * 16;
   const uint32_t offset = warp * Pieces * 16 + quarter * 16;
   const bool held = column < tokens;
   acts += column * stride + offset;
-  room += warp * kSumFloats + 2 * quarter * kUnitRows + row;
+  float* const room = sums + warp * kSumFloats + 2 * quarter * kUnitRows + row;
   const bool computes = __any_sync(~0u, warp < chunks);
   Operand<Pieces> x;
   if (!Parts) x.load(acts, quarter, held);
+  int n = 0;
+  bool last = false;
 #pragma unroll 1
-  for (int n = 0; n < portions; n++) {
+  for (; n < kGroup && !last; n++) {
     ring.wait_full(peers);
+    const UnitName name = ring.unit();
     if (computes) {
       Operand<Pieces> w;
       Product product;
-      w.load(ring.row(row, row_bytes) + offset, quarter);
+      w.load_in_turns(ring.row(row, row_bytes) + offset, quarter, column % 2 == 1);
       if (Parts) x.load(acts + (n & (parts - 1)) * row_bytes, quarter, held);
       __syncwarp();  // all loads are on their way before the first is waited for
+      w.put_in_order(column % 2 == 1);
 #pragma unroll
       for (int i = 0; i < w.kSteps; i++) product.add(w.x[i], x.x[i]);
 #pragma unroll
       for (int i = 0; i < 2; i++)
         if (2 * quarter + i < tokens) room[n * kWarps * kSumFloats + i * kUnitRows] = product.sum(i);
     }
+    if (threadIdx.x == 0) unit_in(sums, n) = name.unit();
     ring.release();
+    last = __any_sync(~0u, name.last());
   }
   sync_consumers();
-  return ring.at();
+  return {ring.at(), n, last};
 }
 
-/// Takes all portions of a schedule. done(unit, units, room) is called by all threads when the sums of
-/// `units` neighbouring units of the block's, from `unit` on, are in the room.
+/// Takes all portions of a schedule. done(first, units, room) is called by all threads when the sums of
+/// `units` of the block's units, from its first-th on, are in the room.
 template <int Pieces, bool Parts = false, class Done>
 __device__ __forceinline__ void consume(Context& c, const Schedule& schedule, int chunks, const Acts& acts,
                                         Done&& done) {
   const int shift = Parts ? __ffs(schedule.parts) - 1 : 0;  // a power of two
+  bool more = __any_sync(~0u, schedule.units > 0);
 #pragma unroll 1
-  for (int base = 0; base < schedule.portions; base += kGroup) {
-    const int portions = min(kGroup, schedule.portions - base);
+  for (int first = 0; more;) {
     float* const room = c.next_room();
-    c.ring.go_to(take_portions<Pieces, Parts>(c.ring, c.peers, portions, schedule.parts, chunks,
-                                              ptx::shared_address(acts.data), acts.stride, c.tokens, room));
-    done(base >> shift, portions >> shift, room);
+    const Taken taken = take_portions<Pieces, Parts>(
+        c.ring, c.peers, schedule.parts, chunks, ptx::shared_address(acts.data), acts.stride, c.tokens, room);
+    c.ring.go_to(taken.at);
+    const int units = taken.portions >> shift;
+    done(first, units, room);
+    first += units, more = __any_sync(~0u, !taken.last);
   }
 }
 

@@ -19,22 +19,63 @@ inline __host__ __device__ int stride_of(int bytes) { return (bytes + 63) / 128 
 /// A matrix cut for the ring: units of 8 rows, dealt out to the blocks in turn from block `offset` on. A
 /// portion is 8 rows as the ring holds them; long rows make a unit of several portions.
 struct Schedule {
-  int first, step, parts;  // the block's first unit, how far apart its units are, and portions of a unit
-  int units, portions;     // that the block has
+  int first, step, units;          // the block's first unit, how far apart its units are, and their number
+  int parts = 1;                   // portions of a unit
+  int first_drawn = 0, drawn = 0;  // units that are not dealt: blocks take the next as they come to it
+  __device__ Schedule(int first_, int step_, int units_) : first(first_), step(step_), units(units_) {}
   __device__ Schedule(const Parameters& p, int all, int parts_, int offset = 0)
-      : step(gridDim.x), parts(parts_) {
+      : step(static_cast<int>(gridDim.x)), parts(parts_) {
     first = static_cast<int>(blockIdx.x) - (offset - p.by_blocks.of(offset) * step);
     if (first < 0) first += step;
     units = first < all ? p.by_blocks.of(all - 1 - first) + 1 : 0;
-    portions = units * parts;
   }
+  /// Of many units the last are drawn: some multiprocessors read a twentieth slower than others, and all
+  /// would wait for them.
+  __device__ Schedule and_draw(const Parameters& p, int all) const {
+    Schedule some = *this;
+    const int rounds = p.by_blocks.of(all), dealt = rounds - 1 - rounds / 8;
+    if (dealt > 1) some.units = dealt, some.first_drawn = dealt * step, some.drawn = all - dealt * step;
+    return some;
+  }
+  __device__ int portions() const { return units * parts; }
   __device__ int unit(int local) const { return first + local * step; }
+};
+
+/// Units drawn, by a warp. The answer takes a while, so it is asked for a unit ahead. A block draws until
+/// there are no more: so all know how many tickets a schedule takes.
+class Draw {
+ public:
+  /// `before`: tickets that the launch's earlier schedules took.
+  __device__ Draw(const Parameters& p, const Schedule& schedule, uint32_t& before)
+      : tickets_(&p.counters->tickets), before_(before) {
+    if (schedule.drawn > 0) before += static_cast<uint32_t>(schedule.drawn) + gridDim.x;
+  }
+  __device__ void ask() {
+    if (threadIdx.x % 32 == 0) ticket_ = atomicAdd(tickets_, 1u);
+  }
+  /// Which of the units that are drawn, or one that is not there.
+  __device__ uint32_t take() const { return __shfl_sync(~0u, ticket_, 0) - before_; }
+
+ private:
+  uint32_t* const tickets_;
+  const uint32_t before_;
+  uint32_t ticket_ = 0;
+};
+
+/// A portion's unit; the complement of the last of a stage.
+struct UnitName {
+  int name;
+  __device__ int unit() const { return name < 0 ? ~name : name; }
+  __device__ bool last() const { return name < 0; }
 };
 
 /// How far a user of the ring has come.
 struct RingAt {
   uint32_t slot = 0, phase = 0;
 };
+
+/// Of two barriers a slot, and names of units in two turns.
+constexpr int kRingWords = 3 * kMostSlots;
 
 /// As the warps see it that take what is there. Two barriers a slot: its bytes are there; all warps are done
 /// with it. A row's place in its slot depends on its length.
@@ -80,10 +121,17 @@ class Ring {
       for (int i = 0; i < kUnitSlots; i++) ptx::mbarrier_arrive(barriers_ + spot(i).slot * 16 + 8);
     at_ = spot(kUnitSlots);
   }
+  /// Of the next portion, and whether it is the last of its stage.
+  __device__ __forceinline__ UnitName unit() const { return {static_cast<int>(ptx::ld_shared(name()))}; }
   __device__ RingAt at() const { return at_; }
   __device__ void go_to(RingAt at) { at_ = at; }
 
  protected:
+  /// Where the next portion's unit stands. Two turns of the ring: what is read now is not overwritten by what
+  /// will lie in the same slots.
+  __device__ __forceinline__ uint32_t name() const {
+    return barriers_ + kMostSlots * 16 + (at_.phase * kMostSlots + at_.slot) * 4;
+  }
   __device__ __forceinline__ RingAt spot(int ahead) const {
     const uint32_t slot = at_.slot + ahead;
     return slot < slots_ ? RingAt{slot, at_.phase} : RingAt{slot - slots_, at_.phase ^ 1};
@@ -99,6 +147,10 @@ class RingFiller : Ring {
  public:
   __device__ explicit RingFiller(const Ring& ring) : Ring(ring) {}
 
+  /// Says which unit the next portion is of.
+  __device__ __forceinline__ void announce(int unit, bool last) const {
+    if (threadIdx.x % 32 == 0) ptx::st_shared(name(), static_cast<uint32_t>(last ? ~unit : unit));
+  }
   /// The next portion: lane r brings row r, `bytes` from `from` on, to `offset` in its slot; null: no row.
   /// Waits until no more than `ahead` bytes are on their way with it, or no other slot.
   __device__ __forceinline__ void produce(const Bf16* from, int bytes, int offset, int ahead,
@@ -111,12 +163,13 @@ class RingFiller : Ring {
       const bool here = from != nullptr && r >= 0 && r < kSlotRows;
       const int of_slot = __reduce_add_sync(~0u, here ? bytes : 0);
       wait_phase(full + 8, at_.phase ^ 1, peers);
-      while (coming_ == slots_ || (coming_ > 0 && coming_bytes_ + of_slot > ahead)) {
+      if (coming_ == 0) late_ = at_;
+      while (coming_ > 0 && (late_.slot == at_.slot || coming_ + of_slot > ahead)) {
         wait_phase(barriers_ + late_.slot * 16, late_.phase, peers);
-        coming_--, coming_bytes_ -= __shfl_sync(~0u, asked_, static_cast<int>(late_.slot));
+        coming_ -= __shfl_sync(~0u, asked_, static_cast<int>(late_.slot));
         if (++late_.slot == slots_) late_ = {0, late_.phase ^ 1};
       }
-      coming_++, coming_bytes_ += of_slot;
+      coming_ += of_slot;
       if (lane == static_cast<int>(at_.slot)) asked_ = of_slot;
       if (r == 0) ptx::mbarrier_arrive_expect_tx(full, of_slot);
       __syncwarp();
@@ -126,10 +179,9 @@ class RingFiller : Ring {
   }
 
  private:
-  // Slots whose bytes may be on their way, the bytes of them all, the oldest, and what was asked for the slot
-  // of the lane's number.
-  uint32_t coming_ = 0;
-  int coming_bytes_ = 0, asked_ = 0;
+  // Bytes that may be on their way, and of them those for the slot of the lane's number; the first slot that
+  // waits for some.
+  int coming_ = 0, asked_ = 0;
   RingAt late_;
 };
 

@@ -42,7 +42,7 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
   // Weights are read once a step: let them not drive out what is read again.
   const uint64_t policy = ptx::evict_first_policy();
   const int r = threadIdx.x % kUnitRows;
-  uint32_t lists = 0;
+  uint32_t lists = 0, tickets = 0;
   bool prepared = false;
   const auto wait_list = [&] { wait_phase(listed, lists++ & 1, p.peers); };
   // A stage has up to two matrices. All go through one loop, which keeps its code in the instruction cache.
@@ -55,9 +55,9 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
     const GateUpRows gate_up(layer.gate_up, d);
     const DownRows down(layer.down, d);
     Schedule schedule(p, 0, 1);
-    const Bf16* rows = nullptr;  // of unit 0, where units follow one another
-    int64_t unit_stride = 0;     // elements
-    int part_stride = 0, row_bytes = 2 * d.hidden;
+    const Bf16* rows = nullptr;            // of unit 0, where units follow one another
+    int unit_stride = 0, part_stride = 0;  // elements
+    int row_bytes = 2 * d.hidden;
     bool adjacent = true;
     const int matrix = 2 * stage + at % 2;
     switch (matrix) {
@@ -73,13 +73,13 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
         const AttnOutRows of(layer.attn_out, p);
         if (at % 2 == of.turns) continue;
         schedule = of.schedule(p);
-        rows = of.row(0, at % 2, r), unit_stride = int64_t{kUnitRows} * of.columns, part_stride = of.part();
+        rows = of.row(0, at % 2, r), unit_stride = kUnitRows * of.columns, part_stride = of.part();
         row_bytes = 2 * of.part(), adjacent = of.part() == of.columns;
         break;
       }
       case 2 * kGateUp:
         schedule = gate_up.dense_schedule(p);
-        rows = gate_up.dense_row(0, r), unit_stride = int64_t{kUnitColumns} * d.hidden;
+        rows = gate_up.dense_row(0, r), unit_stride = kUnitColumns * d.hidden;
         break;
       case 2 * kGateUp + 1:
         wait_list();
@@ -87,26 +87,38 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
         break;
       case 2 * kDown:
         if (step == p.from) wait_list();
-        schedule = down.dense_schedule(p);
-        rows = down.dense_row(0, r), unit_stride = int64_t{kUnitRows} * d.inter, row_bytes = 2 * d.inter;
+        schedule = down.dense_schedule(p, chosen.count);
+        rows = down.dense_row(0, r), unit_stride = kUnitRows * d.inter, row_bytes = 2 * d.inter;
         break;
       case 2 * kDown + 1:
         schedule = down.expert_schedule(p, chosen.count);
         row_bytes = down.ring_row_bytes(), adjacent = false;
         break;
       case 2 * kStages:
-        schedule = Schedule(p, d.local_vocab / kUnitRows, 1);
-        rows = p.logits.table + int64_t{r} * d.hidden, unit_stride = int64_t{kUnitRows} * d.hidden;
+        schedule = logits_schedule(p);
+        rows = p.logits.table + int64_t{r} * d.hidden, unit_stride = kUnitRows * d.hidden;
         break;
       default:
         continue;
     }
     // As much as fits into the ring before its stage begins.
     const bool early = matrix == 2 * kQkv || stage == kAttnOut || matrix == 2 * kGateUp;
-    const int gently = early ? p.slots / kUnitSlots : 0;
+    int gently = early ? p.slots / kUnitSlots : 0;
+    Draw draw(p, schedule, tickets);
+    int portions = schedule.portions();
 #pragma unroll 1
-    for (int n = 0, unit = schedule.first, part = 0; n < schedule.portions; n++) {
-      const Bf16* from = rows + unit * unit_stride + part * part_stride;
+    for (int n = 0, unit = schedule.first, part = 0; n < portions; n++, gently--) {
+      int next = unit + schedule.step;
+      if (schedule.drawn > 0 && n + 2 >= portions) {
+        if (n + 1 == portions) {
+          const uint32_t ticket = draw.take();
+          // A vote tells the compiler that the warp stays together.
+          if (__any_sync(~0u, ticket < static_cast<uint32_t>(schedule.drawn))) portions++;
+          next = schedule.first_drawn + static_cast<int>(ticket);
+        }
+        if (n + 1 < portions) draw.ask();
+      }
+      const Bf16* from = rows + int64_t{unit} * unit_stride + part * part_stride;
       if (matrix == 2 * kQkv) {
         from = qkv.row(unit, r, d.hidden);
       } else if (matrix == 2 * kGateUp + 1) {
@@ -120,9 +132,14 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
       }
       // Neighbours in memory come by one copy.
       const bool first = r % kSlotRows == 0;
+      ring.announce(unit, n + 1 == portions);
       ring.produce(adjacent && !first ? nullptr : from, adjacent ? kSlotRows * row_bytes : row_bytes,
-                   r % kSlotRows * row_bytes, n < gently ? kOneSlot : kBytesAhead, p.peers, policy);
-      if (++part == schedule.parts) part = 0, unit += schedule.step;
+                   r % kSlotRows * row_bytes,
+                   gently > 0              ? kOneSlot
+                   : gently > -kShortStage ? kBytesAhead
+                                           : kBytesFarAhead,
+                   p.peers, policy);
+      if (++part == schedule.parts) part = 0, unit = next;
     }
   }
 }
@@ -163,7 +180,7 @@ constexpr int kResidualBytes = (2 * kRowLength + 127) / 128 * 128;
 
 __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ Parameters p) {
   TP_DYNAMIC_SHARED(char, memory, 128);  // ring, residual, activations, exchange
-  __shared__ uint64_t barriers[2 * kMostSlots], listed;
+  __shared__ uint64_t barriers[kRingWords], listed;
   __shared__ Chosen chosen;
   alignas(16) __shared__ float room[2 * kMostTokens * kWarps];
   __shared__ Tasks tasks[2];
@@ -254,7 +271,7 @@ __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ 
   if (threadIdx.x > 0) return;
   __threadfence();
   if (atomicAdd(&p.counters->exited, 1u) != gridDim.x - 1) return;
-  p.counters->exited = 0;
+  p.counters->exited = p.counters->tickets = 0;
   p.counters->grid_before = c.grid.due(), p.counters->early_before = c.early.due();
   p.counters->sum_turn = c.sum_turn;
 }
@@ -285,7 +302,8 @@ int slot_bytes_of(const Decoder& decoder, const Dims& d) {
   int most = std::max({2 * d.hidden, 2 * d.inter, 2 * d.moe_inter * kUnitRows / halves_of(d.leaves)});
   for (const LayerArgs& layer : decoder.layers)
     most = std::max(most, 2 * std::min(layer.attn_out.columns, kAttentionPart));
-  return stride_of(std::max(kSlotRows * most, kTileBytes));
+  // Whole lines: a copy to half of one and half of the next is slower.
+  return (std::max(kSlotRows * most, kTileBytes) + 127) & -128;
 }
 
 LayerKind kind_of(const Decoder& decoder, bool full) {

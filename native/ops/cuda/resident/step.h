@@ -16,7 +16,7 @@ constexpr int kThreads = 32 * kWarps;   // of them
 constexpr int kBlock = kThreads + 128;  // and the warp that keeps the ring full, of a group of four
 // Registers of a thread that computes and of one that does not: what was dealt out evenly, in groups of four
 // warps.
-constexpr int kRegisters = 232, kFillerRegisters = 40;
+constexpr int kRegisters = 216, kFillerRegisters = 72;
 constexpr int kMostTokens = 8;  // columns of a tensor-core product
 constexpr int kMostTopK = 8;
 constexpr int kMostExperts = 128;
@@ -27,7 +27,7 @@ constexpr int kMostSlots = 16;
 // Of the ring on their way at once: more only queue in the memory system. What comes while blocks wait for
 // each other comes one slot at a time: it would be in the way of what they wait for, flags, rows and
 // instructions.
-constexpr int kBytesAhead = 46 << 10, kOneSlot = 0;
+constexpr int kBytesAhead = 46 << 10, kOneSlot = 0, kBytesFarAhead = 70 << 10, kShortStage = 4;
 constexpr int kSumFloats = kUnitRows * kMostTokens;  // of one warp's product
 constexpr int kGroup = 4;                            // portions of 8 rows whose sums meet at once
 // Sums of an expert's rows and leaves for one token, and some floats more, so that tokens lie on other banks.
@@ -61,6 +61,7 @@ struct Activations {
 struct Counters {
   uint32_t grid, pad0[31];
   uint32_t early, pad1[31];
+  uint32_t tickets, pad2[31];  // units that were drawn in this launch
   uint32_t exited, grid_before, early_before;
   int sum_turn;
 };

@@ -15,6 +15,14 @@ namespace tp::ptx {
   type* const name = reinterpret_cast<type*>(simt::dynamic_shared(align))
 
 inline uint32_t shared_address(const void* p) { return simt::shared_address(p); }
+inline uint32_t ld_shared(uint32_t at) {
+  uint32_t x;
+  std::memcpy(&x, simt::shared_memory(at, sizeof x), sizeof x);
+  return x;
+}
+inline void st_shared(uint32_t at, uint32_t x) {
+  std::memcpy(simt::shared_memory(at, sizeof x), &x, sizeof x);
+}
 inline uint4 ld_shared_v4(uint32_t at) {
   uint4 x;
   std::memcpy(&x, simt::shared_memory(at, 16), sizeof x);
