@@ -4,33 +4,40 @@ namespace tp::cuda {
 
 namespace {
 
+constexpr int kCounting = 1024;  // threads: the next step waits for them
+
 // One block: a thread a row, and all of them count experts.
-__global__ void __launch_bounds__(kThreads) end_step(AdvanceArgs a, int experts, int vocab, int rows) {
-  __shared__ float room[kWarps];
+__global__ void __launch_bounds__(kCounting) end_step(AdvanceArgs a, int experts, int vocab, int rows) {
+  __shared__ unsigned read[kCounting / 32];
   wait_for_inputs();
   let_next_start();
-  float counts[1] = {0};  // whole numbers, exact
-  for (int i = threadIdx.x; i < a.layers * experts; i += kThreads) {
-    const int* const start = a.expert_start + static_cast<int64_t>(i / experts) * (experts + 1) + i % experts;
-    counts[0] += start[1] > start[0] ? 1.0f : 0.0f;
-  }
-  block_sums(counts, room);
-  if (threadIdx.x == 0) *a.experts_read += static_cast<uint64_t>(counts[0]);
-  if (!a.feed) return;
-  const uint64_t step = *a.steps;
+  const int thread = static_cast<int>(threadIdx.x);
+  const uint64_t step = a.feed ? *a.steps : 0;
   const auto entry = static_cast<int>(step % static_cast<uint64_t>(a.depth));
-  for (int r = threadIdx.x; r < rows; r += kThreads) {
-    a.history_token[entry * a.most_rows + r] = a.sampled[r];
-    a.token[r] = a.sampled[r] < vocab ? a.sampled[r] : 0;
-    a.history_logprob[entry * a.most_rows + r] = a.logprob[r];
-    a.position[r]++;
+  if (a.feed) {
+    for (int r = thread; r < rows; r += kCounting) {
+      a.history_token[entry * a.most_rows + r] = a.sampled[r];
+      a.token[r] = a.sampled[r] < vocab ? a.sampled[r] : 0;
+      a.history_logprob[entry * a.most_rows + r] = a.logprob[r];
+      a.position[r]++;
+    }
+    if (thread == 0) a.history_ns[entry] = ptx::globaltimer();
   }
+  unsigned count = 0;
+#pragma unroll 4
+  for (int i = thread; i < a.layers * experts; i += kCounting) {
+    const int* const start = a.expert_start + static_cast<int64_t>(i / experts) * (experts + 1) + i % experts;
+    count += start[1] > start[0];
+  }
+  count = __reduce_add_sync(~0u, count);
+  if (thread % 32 == 0) read[thread / 32] = count;
   __threadfence_system();
   __syncthreads();
-  if (threadIdx.x > 0) return;
-  a.history_ns[entry] = ptx::globaltimer();
-  __threadfence_system();
-  *static_cast<volatile uint64_t*>(a.steps) = step + 1;
+  if (thread >= 32) return;
+  count = __reduce_add_sync(~0u, read[thread]);
+  if (thread > 0) return;
+  *a.experts_read += count;
+  if (a.feed) *static_cast<volatile uint64_t*>(a.steps) = step + 1;
 }
 
 __global__ void write_time(uint64_t* ns) {
@@ -44,7 +51,7 @@ __global__ void write_time(uint64_t* ns) {
 void note_time(uint64_t* ns, Backend& backend) { of(backend).launch(write_time, dim3(1), 1, 0, ns); }
 
 void advance(const AdvanceArgs& a, const Dims& d, const Input& in, Backend& backend) {
-  of(backend).launch(end_step, dim3(1), kThreads, 0, a, d.experts, d.vocab, in.rows);
+  of(backend).launch(end_step, dim3(1), kCounting, 0, a, d.experts, d.vocab, in.rows);
 }
 
 }  // namespace tp::cuda

@@ -1,5 +1,7 @@
 // Final norm, this rank's rows of the vocabulary head, softcap; then what every vocabulary leaf tells the
 // sampler.
+#include <cooperative_groups.h>
+
 #include "ops/cuda/candidates.cuh"
 #include "ops/cuda/gemv.cuh"
 #include "ops/cuda/grouped/grouped.h"
@@ -7,6 +9,8 @@
 namespace tp::cuda {
 
 namespace {
+
+namespace cg = cooperative_groups;
 
 struct LogitsParameters {
   LogitsArgs args;
@@ -78,64 +82,110 @@ class Logits {
   int tiles_;
 };
 
-/// One row of one leaf a block: its maximum, the sum of exponentials, the target's logit and the best
+/// Blocks of a cluster, which share a leaf of a row.
+constexpr int kSharing = 8;
+
+/// What every block of the cluster has found, given to all. Two turns, since a block may be a turn ahead.
+template <class Value>
+class Exchanged {
+ public:
+  __device__ explicit Exchanged(Value (*room)[kSharing]) : room_(room) {}
+  /// Called by all threads; `own` is the block's value, known to its first threads.
+  __device__ const Value* all(const cg::cluster_group& cluster, Value own) {
+    turn_ ^= 1;
+    Value* const to = &room_[turn_][cluster.block_rank()];
+    if (threadIdx.x < kSharing) *cluster.map_shared_rank(to, threadIdx.x) = own;
+    cluster.sync();
+    return room_[turn_];
+  }
+
+ private:
+  Value (*room_)[kSharing];
+  int turn_ = 0;
+};
+
+struct Best {
+  unsigned long long key;
+  float max;
+};
+
+/// One row of one leaf a cluster: its maximum, the sum of exponentials, the target's logit and the best
 /// candidates.
 __global__ void __launch_bounds__(kThreads)
     summarise(const float* logits, float* candidates, Dims d, Input in) {
-  __shared__ float room[kWarps];
+  __shared__ float room[kWarps], sums[2][kSharing];
   __shared__ unsigned long long best_of[kWarps];
+  __shared__ Best bests[2][kSharing];
+  const cg::cluster_group cluster = cg::this_cluster();
+  cluster.sync();  // all of it is there: its shared memory may be written to
   wait_for_inputs();
   let_next_start();
-  const int row = blockIdx.x / d.leaves, l = blockIdx.x % d.leaves, n = d.local_vocab / d.leaves;
-  const int first = d.rank * d.local_vocab + l * n, stride = kSummaryFloats + kCandidateFloats * d.candidates;
+  const int which = blockIdx.x / kSharing, row = which / d.leaves, l = which % d.leaves;
+  const int n = d.local_vocab / d.leaves, first = d.rank * d.local_vocab + l * n;
   const float* const x = logits + static_cast<int64_t>(row) * d.local_vocab + l * n;
-  float* const out = candidates + static_cast<int64_t>(blockIdx.x) * stride;
+  float* const out =
+      candidates + static_cast<int64_t>(which) * (kSummaryFloats + kCandidateFloats * d.candidates);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-
-  float max = -INFINITY;
-  for (int i = threadIdx.x; i < n; i += kThreads) max = x[i] > max ? x[i] : max;
-  max = warp_max(max);
-  if (lane == 0) room[warp] = max;
-  __syncthreads();
-  for (int w = 0; w < kWarps; w++) max = room[w] > max ? room[w] : max;
-  __syncthreads();
-  float sum[1] = {0};
-  for (int i = threadIdx.x; i < n; i += kThreads) sum[0] += exp_f32(x[i] - max);
-  block_sums(sum, room);
-  if (threadIdx.x == 0) {
-    const int target = in.target[row] - first;
-    out[0] = max;
-    out[1] = sum[0];
-    out[2] = target >= 0 && target < n ? x[target] : -INFINITY;
-  }
+  const int begin = static_cast<int>(cluster.block_rank()) * kThreads + static_cast<int>(threadIdx.x);
+  constexpr int kStep = kSharing * kThreads;
+  const bool writes = begin == 0;
 
   // Unfiltered sampling needs the best perturbed logit alone; filters need the best logits and perturb later.
   const float temperature = in.temperature[row];
   const bool perturb = temperature > 0 && in.top_k[row] == 0 && in.top_p[row] >= 1;
   const auto position = static_cast<uint32_t>(in.position[in.row[row]]);
-  auto* const list = reinterpret_cast<Candidate*>(out + kSummaryFloats);
   const auto score_of = [&](int i) {
     return perturb ? x[i] / temperature + gumbel(in.seed[row], static_cast<uint32_t>(in.sequence[row]),
                                                  position, static_cast<uint32_t>(first + i))
                    : x[i];
   };
+  Exchanged<Best> best_exchanged(bests);
+  // The best of those after `taken`, of which there are none at first, and the largest logit.
+  const auto look = [&](bool any, unsigned long long taken) {
+    float max = -INFINITY;
+    unsigned long long best = ~0ull;
+#pragma unroll 4
+    for (int i = begin; i < n; i += kStep) {
+      const unsigned long long key = key_of(score_of(i), static_cast<uint32_t>(first + i));
+      if ((any || key > taken) && key < best) best = key;
+      max = x[i] > max ? x[i] : max;
+    }
+    max = warp_max(max);
+    if (lane == 0) room[warp] = max;
+    best = block_min(best, best_of);
+    for (int w = 0; w < kWarps; w++) max = room[w] > max ? room[w] : max;
+    const Best* const all = best_exchanged.all(cluster, {best, max});
+    Best found = all[0];
+    for (int b = 1; b < kSharing; b++)
+      found = {all[b].key < found.key ? all[b].key : found.key,
+               all[b].max > found.max ? all[b].max : found.max};
+    return found;
+  };
+  Best found = look(true, 0);
+
+  float sum[1] = {0};
+#pragma unroll 4
+  for (int i = begin; i < n; i += kStep) sum[0] += exp_f32(x[i] - found.max);
+  block_sums(sum, room);
+  const float* const s = Exchanged<float>(sums).all(cluster, sum[0]);
+  if (writes) {
+    const int target = in.target[row] - first;
+    out[0] = found.max;
+    out[1] = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
+    out[2] = target >= 0 && target < n ? x[target] : -INFINITY;
+  }
+
+  auto* const list = reinterpret_cast<Candidate*>(out + kSummaryFloats);
   if (d.candidates >= n) {  // everything
-    for (int i = threadIdx.x; i < d.candidates; i += kThreads)
+    for (int i = begin; i < d.candidates; i += kStep)
       list[i] = i < n ? Candidate{score_of(i), x[i], static_cast<float>(first + i)} : nothing();
     return;
   }
-  // One round a candidate: the best of those after the last one taken.
-  unsigned long long taken = 0;
   for (int c = 0; c < d.candidates; c++) {
-    unsigned long long best = ~0ull;
-    for (int i = threadIdx.x; i < n; i += kThreads) {
-      const unsigned long long key = key_of(score_of(i), static_cast<uint32_t>(first + i));
-      if ((c == 0 || key > taken) && key < best) best = key;
-    }
-    best = block_min(best, best_of);
-    taken = best;
-    if (threadIdx.x == 0)
-      list[c] = {score_of_key(best), x[token_of_key(best) - first], static_cast<float>(token_of_key(best))};
+    if (c > 0) found = look(false, found.key);
+    if (writes)
+      list[c] = {score_of_key(found.key), x[token_of_key(found.key) - first],
+                 static_cast<float>(token_of_key(found.key))};
   }
 }
 
@@ -163,8 +213,8 @@ void logits(const LogitsArgs& a, const Dims& d, const Input& in, Backend& backen
 
 void summarise_logits(const LogitsArgs& a, const Dims& d, const Input& in, Backend& backend) {
   if (in.rows == 0) return;
-  of(backend).launch(summarise, dim3(static_cast<unsigned>(in.rows * d.leaves)), kThreads, 0, a.logits,
-                     a.candidates, d, in);
+  of(backend).launch_cluster(summarise, dim3(static_cast<unsigned>(in.rows * d.leaves * kSharing)), kThreads,
+                             0, kSharing, a.logits, a.candidates, d, in);
 }
 
 }  // namespace tp::cuda

@@ -58,6 +58,7 @@ __global__ void __launch_bounds__(kThreads)
     sample_rows(SampleArgs a, Dims d, Input in, unsigned long long* room, int padded) {
   __shared__ unsigned long long best_of[kWarps];
   __shared__ ExpSum leaves[kMaxLeaves];
+  __shared__ float targets[kMaxLeaves], found;
   wait_for_inputs();
   let_next_start();
   const int row = blockIdx.x, stride = kSummaryFloats + kCandidateFloats * d.candidates,
@@ -74,8 +75,8 @@ __global__ void __launch_bounds__(kThreads)
     const Candidate c = candidate(i);
     return c.token < static_cast<float>(d.vocab) ? key_of(c.score, static_cast<uint32_t>(c.token)) : ~0ull;
   };
-  float target = -INFINITY;
-  for (int l = 0; l < d.all_leaves; l++) target = leaf(l)[2] > target ? leaf(l)[2] : target;
+  for (int l = threadIdx.x; l < d.all_leaves; l += kThreads)
+    leaves[l] = {leaf(l)[0], leaf(l)[1]}, targets[l] = leaf(l)[2];
 
   const float temperature = in.temperature[row];
   unsigned long long best = ~0ull;
@@ -107,19 +108,20 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     logit = sums[0];
   } else {
+    float of_best = -INFINITY;
     for (int i = threadIdx.x; i < all; i += kThreads) {
       const unsigned long long seen = key(i);
-      best = seen < best ? seen : best;
+      if (seen < best) best = seen, of_best = candidate(i).logit;
     }
+    const unsigned long long own = best;
     best = block_min(best, best_of);
-    __shared__ float found;
-    for (int i = threadIdx.x; i < all; i += kThreads)
-      if (key(i) == best) found = candidate(i).logit;
+    if (own == best) found = of_best;
     __syncthreads();
     logit = found;
   }
   if (threadIdx.x > 0) return;
-  for (int l = 0; l < d.all_leaves; l++) leaves[l] = {leaf(l)[0], leaf(l)[1]};
+  float target = -INFINITY;
+  for (int l = 0; l < d.all_leaves; l++) target = targets[l] > target ? targets[l] : target;
   const float log_sum = tree_log_sum_exp(leaves, d.all_leaves);
   a.token[row] = static_cast<int>(token_of_key(best));
   a.logprob[row] = logit - log_sum;

@@ -73,6 +73,16 @@ void enter(Block* block) {
   current_ = block;
 }
 
+void* static_of(unsigned rank, void* here) {
+  const auto at = static_cast<size_t>(static_cast<char*>(here) - statics_);
+  if (at >= static_bytes_) fault("%p is not in static shared memory", here);
+  const unsigned size = current_->grid->launch.cluster, number = current_->cluster * size + rank;
+  if (number == current_->number) return here;
+  for (const auto& block : current_->grid->resident)
+    if (rank < size && block->number == number) return block->statics.data() + at;
+  fault("the cluster of %u blocks has none of rank %u, or it has ended", size, rank);
+}
+
 char* room_at(uint32_t address, int bytes) {
   const auto end = int64_t{address} + bytes;
   if (address >= kDynamicBase) {

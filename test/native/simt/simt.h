@@ -74,6 +74,8 @@ void barrier_wait(int id, int threads);
 void barrier_arrive(int id, int threads);
 void cluster_wait();
 int cluster_rank();
+/// What lies in the static shared memory of the cluster's block of that rank where `here` lies in this one's.
+void* static_of(unsigned rank, void* here);
 
 char* dynamic_shared(int align);
 uint32_t shared_address(const void* p);
