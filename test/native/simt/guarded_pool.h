@@ -29,7 +29,7 @@ class GuardedPool {
   void give_back(char* memory) { free_.push_back(memory); }
 
  private:
-  char* map() const {
+  char* map() {
     void* const mapped = mmap(nullptr, bytes_ + kPage, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapped == MAP_FAILED) {
@@ -37,12 +37,18 @@ class GuardedPool {
       std::abort();
     }
     char* const memory = static_cast<char*>(mapped);
-    mprotect(guard_ == Guard::before ? memory : memory + bytes_, kPage, PROT_NONE);
+    if (++mapped_ <= kMostGuards)
+      mprotect(guard_ == Guard::before ? memory : memory + bytes_, kPage, PROT_NONE);
     return memory;
   }
 
+  // A guard costs two mappings, of which Linux gives a process 65,530. Pieces without one are neighbours, and
+  // one mapping.
+  static constexpr size_t kMostGuards = 16000;
+
   const size_t bytes_;
   const Guard guard_;
+  size_t mapped_ = 0;
   std::vector<char*> free_;
 };
 

@@ -20,25 +20,19 @@ struct DownRows {
         moe(d.moe_inter),
         leaves(d.leaves),
         halves(halves_of(d.leaves)) {}
+  /// Of the experts' units the blocks behind the first `more` have one less, so they get what is left of the
+  /// dense MLP's when each has its share.
+  __device__ Schedule dense_schedule(const Parameters& p) const {
+    const int all = hidden / kUnitRows, blocks = static_cast<int>(gridDim.x), each = p.by_blocks.of(all);
+    const int more = all - each * blocks, others = blocks - more, block = static_cast<int>(blockIdx.x);
+    if (block < more) return {block, more, each};
+    const int first = each * more + block - more;
+    return {first, others, (all - first + others - 1) / others};
+  }
   /// Experts of a portion: as many as 8 warps take.
   __device__ int at_once() const { return kWarps >> (halves - 1); }
-  /// Portions of an experts' unit.
-  __device__ int parts(int count) const { return (count + at_once() - 1) >> (halves > 1 ? 2 : 3); }
-  /// Of the experts' units the blocks behind the first `more` have one less. If that is more than a portion,
-  /// they take as many portions of the dense MLP more.
-  __device__ Schedule dense_schedule(const Parameters& p, int count) const {
-    const int all = hidden / kUnitRows;
-    if (parts(count) == 1) return {p, all, 1};
-    const int blocks = static_cast<int>(gridDim.x), more = all - p.by_blocks.of(all) * blocks;
-    const int others = blocks - more, each = p.by_blocks.of(max(all - others * parts(count), 0));
-    const int left = all - each * more, other = static_cast<int>(blockIdx.x) - more;
-    return other < 0 ? Schedule(static_cast<int>(blockIdx.x), more, each)
-                     : Schedule(each * more + other, others, (left - other + others - 1) / others);
-  }
-  /// Short ones begin where the dense units ended.
   __device__ Schedule expert_schedule(const Parameters& p, int count) const {
-    const int all = hidden / kUnitRows;
-    return {p, all, parts(count), parts(count) == 1 ? all : 0};
+    return {p, hidden / kUnitRows, (count + at_once() - 1) >> (halves > 1 ? 2 : 3)};
   }
   __device__ const Bf16* dense_row(int unit, int r) const {
     return dense + (int64_t{unit} * kUnitRows + r) * inter;
@@ -157,8 +151,7 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
     else if (there)
       a.sum[at] = x;
   };
-  const Schedule dense = rows.dense_schedule(c.p, c.chosen->count),
-                 experts = rows.expert_schedule(c.p, c.chosen->count);
+  const Schedule dense = rows.dense_schedule(c.p), experts = rows.expert_schedule(c.p, c.chosen->count);
   consume<kDensePieces>(c, dense, d.leaves, {c.acts, dense_stride}, [&](int, int units, float* room) {
     each_output<kUnitRows, true>(c, units, [&](int u, int t, int row) {
       put(0, unit_in(room, u) * kUnitRows + row, t, joined(room, u, t, row, d.leaves), t < c.tokens);

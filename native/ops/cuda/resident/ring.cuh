@@ -41,24 +41,36 @@ struct Schedule {
   __device__ int unit(int local) const { return first + local * step; }
 };
 
-/// Units drawn, by a warp. The answer takes a while, so it is asked for a unit ahead. A block draws until
-/// there are no more: so all know how many tickets a schedule takes.
+/// The units of a schedule that are drawn, by a warp. A ticket takes a while, so it is asked for while the
+/// unit before is brought. A block asks until it gets none: so all know how many tickets a schedule takes.
 class Draw {
  public:
-  /// `before`: tickets that the launch's earlier schedules took.
+  /// `before`: tickets that the launch's schedules took until now, with this one's then.
   __device__ Draw(const Parameters& p, const Schedule& schedule, uint32_t& before)
-      : tickets_(&p.counters->tickets), before_(before) {
-    if (schedule.drawn > 0) before += static_cast<uint32_t>(schedule.drawn) + gridDim.x;
+      : first_(schedule.first_drawn),
+        drawn_(schedule.drawn),
+        before_(before),
+        tickets_(&p.counters->tickets) {
+    if (drawn_ > 0) before += static_cast<uint32_t>(drawn_) + gridDim.x;
   }
-  __device__ void ask() {
+  /// Of the block's n-th unit, while it knows of `units`: whether there is one behind these, and if it is the
+  /// next, which.
+  __device__ __forceinline__ void look_ahead(int n, int& units, int& next) {
+    if (drawn_ == 0 || n + 2 < units) return;
+    if (n + 1 == units) {
+      const uint32_t ticket = __shfl_sync(~0u, ticket_, 0) - before_;
+      next = first_ + static_cast<int>(ticket);
+      // A vote tells the compiler that the warp stays together.
+      if (!__any_sync(~0u, ticket < static_cast<uint32_t>(drawn_))) return;
+      units++;
+    }
     if (threadIdx.x % 32 == 0) ticket_ = atomicAdd(tickets_, 1u);
   }
-  /// Which of the units that are drawn, or one that is not there.
-  __device__ uint32_t take() const { return __shfl_sync(~0u, ticket_, 0) - before_; }
 
  private:
-  uint32_t* const tickets_;
+  const int first_, drawn_;
   const uint32_t before_;
+  uint32_t* const tickets_;
   uint32_t ticket_ = 0;
 };
 

@@ -87,7 +87,7 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
         break;
       case 2 * kDown:
         if (step == p.from) wait_list();
-        schedule = down.dense_schedule(p, chosen.count);
+        schedule = down.dense_schedule(p);
         rows = down.dense_row(0, r), unit_stride = kUnitRows * d.inter, row_bytes = 2 * d.inter;
         break;
       case 2 * kDown + 1:
@@ -103,21 +103,13 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
     }
     // As much as fits into the ring before its stage begins.
     const bool early = matrix == 2 * kQkv || stage == kAttnOut || matrix == 2 * kGateUp;
-    int gently = early ? p.slots / kUnitSlots : 0;
+    int gently = early ? p.slots / kUnitSlots : 0;  // portions
     Draw draw(p, schedule, tickets);
     int portions = schedule.portions();
 #pragma unroll 1
     for (int n = 0, unit = schedule.first, part = 0; n < portions; n++, gently--) {
       int next = unit + schedule.step;
-      if (schedule.drawn > 0 && n + 2 >= portions) {
-        if (n + 1 == portions) {
-          const uint32_t ticket = draw.take();
-          // A vote tells the compiler that the warp stays together.
-          if (__any_sync(~0u, ticket < static_cast<uint32_t>(schedule.drawn))) portions++;
-          next = schedule.first_drawn + static_cast<int>(ticket);
-        }
-        if (n + 1 < portions) draw.ask();
-      }
+      draw.look_ahead(n, portions, next);
       const Bf16* from = rows + int64_t{unit} * unit_stride + part * part_stride;
       if (matrix == 2 * kQkv) {
         from = qkv.row(unit, r, d.hidden);
@@ -133,12 +125,9 @@ __device__ void fill_ring(const Parameters& p, RingFiller ring, const Chosen& ch
       // Neighbours in memory come by one copy.
       const bool first = r % kSlotRows == 0;
       ring.announce(unit, n + 1 == portions);
+      const int ahead = gently > 0 ? kOneSlot : gently > -kShortStage ? kBytesAhead : kBytesFarAhead;
       ring.produce(adjacent && !first ? nullptr : from, adjacent ? kSlotRows * row_bytes : row_bytes,
-                   r % kSlotRows * row_bytes,
-                   gently > 0              ? kOneSlot
-                   : gently > -kShortStage ? kBytesAhead
-                                           : kBytesFarAhead,
-                   p.peers, policy);
+                   r % kSlotRows * row_bytes, ahead, p.peers, policy);
       if (++part == schedule.parts) part = 0, unit = next;
     }
   }

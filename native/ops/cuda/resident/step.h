@@ -24,10 +24,10 @@ constexpr int kUnitRows = 8;  // weight rows of a tensor-core product
 constexpr int kSlotRows = 4;  // of them in one slot of the ring
 constexpr int kUnitSlots = kUnitRows / kSlotRows;
 constexpr int kMostSlots = 16;
-// Of the ring on their way at once: more only queue in the memory system. What comes while blocks wait for
-// each other comes one slot at a time: it would be in the way of what they wait for, flags, rows and
-// instructions.
-constexpr int kBytesAhead = 46 << 10, kOneSlot = 0, kBytesFarAhead = 70 << 10, kShortStage = 4;
+// Of the ring on their way at once: two slots, and three from a matrix's fifth portion on, which is one that
+// takes long. More only queue in the memory system. What comes while blocks wait for each other comes one
+// slot at a time: it would be in the way of what they wait for, flags, rows and instructions.
+constexpr int kOneSlot = 0, kBytesAhead = 46 << 10, kBytesFarAhead = 70 << 10, kShortStage = 4;
 constexpr int kSumFloats = kUnitRows * kMostTokens;  // of one warp's product
 constexpr int kGroup = 4;                            // portions of 8 rows whose sums meet at once
 // Sums of an expert's rows and leaves for one token, and some floats more, so that tokens lie on other banks.
