@@ -14,7 +14,9 @@ namespace tp {
 
 namespace {
 
-constexpr size_t kAlign = 64;
+// Of a tensor: whole lines of a GPU, whose copies to shared memory are slower from half of one and half of
+// the next.
+constexpr size_t kAlign = 256;
 constexpr int64_t kBounceBytes = int64_t{4} << 20;   // short runs are picked out of blocks of this size
 constexpr int64_t kDirectBytes = int64_t{64} << 10;  // runs at least this long are read where they belong
 constexpr int64_t kSkipBytes = 4096;                 // gaps shorter than a page cannot be skipped anyway
