@@ -14,9 +14,8 @@ namespace tp {
 
 namespace {
 
-// Of a tensor: whole lines of a GPU, whose copies to shared memory are slower from half of one and half of
-// the next.
-constexpr size_t kAlign = 256;
+// Tensors begin at whole lines: a GPU copies to shared memory more slowly from halves of two.
+constexpr size_t kHostAlign = 64, kDeviceAlign = 256;
 constexpr int64_t kBounceBytes = int64_t{4} << 20;   // short runs are picked out of blocks of this size
 constexpr int64_t kDirectBytes = int64_t{64} << 10;  // runs at least this long are read where they belong
 constexpr int64_t kSkipBytes = 4096;                 // gaps shorter than a page cannot be skipped anyway
@@ -134,6 +133,7 @@ void for_each_run(const Slice& slice, const std::function<void(int64_t, int64_t,
 
 Weights::Weights(const std::vector<TensorSpec>& specs, Backend& backend, int threads)
     : backend_(backend), threads_(threads) {
+  const size_t align = backend.on_host() ? kHostAlign : kDeviceAlign;
   std::vector<size_t> offsets;
   for (const TensorSpec& spec : specs) {
     Tensor tensor{spec.shape, nullptr, 1, false};
@@ -145,7 +145,7 @@ Weights::Weights(const std::vector<TensorSpec>& specs, Backend& backend, int thr
     }
     tensor.elements = static_cast<int64_t>(bytes / sizeof(Bf16));
     offsets.push_back(bytes_);
-    bytes_ = bytes_of({bytes_ + (bytes + kAlign - 1) / kAlign * kAlign});
+    bytes_ = bytes_of({bytes_ + (bytes + align - 1) / align * align});
     if (!tensors_.emplace(spec.name, tensor).second)
       fail("TP_PLAN", "tensor %s is planned twice", spec.name.c_str());
   }
