@@ -57,6 +57,9 @@ __device__ inline float inverse_rms(float squares, int n, float eps) {
   return __frsqrt_rn(__fdividef(squares, static_cast<float>(n)) + eps);
 }
 
+/// The next multiple of `to`.
+inline __host__ __device__ constexpr int up(int x, int to) { return (x + to - 1) / to * to; }
+
 /// Whole-number division without a divider: exact for numbers below 2^32 / divisor.
 struct Divider {
   uint32_t divisor, magic;

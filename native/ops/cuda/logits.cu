@@ -91,7 +91,7 @@ class Exchanged {
  public:
   __device__ explicit Exchanged(Value (*room)[kSharing]) : room_(room) {}
   /// Called by all threads; `own` is the block's value, known to its first threads.
-  __device__ const Value* all(const cg::cluster_group& cluster, Value own) {
+  __device__ Value* all(const cg::cluster_group& cluster, Value own) {
     turn_ ^= 1;
     Value* const to = &room_[turn_][cluster.block_rank()];
     if (threadIdx.x < kSharing) *cluster.map_shared_rank(to, threadIdx.x) = own;
@@ -167,11 +167,11 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 4
   for (int i = begin; i < n; i += kStep) sum[0] += exp_f32(x[i] - found.max);
   block_sums(sum, room);
-  const float* const s = Exchanged<float>(sums).all(cluster, sum[0]);
+  float* const of_blocks = Exchanged<float>(sums).all(cluster, sum[0]);
   if (writes) {
     const int target = in.target[row] - first;
     out[0] = found.max;
-    out[1] = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
+    out[1] = tree_sum(of_blocks, kSharing);
     out[2] = target >= 0 && target < n ? x[target] : -INFINITY;
   }
 

@@ -100,8 +100,6 @@ struct Slot {
   int out_row[S::kColumns];
 };
 
-inline __host__ __device__ int up(int x, int to) { return (x + to - 1) / to * to; }
-
 /// Shared memory of a block: the stages, then the stack of leaves, where the experts' units and assignments
 /// begin, the activation rows of two units, the slots (one more than stages: when a unit's first stage is
 /// free, all warps have left the unit that had its slot before) and the barriers.

@@ -90,8 +90,8 @@ __device__ __forceinline__ void consume_experts(Context& c, const Schedule& sche
   // As one of the 256 sums (unit, token; row, leaf):
   const int mine = c.p.by_tokens.of(c.warp), token = c.warp - mine * c.tokens;
 #pragma unroll 1
-  for (int unit = 0, all = schedule.units; unit < all; unit += units_once) {
-    const int units = min(units_once, all - unit), portions = units * schedule.parts;
+  for (int unit = 0; unit < schedule.units; unit += units_once) {
+    const int units = min(units_once, schedule.units - unit), portions = units * schedule.parts;
     // (half, unit, token, K, kExpertSums): of two halves both rooms, which all must have read.
     if (Halves > 1) sync_consumers();
     float* const room = Halves > 1 ? c.exchange : c.next_room();

@@ -22,8 +22,7 @@ struct GateUpRows {
   __device__ Schedule dense_schedule(const Parameters& p) const { return {p, inter / kUnitColumns, 1}; }
   /// Begins where the dense units ended, so that no block has more than one unit above its share.
   __device__ Schedule expert_schedule(const Parameters& p, int count) const {
-    const int all = count * expert_units();
-    return Schedule(p, all, 1, inter / kUnitColumns).and_draw(p, all);
+    return Schedule::drawing(p, count * expert_units(), inter / kUnitColumns);
   }
   __device__ const Bf16* dense_row(int unit, int r) const {
     return (r < kUnitColumns ? gate : up) + (int64_t{unit} * kUnitColumns + r % kUnitColumns) * hidden;

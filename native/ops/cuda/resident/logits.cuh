@@ -6,8 +6,7 @@
 namespace tp::cuda::resident {
 
 __device__ inline Schedule logits_schedule(const Parameters& p) {
-  const int all = p.dims.local_vocab / kUnitRows;
-  return Schedule(p, all, 1).and_draw(p, all);
+  return Schedule::drawing(p, p.dims.local_vocab / kUnitRows);
 }
 
 __device__ __forceinline__ void logits(Context& c) {

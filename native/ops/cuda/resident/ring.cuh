@@ -31,11 +31,11 @@ struct Schedule {
   }
   /// Of many units the last are drawn: some multiprocessors read a twentieth slower than others, and all
   /// would wait for them.
-  __device__ Schedule and_draw(const Parameters& p, int all) const {
-    Schedule some = *this;
+  static __device__ Schedule drawing(const Parameters& p, int all, int offset = 0) {
+    Schedule s(p, all, 1, offset);
     const int rounds = p.by_blocks.of(all), dealt = rounds - 1 - rounds / 8;
-    if (dealt > 1) some.units = dealt, some.first_drawn = dealt * step, some.drawn = all - dealt * step;
-    return some;
+    if (dealt > 1) s.units = dealt, s.first_drawn = dealt * s.step, s.drawn = all - s.first_drawn;
+    return s;
   }
   __device__ int portions() const { return units * parts; }
   __device__ int unit(int local) const { return first + local * step; }

@@ -165,7 +165,7 @@ __device__ inline void wait_fetched() {
 }
 
 /// Between ring and activations.
-constexpr int kResidualBytes = (2 * kRowLength + 127) / 128 * 128;
+constexpr int kResidualBytes = up(2 * kRowLength, 128);
 
 __global__ void __launch_bounds__(kBlock, 1) run_stages(const __grid_constant__ Parameters p) {
   TP_DYNAMIC_SHARED(char, memory, 128);  // ring, residual, activations, exchange
@@ -292,7 +292,7 @@ int slot_bytes_of(const Decoder& decoder, const Dims& d) {
   for (const LayerArgs& layer : decoder.layers)
     most = std::max(most, 2 * std::min(layer.attn_out.columns, kAttentionPart));
   // Whole lines: a copy to half of one and half of the next is slower.
-  return (std::max(kSlotRows * most, kTileBytes) + 127) & -128;
+  return up(std::max(kSlotRows * most, kTileBytes), 128);
 }
 
 LayerKind kind_of(const Decoder& decoder, bool full) {

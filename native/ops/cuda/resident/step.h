@@ -24,9 +24,9 @@ constexpr int kUnitRows = 8;  // weight rows of a tensor-core product
 constexpr int kSlotRows = 4;  // of them in one slot of the ring
 constexpr int kUnitSlots = kUnitRows / kSlotRows;
 constexpr int kMostSlots = 16;
-// Of the ring on their way at once: two slots, and three from a matrix's fifth portion on, which is one that
-// takes long. More only queue in the memory system. What comes while blocks wait for each other comes one
-// slot at a time: it would be in the way of what they wait for, flags, rows and instructions.
+// Of the ring on their way at once: two slots, and three behind the first kShortStage portions of a matrix.
+// More only queue in the memory system. What comes while blocks wait for each other comes one slot at a time:
+// it would be in the way of what they wait for, flags, rows and instructions.
 constexpr int kOneSlot = 0, kBytesAhead = 46 << 10, kBytesFarAhead = 70 << 10, kShortStage = 4;
 constexpr int kSumFloats = kUnitRows * kMostTokens;  // of one warp's product
 constexpr int kGroup = 4;                            // portions of 8 rows whose sums meet at once
