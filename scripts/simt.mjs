@@ -11,7 +11,7 @@ import { parseArgs } from 'node:util';
 const root = join(dirname(fileURLToPath(import.meta.url)), '..');
 
 /** The checks, the longest first: they share the cores. */
-export const PARTS = ['stages', 'stretches', 'ranks', 'ops', 'peers'];
+export const PARTS = ['many', 'stages', 'stretches', 'ranks', 'ops', 'peers'];
 
 /** Why this machine cannot run it, or nothing. */
 export function obstacle() {

@@ -18,7 +18,7 @@ import { longestOf, readPrompts } from './prompts.js';
 import { withRun } from './session.js';
 import { runSpec } from './spec.js';
 
-/** Most tokens of a step whose rows are blind to each other on GPUs. */
+/** Most tokens of a step whose rows are blind to each other on GPUs, whatever the model; see README.md. */
 const BATCH_INVARIANT_TOKENS = 8;
 
 export async function check(options: Options): Promise<number> {
@@ -40,7 +40,7 @@ export async function check(options: Options): Promise<number> {
   const control = fault({ layer, stage: 'attention', rank: null }, prompts.length - 1);
   const planted = options.plantFault && fault(options.plantFault, prompts.length >> 1);
   const chosen = chooseDevice(options);
-  // On GPUs a row's bits do not depend on its neighbours in steps of up to 8 tokens; longer ones round in their own way.
+  // Longer steps may round in their own way there.
   const prefillChunk =
     chosen.device === 'cuda' ? Math.min(options.prefillChunk, BATCH_INVARIANT_TOKENS) : options.prefillChunk;
   const specOf = (ranks: number) =>

@@ -9,6 +9,14 @@ import { good, must, REAL_WIDTH, root } from './harness.mjs';
 
 export const WHOLE_MODEL = join(root, 'configs/gemma-4-26b-a4b.json');
 const LIMIT_S = 570;
+/** Flags for `count` prompts of `length` tokens, no two alike. */
+const promptsOf = (count, length) =>
+  Array.from({ length: count }, (_, i) => [
+    '--prompt-ids',
+    Array.from({ length }, (_, at) => (2 + 7919 * i + 104729 * at) % 262144).join(),
+  ]).flat();
+/** As many sequences as a step may have whose rows are blind to each other, at the real width. */
+const SIXTEEN = ['--batch', '16', ...promptsOf(16, 9)];
 /** Fresh runs of the whole model that must repeat the first. */
 const REPEATS = 20;
 
@@ -26,6 +34,7 @@ export async function checks(suite, gpus) {
       for (const [name, model] of [
         ['tiny', []],
         ['real width', ['--model', REAL_WIDTH, '--max-tokens', '8']],
+        ['real width, 16 sequences', ['--model', REAL_WIDTH, '--max-tokens', '8', ...SIXTEEN]],
       ]) {
         await suite.test(`check: ${ranks} ranks by ${collective}, ${name}`, async () => {
           const { line, run } = await passingCheck([...on, '--collective', collective, ...model]);
@@ -35,7 +44,18 @@ export async function checks(suite, gpus) {
       }
     }
     await suite.test(`check 26B: ${ranks} ranks`, async () => {
-      const { line } = await passingCheck([...on, '--model', WHOLE_MODEL, '--max-tokens', '16']);
+      const { line } = await passingCheck([
+        ...on,
+        '--model',
+        WHOLE_MODEL,
+        '--max-tokens',
+        '64',
+        ...promptsOf(8, 64),
+      ]);
+      return line;
+    });
+    await suite.test(`check 26B: ${ranks} ranks, 16 sequences`, async () => {
+      const { line } = await passingCheck([...on, '--model', WHOLE_MODEL, '--max-tokens', '16', ...SIXTEEN]);
       return line;
     });
   }

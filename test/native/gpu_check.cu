@@ -20,13 +20,13 @@ int main(int argc, char** argv) {
     if (argc > 1 && asked("quick")) check_quick();
     const std::vector<std::vector<int>> steps = {{0}, {5, 63, 64, 100}, {1023, 1050, 700, 3}};
     if (asked("fused")) {
-      test_fused(kReal, 6, 1100, steps, {1, 2, 5, 8}, 3);
-      test_stretches(kReal, 6, 1100, {0, 70}, {1, 2, 8}, 4, 1);
+      test_fused(kReal, 6, 1100, steps, {1, 2, 5, 8, 9, 13, 16}, 3);
+      test_stretches(kReal, 6, 1100, {0, 70}, {1, 2, 8, 16}, 4, 1);
       test_replay(kReal, 6, 1100, 2);
-      test_choice(kReal);
+      test_choice(kReal, 1), test_choice(kReal, 2);
     }
     if (asked("ranks"))
-      for (const int size : {2, 4}) test_ranks(kReal, size, 6, 1100, steps, {1, 2, 8});
+      for (const int size : {2, 4}) test_ranks(kReal, size, 6, 1100, steps, {1, 16, 2, 11, 8});
     gpu.reset();
   } catch (const Error& error) {
     std::printf("FAIL %s: %s\n", error.code().c_str(), error.what());

@@ -315,7 +315,7 @@ inline Decoder decoder_of(const Model& m) {
 
 /// Positions and tokens of a step. A token at the position behind the one before it is of the same sequence.
 inline void set_step(Step& in, const std::vector<int>& positions, int vocab = kReal.vocab) {
-  for (int t = 0; t < 8; t++) {
+  for (int t = 0; t < static_cast<int>(in.token.host.size()); t++) {
     in.token.host[t] = (1000 + 17 * t) % vocab, in.position.host[t] = positions[t % positions.size()];
     const bool follows = t > 0 && in.position.host[t] == in.position.host[t - 1] + 1;
     in.slot.host[t] = follows ? in.slot.host[t - 1] : t, in.row.host[t] = t;

@@ -7,11 +7,11 @@ namespace tp::test {
 void test_fused(const ModelShape& shape, int layer_count, int positions,
                 const std::vector<std::vector<int>>& steps, const std::vector<int>& batches, int repeats) {
   const int stages = layer_count * 7 + 1;
-  Model m(1, layer_count, 8, positions, 8, shape);
+  Model m(1, layer_count, kMostTokens, positions, kMostTokens, shape);
   set_angles(m);
   const auto fused = gpu->fuse(decoder_of(m), m.d, nullptr);
   if (!fused) return expect(false, "the fused step does not take the real shape", 0);
-  Step in(8, 8);
+  Step in(kMostTokens, kMostTokens);
   const Ops& ops = gpu->ops();
   for (const std::vector<int>& at : steps)
     for (const int T : batches) {
@@ -98,6 +98,13 @@ void test_fused(const ModelShape& shape, int layer_count, int positions,
       ops.embed(m.embed, m.d, input, *gpu);
       for (int s = 0; s < stages; s++) fused->run(s, s + 1, input);
       expect(logits_of(m, T) == whole, "stage by stage", 0);
+      if (T > 8) {  // another kernel
+        ops.embed(m.embed, m.d, in.device(8, 8), *gpu);
+        fused->run(0, stages, in.device(8, 8));
+        const std::vector<float> few = logits_of(m, 8);
+        equal_bits("the first eight of more", few,
+                   {whole.begin(), whole.begin() + static_cast<int64_t>(few.size())});
+      }
       for (int t = 0; t < T; t++) {  // alone: rows of the input begin at its own
         Step one(1, 1);
         one.token.host[0] = in.token.host[t], one.position.host[0] = in.position.host[t];
@@ -120,15 +127,16 @@ void test_fused(const ModelShape& shape, int layer_count, int positions,
 }
 
 /// The choice of experts from given logits: ties, what is no number, and experts that several tokens share.
-void test_choice(const ModelShape& shape) {
+/// `copies` of eight tokens.
+void test_choice(const ModelShape& shape, int copies) {
   const int E = shape.experts, K = shape.top_k;
   where = "choice of " + std::to_string(K) + " of " + std::to_string(E) + " experts";
   const int before = failures;
-  Model m(1, 1, 8, 64, 8, shape);
+  Model m(1, 1, kMostTokens, 64, kMostTokens, shape);
   set_angles(m);
   const auto fused = gpu->fuse(decoder_of(m), m.d, nullptr);
   const RouteArgs& a = m.layers[0].route;
-  Step in(8, 8);
+  Step in(kMostTokens, kMostTokens);
   set_step(in, {0}, shape.vocab);
   const std::function<float(int)> patterns[] = {[](int) { return 0.5f; },
                                                 [](int e) { return e == 1 ? NAN : 1.0f; },
@@ -139,11 +147,11 @@ void test_choice(const ModelShape& shape) {
                                                 [](int e) { return static_cast<float>(e * 37 % 11) / 4; },
                                                 [](int e) { return static_cast<float>(-e * e % 13); }};
   std::vector<float> logits;
-  for (const auto& pattern : patterns)
-    for (int e = 0; e < E; e++) logits.push_back(pattern(e));
+  const int tokens = static_cast<int>(std::size(patterns)) * copies;
+  for (int t = 0; t < tokens; t++)
+    for (int e = 0; e < E; e++) logits.push_back(patterns[static_cast<size_t>(t) % std::size(patterns)](e));
   std::vector<Bf16> scale(static_cast<size_t>(E));
   gpu->read(scale.data(), a.per_expert_scale, scale.size() * sizeof(Bf16));
-  const int tokens = static_cast<int>(std::size(patterns));
   std::vector<float> together;
   for (const int T : {tokens, 1}) {  // together, and the last token alone
     const float* const from = logits.data() + static_cast<int64_t>(tokens - T) * (T == 1) * E;
@@ -161,7 +169,7 @@ void test_choice(const ModelShape& shape) {
       std::vector<int> order(static_cast<size_t>(E));
       for (int e = 0; e < E; e++) order[static_cast<size_t>(e)] = e;
       const float* const own = from + static_cast<int64_t>(t) * E;
-      const bool numbers = first + t != 1;
+      const bool numbers = (first + t) % static_cast<int>(std::size(patterns)) != 1;
       if (numbers)
         std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return own[x] > own[y]; });
       double sum = 0;
@@ -192,13 +200,13 @@ void test_choice(const ModelShape& shape) {
 void test_stretches(const ModelShape& shape, int layer_count, int positions, const std::vector<int>& at,
                     const std::vector<int>& batches, int repeats, uint32_t share) {
   const int stages = std::min(layer_count, 2) * 7;
-  Model m(1, layer_count, 8, positions, 8, shape);
+  Model m(1, layer_count, kMostTokens, positions, kMostTokens, shape);
   set_angles(m);
   const auto fused = gpu->fuse(decoder_of(m), m.d, nullptr);
   for (const int T : batches) {
     where = "stretches T=" + std::to_string(T);
     const int before = failures;
-    Step in(8, 8);
+    Step in(kMostTokens, kMostTokens);
     set_step(in, at, shape.vocab);
     const Input input = in.device(T, T);
     const auto left = [&](int step) {  // what stage `step` leaves behind
@@ -254,7 +262,7 @@ void test_ranks(const ModelShape& shape, int size, int layer_count, int position
     return;
   }
   const int stages = layer_count * 7 + 1;
-  Model whole(1, layer_count, 8, positions, 8, shape);
+  Model whole(1, layer_count, kMostTokens, positions, kMostTokens, shape);
   set_angles(whole);
   const auto fused = gpu->fuse(decoder_of(whole), whole.d, nullptr);
   std::vector<std::unique_ptr<Rank>> ranks;
@@ -266,7 +274,7 @@ void test_ranks(const ModelShape& shape, int size, int layer_count, int position
       where =
           std::to_string(size) + " ranks at position " + std::to_string(at[0]) + " T=" + std::to_string(T);
       const int before = failures;
-      Step in(8, 8);
+      Step in(kMostTokens, kMostTokens);
       set_step(in, at, shape.vocab);
       gpu->enter();
       gpu->ops().embed(whole.embed, whole.d, in.device(T, T), *gpu);
@@ -296,10 +304,10 @@ void test_replay(const ModelShape& shape, int layer_count, int positions, int T)
   where = "replay T=" + std::to_string(T);
   const int before = failures, stages = layer_count * 7 + 1;
   gpu->enter();
-  Model m(1, layer_count, 8, positions, 8, shape);
+  Model m(1, layer_count, kMostTokens, positions, kMostTokens, shape);
   set_angles(m);
   const auto fused = gpu->fuse(decoder_of(m), m.d, nullptr);
-  Step in(8, 8);
+  Step in(kMostTokens, kMostTokens);
   set_step(in, {7, 33}, shape.vocab);
   const Input input = in.device(T, T);
   const auto step = [&] {

@@ -9,6 +9,9 @@ namespace tp::test {
 /// turns sliding and full. Its window is shorter than two of the attention's tiles and its ring wraps.
 constexpr ModelShape kSmall = {2, 4, 2, 1, 10, 3, 128, 40, 2};
 
+/// Of a resident step.
+constexpr int kMostTokens = 16;
+
 /// One rank on a device of its own.
 struct Rank {
   cuda::CudaBackend backend;
@@ -17,10 +20,10 @@ struct Rank {
   std::unique_ptr<Fused> fused;
 
   Rank(const ModelShape& shape, int rank, int size, int layer_count, int positions)
-      : backend(rank), model(size, layer_count, 8, positions, 8, shape, rank, &backend) {
+      : backend(rank), model(size, layer_count, kMostTokens, positions, kMostTokens, shape, rank, &backend) {
     set_angles(model);
     peers.rank = rank, peers.size = size;
-    peers.floats = int64_t{2} * kHidden * 8;
+    peers.floats = int64_t{2} * kHidden * kMostTokens;
     peers.inbox[rank] = static_cast<float*>(backend.allocate(peers.inbox_bytes()));
     cudaMemsetAsync(peers.inbox[rank], kNothingByte, peers.inbox_bytes(), backend.stream());
     auto* const flags = static_cast<uint32_t*>(backend.allocate_shared(2 * sizeof(uint32_t)));
@@ -58,7 +61,7 @@ inline std::vector<float> hidden_of(const Model& m, int rows) {
 /// repeats: of every whole step.
 void test_fused(const ModelShape&, int layer_count, int positions, const std::vector<std::vector<int>>& steps,
                 const std::vector<int>& batches, int repeats);
-void test_choice(const ModelShape&);
+void test_choice(const ModelShape&, int copies);
 void test_stretches(const ModelShape&, int layer_count, int positions, const std::vector<int>& at,
                     const std::vector<int>& batches, int repeats, uint32_t share);
 void test_ranks(const ModelShape&, int size, int layer_count, int positions,

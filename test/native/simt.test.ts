@@ -38,6 +38,11 @@ describe.skipIf(why)(`CUDA kernels on the host${why ? `: ${why}` : ''}`, () => {
   it.each([
     ['ops', 'every op is what its CPU twin is', 1000],
     ['stages', 'the resident step is what the ops are', 70],
+    [
+      'many',
+      'the resident step of 9 to 16 tokens is what the ops are, and has the bits of shorter steps',
+      60,
+    ],
     ['stretches', 'the resident step is the same bits in any stretches', 5],
     ['ranks', 'two ranks that sum inside the kernel, and a recorded step, give the same bits', 9],
     ['peers', 'the peer collective gives the tree, and a peer that never comes ends the kernel', 150],

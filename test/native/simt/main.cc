@@ -74,7 +74,7 @@ void test_absent(bool told) {
   std::vector<std::unique_ptr<Rank>> ranks;
   for (int r = 0; r < 2; r++) ranks.push_back(std::make_unique<Rank>(kSmall, r, 2, 1, 64));
   join(ranks);
-  Step in(8, 8);
+  Step in(kMostTokens, kMostTokens);
   set_step(in, {3}, kSmall.vocab);
   const int faults = simt::faults();
   simt::quiet(true);
@@ -106,9 +106,10 @@ int main(int argc, char** argv) {
   const auto since = std::chrono::steady_clock::now();
   int expected_faults = 0;
   try {
-    // Few, so that blocks have several units; the resident kernel wants one for each of 8 tokens. Of 11 the
+    // Few, so that blocks have several units; the resident kernel wants one for each token. Of 11 the
     // threads of 8 ranks would need more mappings than Linux lets a process have: 65,530, two a stack.
-    simt::processors(part == "ops" ? 2 + static_cast<int>(seed % 5) : 8 + static_cast<int>(seed % 3));
+    const int extra = static_cast<int>(seed % 3);
+    simt::processors(part == "ops" ? 2 + static_cast<int>(seed % 5) : (part == "many" ? 16 : 8) + extra);
     cpu = make_cpu_backend("generic", 1);
     gpu = std::make_unique<cuda::CudaBackend>(0);
     const auto of_seed = [&](const std::vector<int>& list, size_t i) {
@@ -124,7 +125,7 @@ int main(int argc, char** argv) {
         test_fused(kSmall, 2, 120, {steps[i]}, {of_seed({1, 2, 5, 8}, i)}, 1);
       ModelShape many = kSmall;
       many.experts = 21, many.top_k = of_seed({8, 5}, 0);
-      test_choice(many);
+      test_choice(many, 1);
       // Long contexts: chunks of several tiles; more of them than the block that ends last joins.
       ModelShape wide = kSmall;
       wide.window = 600;
@@ -140,6 +141,17 @@ int main(int argc, char** argv) {
       split.leaves = split.heads = of_seed({4, 8}, 0), split.kv_heads = split.heads / 2;
       test_ranks(split, split.leaves, 1, 120, {{33}}, {of_seed({1, 3}, 1)});
       test_replay(kSmall, 1, 120, 3);
+    }
+    if (part == "many") {  // more tokens than columns of a product
+      ModelShape shape = kSmall;
+      shape.experts = 21, shape.top_k = of_seed({8, 5}, 0);
+      test_choice(shape, 2);
+      test_fused(shape, 2, 120, {{40, 79, 80, 15, 61, 62, 63}}, {of_seed({9, 12, 16}, 0)}, 0);
+      test_stretches(kSmall, 2, 120, {17, 70}, {of_seed({16, 11}, 0)}, 1, 64);
+      test_ranks(kSmall, 2, 1, 120, {{0, 33}}, {of_seed({9, 16}, 0), 1, of_seed({13, 10}, 0)});
+      // Eight leaves, and attention so wide that it is multiplied in four turns.
+      shape.leaves = 8, shape.heads = 16, shape.kv_heads_full = 2, shape.period = 1;
+      test_fused(shape, 1, 64, {{33, 50}}, {16}, 0);
     }
     if (asked("peers")) {
       for (const int size : {2, 4, 8}) test_peer(size);

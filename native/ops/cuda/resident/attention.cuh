@@ -8,7 +8,7 @@
 
 #include "ops/cuda/resident/weighted.cuh"
 
-namespace tp::cuda::resident {
+namespace TP_RESIDENT {
 
 /// One head by one warp: a lane holds D / 64 neighbours of the first half and those that RoPE pairs with
 /// them. What does not depend on the step's stages can be asked for ahead.
@@ -342,4 +342,4 @@ __device__ __forceinline__ void attention(Context& c, const LayerArgs& layer) {
   c.grid.expect(gridDim.x);
 }
 
-}  // namespace tp::cuda::resident
+}  // namespace TP_RESIDENT

@@ -4,10 +4,7 @@
 
 #include "ops/cuda/resident/route.cuh"
 
-namespace tp::cuda::resident {
-
-/// Four leaves of an expert's 8 rows are a warp's 32 sums; of eight leaves a second warp takes the others.
-inline __host__ __device__ int halves_of(int leaves) { return leaves > 4 ? 2 : 1; }
+namespace TP_RESIDENT {
 
 struct DownRows {
   const Bf16 *dense, *experts;
@@ -44,37 +41,91 @@ struct DownRows {
   __device__ int ring_row_bytes() const { return 2 * moe * kUnitRows >> (halves - 1); }
 };
 
-/// Sums of an expert's rows, leaf by leaf, up to four of them, for the tokens that chose it, to `to`: (token,
-/// K, row, leaf), kExpertSums a token's expert. Leaves that are not there are nothing, which takes less time
-/// than to branch.
-__device__ __forceinline__ void multiply_expert(const Context& c, const DownRows& rows, uint64_t slots,
-                                                uint32_t weights, int half, const Acts& acts, float* to) {
-  constexpr int kLeaf = kLeafPieces * 16;                              // bytes
-  const int slot = static_cast<signed char>(slots >> (8 * c.column));  // absent tokens chose nothing
+/// The tokens that chose an expert, as columns of its products: each its own column, or, of more than 8
+/// tokens, the next 8 that chose it.
+class Choosers {
+ public:
+  __device__ Choosers(const Chosen& chosen, int i) {
+#pragma unroll
+    for (int g = 0; g < kTokenGroups; g++) {
+      slots_[g] = chosen.slots[g][i];
+      // A bit a token.
+      const uint64_t there = ~slots_[g] >> 7 & 0x0101010101010101ull;
+      if (!kFewTokens) left_ |= static_cast<uint32_t>(there * 0x0102040810204080ull >> 56) << g * kColumns;
+    }
+  }
+  /// The column's row of the experts' activations (T, K); negative: none.
+  __device__ __forceinline__ int row(int column, int top_k) const {
+    int token = column;
+    if (!kFewTokens) {
+      uint32_t left = left_;
+#pragma unroll
+      for (int i = 1; i < kColumns; i++) left &= i <= column ? left - 1 : ~0u;
+      token = __ffs(static_cast<int>(left)) - 1;
+    }
+    const uint64_t slots = token < kColumns ? slots_[0] : slots_[kTokenGroups - 1];
+    const int slot = static_cast<signed char>(slots >> 8 * (token & (kColumns - 1)));
+    return token < 0 || slot < 0 ? -1 : token * top_k + slot;
+  }
+  /// Whether there are more of them than columns, of which row() tells then.
+  __device__ __forceinline__ bool next() {
+#pragma unroll
+    for (int i = 0; i < kColumns; i++) left_ &= left_ - 1;
+    return !kFewTokens && __any_sync(~0u, left_ != 0);
+  }
+
+ private:
+  uint64_t slots_[kTokenGroups];
+  uint32_t left_ = 0;
+};
+
+/// Takes a portion, of which the warp has an expert's rows or half of them: their sums, leaf by leaf, up to
+/// four of them, for the tokens that chose it, to `to`: (token, K, row, leaf), kExpertSums a token's expert.
+/// Leaves that are not there are nothing, which takes less time than to branch.
+__device__ __forceinline__ void multiply_expert(Context& c, const DownRows& rows, int i, int half,
+                                                const Acts& acts, float* to) {
+  constexpr int kLeaf = kLeafPieces * 16;  // bytes
   const uint32_t offset = half * 4 * kLeaf + c.quarter * 16;
-  const uint32_t act =
-      ptx::shared_address(acts.data) + (c.column * c.p.dims.top_k + slot) * acts.stride + offset;
-  weights += c.column * rows.moe * 2 + offset;
+  Choosers choosers(*c.chosen, i);
+  int row;
   Operand<kLeafPieces> w[4], x[4];
+  const auto load = [&] {
+    row = choosers.row(c.column, c.p.dims.top_k);
+    const char* const from = acts.data + row * acts.stride + offset;
 #pragma unroll
-  for (int l = 0; l < 4; l++) {
-    const bool there = l < rows.leaves;
-    w[l].load(weights + l * kLeaf, c.quarter, there),
-        x[l].load(act + l * kLeaf, c.quarter, there && slot >= 0);
-  }
+    for (int l = 0; l < 4; l++) {
+      const bool there = l < rows.leaves && row >= 0;
+      if (kFewTokens)
+        x[l].load(ptx::shared_address(from) + l * kLeaf, c.quarter, there);
+      else
+        x[l].load(reinterpret_cast<const Bf16*>(from + l * kLeaf), c.quarter, there);
+    }
+  };
+  if (!kFewTokens) load();  // on its way before the weights are there
+  c.ring.wait_full(c.peers);
+  const int in_portion = halves_of(rows.leaves) > 1 ? c.warp / 2 * 2 : c.warp;
+  const uint32_t weights = c.ring.row(in_portion, rows.ring_row_bytes()) + c.column * rows.moe * 2 + offset;
+#pragma unroll
+  for (int l = 0; l < 4; l++) w[l].load(weights + l * kLeaf, c.quarter, l < rows.leaves);
+  if (kFewTokens) load();
   __syncwarp();  // all loads are on their way before the first is waited for
-  Product products[4];
+  c.ring.release();
+  do {
+    Product products[4];
 #pragma unroll
-  for (int i = 0; i < Operand<kLeafPieces>::kSteps; i++)
+    for (int i = 0; i < Operand<kLeafPieces>::kSteps; i++)
 #pragma unroll
-    for (int l = 0; l < 4; l++) products[l].add(w[l].x[i], x[l].x[i]);
+      for (int l = 0; l < 4; l++) products[l].add(w[l].x[i], x[l].x[i]);
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const int token = 2 * c.quarter + i, of_token = static_cast<signed char>(slots >> (8 * token));
-    if (of_token >= 0)
-      *reinterpret_cast<float4*>(to + (token * c.p.dims.top_k + of_token) * kExpertSums + c.column * 4) =
-          make_float4(products[0].sum(i), products[1].sum(i), products[2].sum(i), products[3].sum(i));
-  }
+    for (int i = 0; i < 2; i++) {
+      const int to_row = __shfl_sync(~0u, row, (2 * c.quarter + i) * 4);
+      if (to_row >= 0)
+        *reinterpret_cast<float4*>(to + to_row * kExpertSums + c.column * 4) =
+            make_float4(products[0].sum(i), products[1].sum(i), products[2].sum(i), products[3].sum(i));
+    }
+    if (!choosers.next()) break;
+    load();
+  } while (true);
 }
 
 /// The portions of a schedule of experts: a warp an expert, or half of one. Between two meetings as many
@@ -84,54 +135,65 @@ template <int Halves, class Done>
 __device__ __forceinline__ void consume_experts(Context& c, const Schedule& schedule, const DownRows& rows,
                                                 const Acts& acts, Done&& done) {
   constexpr int kOnce = kWarps / Halves;  // experts
-  const int count = c.chosen->count, row_bytes = rows.ring_row_bytes(), top_k = c.p.dims.top_k;
+  const int count = c.chosen->count, top_k = c.p.dims.top_k;
   const int own = c.warp / Halves, half = c.warp % Halves;
   const int units_once = c.p.by_tokens.of(kMostTokens), unit_floats = c.tokens * top_k * kExpertSums;
-  // As one of the 256 sums (unit, token; row, leaf):
-  const int mine = c.p.by_tokens.of(c.warp), token = c.warp - mine * c.tokens;
+  const int half_floats = kFewTokens ? kRoomFloats : units_once * unit_floats;
+  int turn = 0;
 #pragma unroll 1
   for (int unit = 0; unit < schedule.units; unit += units_once) {
     const int units = min(units_once, schedule.units - unit), portions = units * schedule.parts;
     // (half, unit, token, K, kExpertSums): of two halves both rooms, which all must have read.
-    if (Halves > 1) sync_consumers();
-    float* const room = Halves > 1 ? c.exchange : c.next_room();
-    float* to = room + half * kRoomFloats;
+    constexpr bool kBothRooms = kFewTokens && Halves > 1;
+    if (kBothRooms) sync_consumers();
+    float* const room = !kFewTokens  ? reinterpret_cast<float*>(c.acts) + turn * Halves * half_floats
+                        : kBothRooms ? c.exchange
+                                     : c.next_room();
+    turn ^= 1;
+    float* to = room + half * half_floats;
 #pragma unroll 1
     for (int n = 0, part = 0; n < portions; n++) {
-      c.ring.wait_full(c.peers);
       const int i = part * kOnce + own;
-      if (__any_sync(~0u, i < count))
-        multiply_expert(c, rows, c.chosen->slots[i], c.ring.row(own * Halves, row_bytes), half, acts, to);
-      c.ring.release();
+      if (__any_sync(~0u, i < count)) {
+        multiply_expert(c, rows, i, half, acts, to);
+      } else {
+        c.ring.wait_full(c.peers);
+        c.ring.release();
+      }
       if (++part == schedule.parts) part = 0, to += unit_floats;
     }
     sync_consumers();
-    if (!__any_sync(~0u, mine < units)) continue;
-    const float* const from = room + mine * unit_floats + token * top_k * kExpertSums + c.lane;
-    float sums[Halves] = {};  // of four leaves each
+    // A warp has one of the unit's tokens at a time: a lane's sum is of a row and a leaf.
+#pragma unroll 1
+    for (int task = c.warp; __any_sync(~0u, task < units * c.tokens); task += kWarps) {
+      const int mine = c.p.by_tokens.of(task), token = task - mine * c.tokens;
+      const float* const from = room + mine * unit_floats + token * top_k * kExpertSums + c.lane;
+      float sums[Halves] = {};  // of four leaves each
 #pragma unroll
-    for (int k = 0; k < kMostTopK; k++) {
-      if (k >= top_k) continue;
-      const float weight = c.chosen->weight[token][k];
-      const float* const sum = from + c.chosen->of_token[token][k] * kExpertSums;
+      for (int k = 0; k < kMostTopK; k++) {
+        if (k >= top_k) continue;
+        const float weight = c.chosen->weight[token][k];
+        const float* const sum = from + c.chosen->of_token[token][k] * kExpertSums;
 #pragma unroll
-      for (int h = 0; h < Halves; h++) sums[h] = fused(weight, sum[h * kRoomFloats], sums[h]);
+        for (int h = 0; h < Halves; h++) sums[h] = fused(weight, sum[h * half_floats], sums[h]);
+      }
+#pragma unroll
+      for (int span = 1; span < 4; span *= 2)
+#pragma unroll
+        for (float& x : sums) x += __shfl_xor_sync(~0u, x, span);
+      const float sum = __shfl_sync(~0u, Halves > 1 ? sums[0] + sums[Halves - 1] : sums[0], c.lane * 4);
+      done(schedule.unit(unit + mine), token, c.lane, sum, c.lane < kUnitRows);
     }
-#pragma unroll
-    for (int span = 1; span < 4; span *= 2)
-#pragma unroll
-      for (float& x : sums) x += __shfl_xor_sync(~0u, x, span);
-    const float sum = __shfl_sync(~0u, Halves > 1 ? sums[0] + sums[Halves - 1] : sums[0], c.lane * 4);
-    done(schedule.unit(unit + mine), token, c.lane, sum, c.lane < kUnitRows);
   }
+  if (!kFewTokens) sync_consumers();  // what follows is laid where sums may still be read
 }
 
 __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
   const DownArgs& a = layer.down;
   const Dims& d = c.p.dims;
   const DownRows rows(a, d);
-  // The experts' activations come where the dense MLP's have been. Few tokens choose the same expert: rows of
-  // its activations may begin in the same banks.
+  // The experts' activations come where the dense MLP's have been, or, of many tokens, not at all. Few tokens
+  // choose the same expert: rows of its activations may begin in the same banks.
   const int dense_stride = stride_of(2 * d.inter), expert_stride = 2 * d.moe_inter;
   const Activations& from = c.p.activations;
   if (c.first) {
@@ -157,23 +219,25 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
       put(0, unit_in(room, u) * kUnitRows + row, t, joined(room, u, t, row, d.leaves), t < c.tokens);
     });
   });
-  if (c.first) {
-    load_acts(c.acts, expert_stride, a.expert_act, c.tokens * d.top_k, d.moe_inter, d.moe_inter);
+  char* const of_experts = kFewTokens ? c.acts : reinterpret_cast<char*>(from.expert_act);
+  const int expert_rows = c.tokens * d.top_k;
+  if (c.first) {  // to memory every block brings the same
+    load_acts(of_experts, expert_stride, a.expert_act, expert_rows, d.moe_inter, d.moe_inter);
   } else {  // what other blocks still had to do is done behind the dense products
     c.grid.wait(c.peers);
     c.mark(1);
-    fetch_acts(c.acts, expert_stride, from.expert_act, c.tokens * d.top_k, d.moe_inter, d.moe_inter);
-    ptx::cp_async_wait_all();
+    if (kFewTokens) fetch_acts(c.acts, expert_stride, from.expert_act, expert_rows, d.moe_inter, d.moe_inter);
+    if (kFewTokens) ptx::cp_async_wait_all();
   }
   sync_consumers();
   const auto put_experts = [&](int unit, int t, int row, float x, bool there) {
     put(1, unit * kUnitRows + row, t, x, there);
   };
-  const Acts of_experts{c.acts, expert_stride};
+  const Acts acts{of_experts, expert_stride};
   if (rows.halves > 1)
-    consume_experts<2>(c, experts, rows, of_experts, put_experts);
+    consume_experts<2>(c, experts, rows, acts, put_experts);
   else
-    consume_experts<1>(c, experts, rows, of_experts, put_experts);
+    consume_experts<1>(c, experts, rows, acts, put_experts);
   if (c.first) return;
   // While sums are on their way. All blocks have read the scores, the sums of attention and of the layer
   // before.
@@ -183,4 +247,4 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
   empty(c.peers, turn_before(of_attention), 2 * c.tokens * d.hidden);
 }
 
-}  // namespace tp::cuda::resident
+}  // namespace TP_RESIDENT

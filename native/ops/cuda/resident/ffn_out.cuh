@@ -4,7 +4,7 @@
 
 #include "ops/cuda/resident/products.cuh"
 
-namespace tp::cuda::resident {
+namespace TP_RESIDENT {
 
 __device__ __forceinline__ void ffn_out(Context& c, const LayerArgs& layer) {
   const FfnOutArgs& a = layer.ffn_out;
@@ -56,4 +56,4 @@ __device__ __forceinline__ void ffn_out(Context& c, const LayerArgs& layer) {
   if (!c.alone()) c.early.expect(c.tokens);
 }
 
-}  // namespace tp::cuda::resident
+}  // namespace TP_RESIDENT

@@ -4,9 +4,7 @@
 #include "ops/cuda/resident/qkv.cuh"
 #include "ops/cuda/resident/route.cuh"
 
-namespace tp::cuda::resident {
-
-constexpr int kUnitColumns = kUnitRows / 2;
+namespace TP_RESIDENT {
 
 struct GateUpRows {
   const Bf16 *gate, *up, *experts;
@@ -84,4 +82,4 @@ __device__ __forceinline__ void gate_up(Context& c, const LayerArgs& layer) {
   c.grid.expect(gridDim.x);
 }
 
-}  // namespace tp::cuda::resident
+}  // namespace TP_RESIDENT

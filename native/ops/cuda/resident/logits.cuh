@@ -3,7 +3,7 @@
 
 #include "ops/cuda/resident/products.cuh"
 
-namespace tp::cuda::resident {
+namespace TP_RESIDENT {
 
 __device__ inline Schedule logits_schedule(const Parameters& p) {
   return Schedule::drawing(p, p.dims.local_vocab / kUnitRows);
@@ -33,4 +33,4 @@ __device__ __forceinline__ void logits(Context& c) {
   });
 }
 
-}  // namespace tp::cuda::resident
+}  // namespace TP_RESIDENT

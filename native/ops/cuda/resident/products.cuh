@@ -1,6 +1,7 @@
 // Weight rows times the tokens' activations, slot by slot: tensor-core products of bfloat16 with fp32 sums, 8
-// weight rows by up to 8 tokens at once. What a token's column holds never changes what its neighbours
-// compute, so a token's bits do not depend on the batch.
+// weight rows by up to 8 tokens at once; more tokens are products of the same weights with each eight. What a
+// token's column holds never changes what its neighbours compute, so a token's bits do not depend on the
+// batch.
 //
 // The columns of a portion are shared out among the warps. Their sums lie side by side in shared memory until
 // all warps are done with a few portions; then a thread joins those of an output, in an order that the
@@ -10,17 +11,19 @@
 #include "ops/cuda/resident/ring.cuh"
 #include "ops/cuda/resident/rows.cuh"
 
-namespace tp::cuda::resident {
+namespace TP_RESIDENT {
 
 /// The experts that the step's tokens chose, each once, in the order of their ids.
 struct Chosen {
   int count;
-  int expert[kMostTokens * kMostTopK];
-  uint64_t slots[kMostTokens * kMostTopK];  // a byte a token: which of its K experts, 0xff = not chosen
+  int expert[kMostChosen];
+  uint64_t slots[kTokenGroups][kMostChosen];  // a byte a token: which of its K experts, 0xff = not chosen
   // Of each token, its experts in the order of their ids: which of its K, and the routing weight.
   int of_token[kMostTokens][kMostTopK];
   float weight[kMostTokens][kMostTopK];
-  __device__ int slot(int i, int token) const { return static_cast<signed char>(slots[i] >> (8 * token)); }
+  __device__ int slot(int i, int token) const {
+    return static_cast<signed char>(slots[token / kColumns][i] >> (8 * (token % kColumns)));
+  }
 };
 
 struct Tasks;  // of attention
@@ -99,8 +102,8 @@ struct Product {
   __device__ __forceinline__ float sum(int i) const { return acc[0][i] + acc[1][2 + i]; }
 };
 
-/// What a lane brings of a row's `Pieces` pieces of 8 elements, from shared memory, where its first lies: a
-/// piece of every four.
+/// What a lane brings of a row's `Pieces` pieces of 8 elements, from where its first lies: a piece of every
+/// four.
 template <int Pieces>
 struct Operand {
   static constexpr int kSteps = (Pieces + 3) / 4;
@@ -109,6 +112,15 @@ struct Operand {
 #pragma unroll
     for (int i = 0; i < kSteps; i++)
       x[i] = ptx::ld_shared_v4(from + i * 64, held && (i * 4 + 3 < Pieces || i * 4 + quarter < Pieces));
+  }
+  /// From memory: what other blocks have written.
+  __device__ __forceinline__ void load(const Bf16* from, int quarter, bool held) {
+#pragma unroll
+    for (int i = 0; i < kSteps; i++) {
+      x[i] = make_uint4(0, 0, 0, 0);
+      if (held && (i * 4 + 3 < Pieces || i * 4 + quarter < Pieces))
+        x[i] = __ldcg(reinterpret_cast<const uint4*>(from + i * 32));
+    }
   }
   /// The same of rows that begin in the same banks: every other row brings its steps as second, first,
   /// fourth, third, ...
@@ -167,33 +179,45 @@ __device__ __noinline__ Taken take_portions(Ring ring, const PeerMemory& peers, 
   const int warp = warp_index(), column = threadIdx.x % 32 / 4, quarter = threadIdx.x % 4;
   const int row = row_of(column), row_bytes = chunks * Pieces * 16;
   const uint32_t offset = warp * Pieces * 16 + quarter * 16;
-  const bool held = column < tokens;
   acts += column * stride + offset;
   float* const room = sums + warp * kSumFloats + 2 * quarter * kUnitRows + row;
   const bool computes = __any_sync(~0u, warp < chunks);
+  constexpr bool kKept = !Parts && kFewTokens;  // activations, in registers through all portions
   Operand<Pieces> x;
-  if (!Parts) x.load(acts, quarter, held);
+  const auto load = [&](int group, int part) {
+    const int token = group * kColumns;
+    x.load(acts + token * stride + part * row_bytes, quarter, token + column < tokens);
+  };
+  if (kKept) load(0, 0);
   int n = 0;
   bool last = false;
 #pragma unroll 1
   for (; n < kGroup && !last; n++) {
     ring.wait_full(peers);
     const UnitName name = ring.unit();
+    const int part = Parts ? n & (parts - 1) : 0;
     if (computes) {
       Operand<Pieces> w;
-      Product product;
       w.load_in_turns(ring.row(row, row_bytes) + offset, quarter, column % 2 == 1);
-      if (Parts) x.load(acts + (n & (parts - 1)) * row_bytes, quarter, held);
+      if (!kKept) load(0, part);
       __syncwarp();  // all loads are on their way before the first is waited for
       w.put_in_order(column % 2 == 1);
+      ring.release();
 #pragma unroll
-      for (int i = 0; i < w.kSteps; i++) product.add(w.x[i], x.x[i]);
+      for (int g = 0; g < kTokenGroups; g++) {
+        if (g > 0) load(g, part);
+        Product product;
 #pragma unroll
-      for (int i = 0; i < 2; i++)
-        if (2 * quarter + i < tokens) room[n * kWarps * kSumFloats + i * kUnitRows] = product.sum(i);
+        for (int i = 0; i < w.kSteps; i++) product.add(w.x[i], x.x[i]);
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          if (g * kColumns + 2 * quarter + i < tokens)
+            room[n * kWarps * kSumFloats + (g * kColumns + i) * kUnitRows] = product.sum(i);
+      }
+    } else {
+      ring.release();
     }
     if (threadIdx.x == 0) unit_in(sums, n) = name.unit();
-    ring.release();
     last = __any_sync(~0u, name.last());
   }
   sync_consumers();
@@ -327,4 +351,4 @@ __device__ __forceinline__ void load_normed(Context& c, const float* hidden, con
   norm_rows(c.acts, c.tokens, c.p.dims.hidden, c.p.dims.eps, c.sums, hidden, norm, index);
 }
 
-}  // namespace tp::cuda::resident
+}  // namespace TP_RESIDENT

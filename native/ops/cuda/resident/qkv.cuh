@@ -4,7 +4,7 @@
 
 #include "ops/cuda/resident/products.cuh"
 
-namespace tp::cuda::resident {
+namespace TP_RESIDENT {
 
 struct QkvRows {
   const Bf16 *q, *k, *v;  // v null: k serves as both
@@ -70,4 +70,4 @@ __device__ __forceinline__ void empty_projections(const Context& c, const LayerA
   });
 }
 
-}  // namespace tp::cuda::resident
+}  // namespace TP_RESIDENT

@@ -5,7 +5,7 @@
 
 #include "ops/cuda/resident/sync.cuh"
 
-namespace tp::cuda::resident {
+namespace TP_RESIDENT {
 
 /// A warp waits until the phase with that parity is over.
 __device__ __forceinline__ void wait_phase(uint32_t barrier, uint32_t parity, const PeerMemory& peers) {
@@ -197,4 +197,4 @@ class RingFiller : Ring {
   RingAt late_;
 };
 
-}  // namespace tp::cuda::resident
+}  // namespace TP_RESIDENT

@@ -5,7 +5,7 @@
 
 #include "ops/cuda/resident/products.cuh"
 
-namespace tp::cuda::resident {
+namespace TP_RESIDENT {
 
 /// m = hidden + norm(sum), of the block's token, and what router, dense MLP and experts make of it.
 __device__ __forceinline__ void add_attention(Context& c, const RouteArgs& a, Bf16* router_in, Bf16* dense_in,
@@ -55,20 +55,71 @@ __device__ __forceinline__ float quotient(float a, float b) {
   return fused(fused(-b, near, a), inverse, near);
 }
 
-/// Where the experts are chosen, a warp a token; a lane has four neighbouring experts.
+/// Where the experts are chosen, a token by a warp; a lane has four neighbouring experts.
 struct Choice {
   static constexpr int kLanes = 32, kPer = kMostExperts / kLanes;
   static_assert(kPer == 4 && kMostTopK * kPer == kLanes);
-  /// Of a warp, in the order of ids: first the most probable expert of each lane, then all of the eight lanes
-  /// that are ahead, which hold the eight most probable of all.
+  /// Of a token, in the order of ids: first the most probable expert of each lane, then all of the eight
+  /// lanes that are ahead, which hold the eight most probable of all.
   struct Rivals {
     float probability[2][kLanes], scale[kLanes], chosen[kMostTopK];
     int lane[kMostTopK];
   };
-  Rivals rivals[kWarps];
-  uint64_t slots[kMostExperts];  // as in Chosen
+  Rivals rivals[kMostTokens];
+  uint64_t slots[kTokenGroups][kMostExperts];  // as in Chosen
 };
 static_assert(sizeof(Choice) <= kRoomFloats * sizeof(float));
+
+/// Of a token's logits: one of its eight most probable experts a lane, how many of them are ahead of it, and
+/// its probability. By a warp.
+__device__ __forceinline__ void rank_experts(float (&p)[Choice::kPer], const Bf16 (&scale)[Choice::kPer],
+                                             Choice& choice, int t, int top_k, int& rank, int& expert,
+                                             float& own) {
+  constexpr int kPer = Choice::kPer;
+  const int lane = threadIdx.x % 32;
+  const unsigned lower = (1u << lane) - 1;
+  Choice::Rivals& rivals = choice.rivals[t];
+  // Bits of numbers as whole numbers of the same order, and back.
+  const auto in_order = [](int bits) { return bits ^ (bits >> 31 & INT_MAX); };
+  const float most = fmaxf(fmaxf(p[0], p[1]), fmaxf(p[2], p[3]));
+  const float max = float_of(in_order(__reduce_max_sync(~0u, in_order(static_cast<int>(bits_of(most))))));
+  float total = 0;
+#pragma unroll
+  for (float& x : p) total += x = ptx::ex2_approx((x - max) * 1.44269504f);
+  total = warp_sum(total);
+  // What is no number, or no expert, is least probable; among equals the lower id is ahead.
+#pragma unroll
+  for (float& x : p) x = fmaxf(quotient(x, total), 0);
+  rivals.probability[0][lane] = fmaxf(fmaxf(p[0], p[1]), fmaxf(p[2], p[3]));
+#pragma unroll 1
+  for (int round = 0; round < 2; round++) {
+    __syncwarp();
+    const float* const all = rivals.probability[round];
+    own = all[lane], rank = 0;
+    // Larger ones, and equal ones before it. Not negative, so the bits are in the numbers' order, and no
+    // difference of theirs overflows.
+#pragma unroll
+    for (int j = 0; j < Choice::kLanes; j += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(all + j);
+      const uint32_t bar = bits_of(own) - (j + 4 <= lane);
+      for (const float other : {four.x, four.y, four.z, four.w}) rank += (bar - bits_of(other)) >> 31;
+    }
+#pragma unroll
+    for (int i = 0; i < 3; i++) rank += i < lane % 4 && all[lane / 4 * 4 + i] == own;
+    const bool ahead = rank < kMostTopK;
+    const int place = __popc(__ballot_sync(~0u, ahead) & lower);
+    if (round > 0 || !ahead) continue;
+    reinterpret_cast<float4*>(rivals.probability[1])[place] = make_float4(p[0], p[1], p[2], p[3]);
+    reinterpret_cast<float4*>(rivals.scale)[place] =
+        make_float4(to_float(scale[0]), to_float(scale[1]), to_float(scale[2]), to_float(scale[3]));
+    rivals.lane[place] = lane;
+  }
+  if (rank < kMostTopK) rivals.chosen[rank] = rank < top_k ? own : 0;
+  expert = rivals.lane[lane / kPer] * kPer + lane % kPer;
+  if (rank < top_k)
+    reinterpret_cast<uint8_t*>(&choice.slots[t / kColumns][expert])[t % kColumns] =
+        static_cast<uint8_t>(rank);
+}
 
 /// The K most probable experts of every token and the list of them all. The block that stores also leaves
 /// them where the ops' contract has them. Out of line, and without the context, which would have to lie in
@@ -79,111 +130,98 @@ __device__ __noinline__ inline void choose_of(const RouteArgs& a, const float* l
                                               uint32_t listed, int tokens, int experts, int top_k,
                                               bool store) {
   constexpr int kPer = Choice::kPer;
-  const int lane = threadIdx.x % 32, t = warp_index(), first = lane * kPer;
+  const int lane = threadIdx.x % 32, warp = warp_index(), first = lane * kPer;
   const unsigned lower = (1u << lane) - 1;
   const Bf16* const scales = a.per_expert_scale + first;
-  float p[kPer];
+  float p[kTokenGroups][kPer];
   Bf16 scale[kPer];
 #pragma unroll
   for (int i = 0; i < kPer; i++) {
-    const bool there = t < tokens && first + i < experts;
-    p[i] = there && !someone ? __ldcg(logits + t * stride + first + i) : -INFINITY;
+    const bool there = warp < tokens && first + i < experts;
+#pragma unroll
+    for (int g = 0; g < kTokenGroups; g++) {
+      const int t = g * kWarps + warp;
+      p[g][i] = there && t < tokens && !someone ? __ldcg(logits + t * stride + first + i) : -INFINITY;
+    }
     scale[i] = there ? __ldg(scales + i) : 0;
   }
-  if (someone && __any_sync(~0u, t < tokens)) {
+#pragma unroll
+  for (int g = 0; g < kTokenGroups; g++) {
+    const int t = g * kWarps + warp;
+    if (!someone || !__any_sync(~0u, t < tokens)) continue;
     for (Timeout timeout;; timeout.poll(*someone, kTimeoutNs)) {
       const uint4 four = ptx::ld_relaxed_gpu_v4(logits + t * stride + first);
       const uint32_t bits[] = {four.x, four.y, four.z, four.w};
       bool there = true;
 #pragma unroll
       for (int i = 0; i < kPer; i++)
-        if (first + i < experts) there &= bits[i] != kNothing, p[i] = float_of(bits[i]);
+        if (first + i < experts) there &= bits[i] != kNothing, p[g][i] = float_of(bits[i]);
       if (__all_sync(~0u, there)) break;
     }
   }
-  if (threadIdx.x < kMostExperts) choice.slots[threadIdx.x] = ~0ull;
+  if (threadIdx.x < kMostExperts)
+#pragma unroll
+    for (int g = 0; g < kTokenGroups; g++) choice.slots[g][threadIdx.x] = ~0ull;
   sync_consumers();
-  Choice::Rivals& rivals = choice.rivals[t];
-  int rank = kMostTopK, expert = 0;
-  float own = 0;
-  // Votes tell the compiler that a warp stays together: shuffles where it might not cost twice the code.
-  if (__any_sync(~0u, t < tokens)) {
-    // Bits of numbers as whole numbers of the same order, and back.
-    const auto in_order = [](int bits) { return bits ^ (bits >> 31 & INT_MAX); };
-    const float most = fmaxf(fmaxf(p[0], p[1]), fmaxf(p[2], p[3]));
-    const float max = float_of(in_order(__reduce_max_sync(~0u, in_order(static_cast<int>(bits_of(most))))));
-    float total = 0;
+  int rank[kTokenGroups], expert[kTokenGroups];
+  float own[kTokenGroups];
 #pragma unroll
-    for (float& x : p) total += x = ptx::ex2_approx((x - max) * 1.44269504f);
-    total = warp_sum(total);
-    // What is no number, or no expert, is least probable; among equals the lower id is ahead.
-#pragma unroll
-    for (float& x : p) x = fmaxf(quotient(x, total), 0);
-    rivals.probability[0][lane] = fmaxf(fmaxf(p[0], p[1]), fmaxf(p[2], p[3]));
-#pragma unroll 1
-    for (int round = 0; round < 2; round++) {
-      __syncwarp();
-      const float* const all = rivals.probability[round];
-      own = all[lane], rank = 0;
-      // Larger ones, and equal ones before it. Not negative, so the bits are in the numbers' order, and no
-      // difference of theirs overflows.
-#pragma unroll
-      for (int j = 0; j < Choice::kLanes; j += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(all + j);
-        const uint32_t bar = bits_of(own) - (j + 4 <= lane);
-        for (const float other : {four.x, four.y, four.z, four.w}) rank += (bar - bits_of(other)) >> 31;
-      }
-#pragma unroll
-      for (int i = 0; i < 3; i++) rank += i < lane % 4 && all[lane / 4 * 4 + i] == own;
-      const bool ahead = rank < kMostTopK;
-      const int place = __popc(__ballot_sync(~0u, ahead) & lower);
-      if (round > 0 || !ahead) continue;
-      reinterpret_cast<float4*>(rivals.probability[1])[place] = make_float4(p[0], p[1], p[2], p[3]);
-      reinterpret_cast<float4*>(rivals.scale)[place] =
-          make_float4(to_float(scale[0]), to_float(scale[1]), to_float(scale[2]), to_float(scale[3]));
-      rivals.lane[place] = lane;
-    }
-    if (rank < kMostTopK) rivals.chosen[rank] = rank < top_k ? own : 0;
-    expert = rivals.lane[lane / kPer] * kPer + lane % kPer;
-    if (rank < top_k) reinterpret_cast<uint8_t*>(&choice.slots[expert])[t] = static_cast<uint8_t>(rank);
+  for (int g = 0; g < kTokenGroups; g++) {
+    rank[g] = kMostTopK, expert[g] = 0, own[g] = 0;
+    // Votes tell the compiler that a warp stays together: shuffles where it might not cost twice the code.
+    if (__any_sync(~0u, g * kWarps + warp < tokens))
+      rank_experts(p[g], scale, choice, g * kWarps + warp, top_k, rank[g], expert[g], own[g]);
   }
   sync_consumers();
   // An expert's place in the list: how many lower ones were chosen. The first warp writes the list, for which
   // the ring waits; then each the weights of its token.
-  uint64_t slots[kPer];
+  uint64_t slots[kTokenGroups][kPer];
+  bool is_chosen[kPer];
   int at = 0, count = 0;
 #pragma unroll
   for (int i = 0; i < kPer; i++) {
-    slots[i] = choice.slots[first + i];
-    const unsigned votes = __ballot_sync(~0u, slots[i] != ~0ull);
+    is_chosen[i] = false;
+#pragma unroll
+    for (int g = 0; g < kTokenGroups; g++)
+      slots[g][i] = choice.slots[g][first + i], is_chosen[i] |= slots[g][i] != ~0ull;
+    const unsigned votes = __ballot_sync(~0u, is_chosen[i]);
     at += __popc(votes & lower), count += __popc(votes);
   }
-  const auto each_listed = [&](auto&& visit) {
-    int i_th = at;
+  if (warp == 0) {
 #pragma unroll
-    for (int i = 0; i < kPer; i++)
-      if (slots[i] != ~0ull) visit(i_th++, i);
-  };
-  if (t == 0) {
-    each_listed([&](int i_th, int i) { list.expert[i_th] = first + i, list.slots[i_th] = slots[i]; });
+    for (int i = 0; i < kPer; i++) {
+      if (!is_chosen[i]) continue;
+      list.expert[at] = first + i;
+#pragma unroll
+      for (int g = 0; g < kTokenGroups; g++) list.slots[g][at] = slots[g][i];
+      at++;
+    }
     if (lane == 0) list.count = count;
   }
   __syncwarp();
   if (threadIdx.x == 0) ptx::mbarrier_arrive(listed);
-  float chosen = 0;
 #pragma unroll
-  for (const float x : rivals.chosen) chosen += x;
-  const int place = __popc(__ballot_sync(~0u, rank < top_k) & lower);  // among its token's, by id
-  if (rank < top_k) {
-    const float weight = quotient(own, chosen) * rivals.scale[lane];
-    list.of_token[t][place] = rank, list.weight[t][place] = weight;
-    if (store) a.route_index[t * top_k + rank] = expert, a.route_weight[t * top_k + rank] = weight;
+  for (int g = 0; g < kTokenGroups; g++) {
+    const int t = g * kWarps + warp;
+    const Choice::Rivals& rivals = choice.rivals[t];
+    float chosen = 0;
+#pragma unroll
+    for (const float x : rivals.chosen) chosen += x;
+    const int place = __popc(__ballot_sync(~0u, rank[g] < top_k) & lower);  // among its token's, by id
+    if (rank[g] >= top_k) continue;
+    const float weight = quotient(own[g], chosen) * rivals.scale[lane];
+    list.of_token[t][place] = rank[g], list.weight[t][place] = weight;
+    if (store) a.route_index[t * top_k + rank[g]] = expert[g], a.route_weight[t * top_k + rank[g]] = weight;
   }
   if (!__any_sync(~0u, store)) return;
   // Assignments of a lane's experts, and of those before them.
-  int each[kPer], before = 0;
+  int each[kPer] = {}, before = 0;
 #pragma unroll
-  for (int i = 0; i < kPer; i++) before += each[i] = __popcll(~slots[i] & 0x8080808080808080ull);
+  for (int i = 0; i < kPer; i++) {
+#pragma unroll
+    for (int g = 0; g < kTokenGroups; g++) each[i] += __popcll(~slots[g][i] & 0x8080808080808080ull);
+    before += each[i];
+  }
   const int mine = before;
 #pragma unroll
   for (int span = 1; span < Choice::kLanes; span *= 2) {
@@ -193,7 +231,7 @@ __device__ __noinline__ inline void choose_of(const RouteArgs& a, const float* l
   before -= mine;
 #pragma unroll
   for (int i = 0; i < kPer; i++) {
-    if (t == 0 && first + i < experts) a.expert_start[first + i] = before;
+    if (warp == 0 && first + i < experts) a.expert_start[first + i] = before;
     before += each[i];
   }
   if (threadIdx.x == 0) a.expert_start[experts] = tokens * top_k;
@@ -281,11 +319,15 @@ __device__ __forceinline__ void route(Context& c, const LayerArgs& layer) {
       ptx::cp_async_wait_all();
       sync_consumers();
     }
-    if (!__any_sync(~0u, c.warp < c.tokens)) return;
-    const float logit = logit_of(c, c.alone() ? here(2) : to.router_in + int64_t{c.warp} * n, row);
-    if (c.lane > 0) return;
-    a.router_logits[c.warp * d.experts + e] = logit;
-    if (!c.last) ptx::st_relaxed_gpu(c.p.scores + c.warp * kMostExperts + e, value_of(logit));
+#pragma unroll
+    for (int g = 0; g < kTokenGroups; g++) {
+      const int t = g * kWarps + c.warp;
+      if (!__any_sync(~0u, t < c.tokens)) return;
+      const float logit = logit_of(c, c.alone() ? here(2) : to.router_in + int64_t{t} * n, row);
+      if (c.lane > 0) continue;
+      a.router_logits[t * d.experts + e] = logit;
+      if (!c.last) ptx::st_relaxed_gpu(c.p.scores + t * kMostExperts + e, value_of(logit));
+    }
   });
   if (!c.last) {
     if (c.alone()) return;
@@ -300,4 +342,4 @@ __device__ __forceinline__ void route(Context& c, const LayerArgs& layer) {
   choose(c, a, false, blockIdx.x == 0);
 }
 
-}  // namespace tp::cuda::resident
+}  // namespace TP_RESIDENT

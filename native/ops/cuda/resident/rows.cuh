@@ -4,7 +4,7 @@
 
 #include "ops/cuda/resident/sync.cuh"
 
-namespace tp::cuda::resident {
+namespace TP_RESIDENT {
 
 /// Sums over the computing threads of up to 8 values each, given to all: give() every value,
 /// sync_consumers(), then take().
@@ -219,4 +219,4 @@ __device__ __forceinline__ void reduced(Row (&sums)[Rows], const PeerMemory& w, 
   }
 }
 
-}  // namespace tp::cuda::resident
+}  // namespace TP_RESIDENT

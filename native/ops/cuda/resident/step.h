@@ -17,23 +17,18 @@ constexpr int kBlock = kThreads + 128;  // and the warp that keeps the ring full
 // Registers of a thread that computes and of one that does not: what was dealt out evenly, in groups of four
 // warps.
 constexpr int kRegisters = 216, kFillerRegisters = 72;
-constexpr int kMostTokens = 8;  // columns of a tensor-core product
+constexpr int kColumns = 8;  // tokens of a tensor-core product
 constexpr int kMostTopK = 8;
 constexpr int kMostExperts = 128;
-constexpr int kUnitRows = 8;  // weight rows of a tensor-core product
-constexpr int kSlotRows = 4;  // of them in one slot of the ring
+constexpr int kUnitRows = 8;                 // weight rows of a tensor-core product
+constexpr int kUnitColumns = kUnitRows / 2;  // of gate and up: a gate row and an up row each
+constexpr int kSlotRows = 4;                 // of them in one slot of the ring
 constexpr int kUnitSlots = kUnitRows / kSlotRows;
 constexpr int kMostSlots = 16;
 // Of the ring on their way at once: two slots, and three behind the first kShortStage portions of a matrix.
 // More only queue in the memory system. What comes while blocks wait for each other comes one slot at a time:
 // it would be in the way of what they wait for, flags, rows and instructions.
 constexpr int kOneSlot = 0, kBytesAhead = 46 << 10, kBytesFarAhead = 70 << 10, kShortStage = 4;
-constexpr int kSumFloats = kUnitRows * kMostTokens;  // of one warp's product
-constexpr int kGroup = 4;                            // portions of 8 rows whose sums meet at once
-// Sums of an expert's rows and leaves for one token, and some floats more, so that tokens lie on other banks.
-constexpr int kExpertSums = 32 + 4;
-constexpr int kRoomFloats = kWarps * kMostTokens * kExpertSums;
-static_assert(kRoomFloats >= kGroup * kWarps * kSumFloats);
 // Elements of a row that a warp takes, in pieces of 8: of a row as long as the hidden size, of a leaf of the
 // dense MLP, of a leaf of an expert. The products are compiled for the 26B model.
 constexpr int kWholePieces = 44, kDensePieces = 33, kLeafPieces = 11;
@@ -42,7 +37,17 @@ constexpr int kAttentionPart = kAttentionChunk * kWarps;  // and all warps
 constexpr int kMostChunks = 128;                          // of a full layer's cache, for one token
 constexpr int kFewChunks = 16;                            // that the block which ends last joins at once
 constexpr int kLongChunk = 4;                             // tiles of a full layer's chunk, if not a few do
+constexpr int kMostParts = 4;                             // of a row
 constexpr int kRowPieces = 3;                             // pieces of 4 that a thread keeps of a token's row
+
+/// Of a tile's keys, and of its values.
+constexpr int kTileBytes = 16 << 10;
+/// Positions of a tile.
+inline __host__ __device__ constexpr int tile_of(int head_dim) { return kTileBytes / 2 / head_dim; }
+/// Query heads of a KV head, at most.
+inline __host__ __device__ constexpr int most_group(int head_dim) { return head_dim == 256 ? 2 : 8; }
+/// Four leaves of an expert's 8 rows are a warp's 32 sums; of eight leaves a second warp takes the others.
+inline __host__ __device__ int halves_of(int leaves) { return leaves > 4 ? 2 : 1; }
 
 /// Activations between stages of one launch, rounded: the block that makes a row leaves it as every block
 /// will multiply it.
@@ -63,7 +68,7 @@ struct Counters {
   uint32_t early, pad1[31];
   uint32_t tickets, pad2[31];  // units that were drawn in this launch
   uint32_t exited, grid_before, early_before;
-  int sum_turn;
+  int sum_turn, tokens_before;  // of the last launch: it left the values of so many tokens in two inboxes
 };
 
 /// What all layers with a window have in common, or all without.
@@ -96,5 +101,21 @@ struct Parameters {
   int slot_bytes;
   int act_bytes;  // room of the activations
 };
+
+/// The kernel as compiled for so many tokens.
+struct Kernel {
+  void (*run)(Parameters);
+  int tokens;
+  int other_bytes;  // of shared memory that is asked for: but for ring and activations
+  /// Shared memory that the stages' activations take at least for `tokens` tokens. What has more room needs
+  /// fewer turns.
+  int (*least_act_bytes)(const Decoder& decoder, const Dims& d, int tokens, int blocks);
+};
+namespace up_to_8 {
+Kernel kernel();
+}
+namespace up_to_16 {
+Kernel kernel();
+}
 
 }  // namespace tp::cuda::resident

@@ -3,9 +3,9 @@
 #pragma once
 
 #include "ops/cuda/block.cuh"
-#include "ops/cuda/resident/step.h"
+#include "ops/cuda/resident/tokens.h"
 
-namespace tp::cuda::resident {
+namespace TP_RESIDENT {
 
 constexpr uint64_t kPeerTimeoutNs = 20'000'000'000;  // a peer that is this late will not come
 constexpr uint64_t kTimeoutNs = 25'000'000'000;
@@ -109,4 +109,4 @@ __device__ __noinline__ inline void empty(const PeerMemory& w, int turn, int flo
   }
 }
 
-}  // namespace tp::cuda::resident
+}  // namespace TP_RESIDENT

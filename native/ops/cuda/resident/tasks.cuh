@@ -5,14 +5,7 @@
 
 #include "ops/cuda/resident/products.cuh"
 
-namespace tp::cuda::resident {
-
-/// Of a tile's keys, and of its values.
-constexpr int kTileBytes = 16 << 10;
-/// Positions of a tile.
-inline __host__ __device__ constexpr int tile_of(int head_dim) { return kTileBytes / 2 / head_dim; }
-/// Query heads of a KV head, at most.
-inline __host__ __device__ constexpr int most_group(int head_dim) { return head_dim == 256 ? 2 : 8; }
+namespace TP_RESIDENT {
 
 /// What a token sees of the caches of one kind of layer.
 struct Sight {
@@ -145,4 +138,4 @@ struct Tasks {
   }
 };
 
-}  // namespace tp::cuda::resident
+}  // namespace TP_RESIDENT

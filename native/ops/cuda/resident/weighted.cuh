@@ -4,7 +4,7 @@
 
 #include "ops/cuda/resident/tasks.cuh"
 
-namespace tp::cuda::resident {
+namespace TP_RESIDENT {
 
 /// A tile as the warps share it out: of its scores each takes 8 rows and kPart dimensions.
 template <int D>
@@ -228,4 +228,4 @@ class ManyHeads {
   float acc_[kProducts][4];
 };
 
-}  // namespace tp::cuda::resident
+}  // namespace TP_RESIDENT

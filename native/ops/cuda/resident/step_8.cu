@@ -1,0 +1,3 @@
+#define TP_TOKENS 8
+#define TP_RESIDENT tp::cuda::resident::up_to_8
+#include "ops/cuda/resident/kernel.cuh"
