@@ -89,7 +89,7 @@ const FLAGS = {
   variant: choice(
     ['all', 'published', 'grouped', 'auto'],
     MEASURE,
-    'which kernels; auto is what decoding uses',
+    'which kernels; auto: as the ops choose, where no resident step has them',
     'all',
   ),
   tokens: wholes(1, 8192, MEASURE, 'tokens of a step', [1, 2, 4, 8, 16, 32, 64]),
