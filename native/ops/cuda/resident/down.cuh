@@ -226,8 +226,10 @@ __device__ __forceinline__ void down(Context& c, const LayerArgs& layer) {
   } else {  // what other blocks still had to do is done behind the dense products
     c.grid.wait(c.peers);
     c.mark(1);
-    if (kFewTokens) fetch_acts(c.acts, expert_stride, from.expert_act, expert_rows, d.moe_inter, d.moe_inter);
-    if (kFewTokens) ptx::cp_async_wait_all();
+    if (kFewTokens) {
+      fetch_acts(c.acts, expert_stride, from.expert_act, expert_rows, d.moe_inter, d.moe_inter);
+      ptx::cp_async_wait_all();
+    }
   }
   sync_consumers();
   const auto put_experts = [&](int unit, int t, int row, float x, bool there) {

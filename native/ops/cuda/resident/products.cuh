@@ -108,18 +108,20 @@ template <int Pieces>
 struct Operand {
   static constexpr int kSteps = (Pieces + 3) / 4;
   uint4 x[kSteps];
+  /// Whether the row has a piece for the lane in step i: only of a last one a question when it runs.
+  static __device__ __forceinline__ bool has(int i, int quarter) {
+    return i * 4 + 3 < Pieces || i * 4 + quarter < Pieces;
+  }
   __device__ __forceinline__ void load(uint32_t from, int quarter, bool held = true) {
 #pragma unroll
-    for (int i = 0; i < kSteps; i++)
-      x[i] = ptx::ld_shared_v4(from + i * 64, held && (i * 4 + 3 < Pieces || i * 4 + quarter < Pieces));
+    for (int i = 0; i < kSteps; i++) x[i] = ptx::ld_shared_v4(from + i * 64, held && has(i, quarter));
   }
   /// From memory: what other blocks have written.
   __device__ __forceinline__ void load(const Bf16* from, int quarter, bool held) {
 #pragma unroll
     for (int i = 0; i < kSteps; i++) {
       x[i] = make_uint4(0, 0, 0, 0);
-      if (held && (i * 4 + 3 < Pieces || i * 4 + quarter < Pieces))
-        x[i] = __ldcg(reinterpret_cast<const uint4*>(from + i * 32));
+      if (held && has(i, quarter)) x[i] = __ldcg(reinterpret_cast<const uint4*>(from + i * 32));
     }
   }
   /// The same of rows that begin in the same banks: every other row brings its steps as second, first,
@@ -130,11 +132,7 @@ struct Operand {
 #pragma unroll
     for (int i = 0; i < kSteps; i++) {
       const bool alone = i + 1 == kSteps && i % 2 == 0;
-      x[i] = ptx::ld_shared_v4((alone   ? from
-                                : i % 2 ? odd
-                                        : even) +
-                                   i / 2 * 128,
-                               i * 4 + 3 < Pieces || i * 4 + quarter < Pieces);
+      x[i] = ptx::ld_shared_v4((alone ? from : i % 2 ? odd : even) + i / 2 * 128, has(i, quarter));
     }
   }
   __device__ __forceinline__ void put_in_order(bool second_first) {
@@ -146,7 +144,7 @@ struct Operand {
   }
 };
 
-/// The activations of a stage: a row a token in shared memory.
+/// The activations of a stage: a row a token in shared memory, or the experts' of many tokens in any.
 struct Acts {
   const char* data;
   int stride;  // bytes

@@ -9,7 +9,8 @@ namespace TP_RESIDENT {
 
 constexpr int kMostTokens = TP_TOKENS;
 constexpr int kTokenGroups = kMostTokens / kColumns;  // products with the same weights
-static_assert(kMostTokens % kColumns == 0);
+static_assert(kMostTokens % kColumns == 0 &&
+              kWarps == kColumns);  // of eight, a warp a token where rows are whole
 constexpr int kMostChosen = kMostTokens * kMostTopK < kMostExperts ? kMostTokens * kMostTopK : kMostExperts;
 constexpr int kSumFloats = kUnitRows * kMostTokens;  // of one warp's products
 constexpr int kGroup = 4 / kTokenGroups;             // portions of 8 rows whose sums meet at once
