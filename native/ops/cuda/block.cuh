@@ -35,6 +35,16 @@ __device__ inline float warp_max(float x) {
   return x;
 }
 
+/// The sum of x over the warp's lanes up to this one.
+__device__ inline int sum_up_to_lane(int x) {
+  const int lane = threadIdx.x % 32;
+  for (int span = 1; span < 32; span *= 2) {
+    const int other = __shfl_up_sync(~0u, x, span);
+    if (lane >= span) x += other;
+  }
+  return x;
+}
+
 /// Sums of N values over the block; `room` is N * kWarps floats of shared memory. All threads call it and get
 /// the sums.
 template <int N>

@@ -24,6 +24,34 @@ Encode encoder() {
   return found;
 }
 
+/// What a map says of one side of a matrix: elements, bytes from one to the next (of the first: of an
+/// element), and how many a box has.
+struct Side {
+  int64_t size, stride;
+  int box;
+};
+
+template <int Sides>
+CUtensorMap map_of(const Bf16* data, const Side (&sides)[Sides], bool swizzled, int lines) {
+  cuuint64_t sizes[Sides], strides[Sides];
+  cuuint32_t box[Sides], steps[Sides];
+  for (int i = 0; i < Sides; i++) {
+    sizes[i] = static_cast<cuuint64_t>(sides[i].size), strides[i] = static_cast<cuuint64_t>(sides[i].stride);
+    box[i] = static_cast<cuuint32_t>(sides[i].box), steps[i] = 1;
+  }
+  CUtensorMap map{};
+  const CUresult status = encoder()(
+      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, Sides, const_cast<Bf16*>(data), sizes, strides + 1, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+      lines == 2 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS)
+    fail("TP_CUDA", "describing a matrix of %lld rows of %lld elements to the copy engine: error %d",
+         static_cast<long long>(sides[Sides - 1].size), static_cast<long long>(sides[0].size),
+         static_cast<int>(status));
+  return map;
+}
+
 }  // namespace
 
 Matrix matrix_of(const Bf16* data, int64_t rows, int width, int chunk, int box, bool swizzled, bool aligned,
@@ -31,37 +59,20 @@ Matrix matrix_of(const Bf16* data, int64_t rows, int width, int chunk, int box, 
   Matrix m{};
   m.data = data;
   m.rows = static_cast<int>(rows);
-  if (!aligned) return m;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(width) * sizeof(Bf16)};
-  const cuuint32_t sides[2] = {static_cast<cuuint32_t>(chunk), static_cast<cuuint32_t>(box)},
-                   steps[2] = {1, 1};
-  const CUresult status = encoder()(
-      &m.map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<Bf16*>(data), sizes, stride, sides, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-      lines == 2 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS)
-    fail("TP_CUDA", "describing a matrix of %lld rows of %d elements to the copy engine: error %d",
-         static_cast<long long>(rows), width, static_cast<int>(status));
+  if (aligned) m.map = map_of<2>(data, {{width, 2, chunk}, {rows, 2 * int64_t{width}, box}}, swizzled, lines);
   return m;
 }
 
 CUtensorMap map_of_fourths(const Bf16* data, int64_t rows, int width, int chunk, int box, bool swizzled) {
-  CUtensorMap map{};
-  const auto row = static_cast<cuuint64_t>(width) * sizeof(Bf16);
-  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(width), 4, static_cast<cuuint64_t>(rows) / 4};
-  const cuuint64_t strides[2] = {row, 4 * row};
-  const cuuint32_t sides[3] = {static_cast<cuuint32_t>(chunk), 1, static_cast<cuuint32_t>(box)},
-                   steps[3] = {1, 1, 1};
-  const CUresult status = encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<Bf16*>(data), sizes,
-                                    strides, sides, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                    swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS)
-    fail("TP_CUDA", "describing a matrix of %lld rows of %d elements to the copy engine: error %d",
-         static_cast<long long>(rows), width, static_cast<int>(status));
-  return map;
+  const int64_t row = 2 * int64_t{width};
+  return map_of<3>(data, {{width, 2, chunk}, {4, row, 1}, {rows / 4, 4 * row, box}}, swizzled, 2);
+}
+
+CUtensorMap map_of_pieces(const Bf16* data, int64_t rows, int length, int pieces, int chunk, int box,
+                          int together) {
+  const int64_t bytes = 2 * int64_t{length};
+  return map_of<3>(data, {{length, 2, chunk}, {rows, pieces * bytes, box}, {pieces, bytes, together}}, false,
+                   1);
 }
 
 }  // namespace tp::cuda

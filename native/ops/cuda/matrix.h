@@ -26,4 +26,9 @@ Matrix matrix_of(const Bf16* data, int64_t rows, int width, int chunk, int box, 
 /// a multiple of 4.
 CUtensorMap map_of_fourths(const Bf16* data, int64_t rows, int width, int chunk, int box, bool swizzled);
 
+/// Rows of `pieces` pieces of `length` elements, in boxes of `chunk` elements of `box` rows of `together`
+/// pieces, which lie piece after piece: coordinates are element of the piece, row, piece.
+CUtensorMap map_of_pieces(const Bf16* data, int64_t rows, int length, int pieces, int chunk, int box,
+                          int together);
+
 }  // namespace tp::cuda

@@ -1,5 +1,6 @@
 // Dense sums are joined where they are made. An expert's leaves are written for every assignment; a second
 // kernel adds those of a token in the order of the experts' ids, leaf by leaf, and joins the leaves.
+#include "ops/cuda/grouped/down_few.cuh"
 #include "ops/cuda/grouped/parts.cuh"
 
 namespace tp::cuda::grouped {
@@ -24,47 +25,11 @@ __device__ inline void put_in_order(int* order, float* weight, const int* place,
   __syncthreads();
 }
 
-/// sum[t][1][first + i] of `width` output columns. sums: (T * K, leaves, width). A lane takes four columns of
-/// one leaf; a warp has all leaves of its columns.
+/// sum[t][1][first + i] of `width` output columns, a thread four of them. sums: (T * K, leaves, width).
 template <int Leaves>
 __global__ void __launch_bounds__(kJoinThreads)
-    join_few(const float* sums, const int* place, const float* route_weight, float* sum, int top_k, int first,
-             int width, int hidden) {
-  constexpr int kLanes = 32 / Leaves;  // of a leaf
-  __shared__ int order[32];
-  __shared__ float weight[32];
-  wait_for_inputs();
-  let_next_start();
-  const int t = blockIdx.y;
-  put_in_order(order, weight, place, route_weight, t, top_k);
-  const int lane = threadIdx.x % 32, leaf = lane / kLanes,
-            group = blockIdx.x * (kJoinThreads / 32) + threadIdx.x / 32;
-  const int column = (group * kLanes + lane % kLanes) * 4;
-  const bool there = column < width;
-  float4 x = make_float4(0, 0, 0, 0);
-#pragma unroll 8
-  for (int n = 0; n < top_k; n++) {
-    if (!there) continue;
-    const float w = weight[n];
-    const float4 y = __ldcg(reinterpret_cast<const float4*>(
-        sums + ((static_cast<int64_t>(t) * top_k + order[n]) * Leaves + leaf) * width + column));
-    x.x = fused(w, y.x, x.x), x.y = fused(w, y.y, x.y), x.z = fused(w, y.z, x.z), x.w = fused(w, y.w, x.w);
-  }
-  // Either lane of a pair adds the same two sums: the tree.
-#pragma unroll
-  for (int span = kLanes; span < 32; span *= 2) {
-    x.x += __shfl_xor_sync(~0u, x.x, span), x.y += __shfl_xor_sync(~0u, x.y, span);
-    x.z += __shfl_xor_sync(~0u, x.z, span), x.w += __shfl_xor_sync(~0u, x.w, span);
-  }
-  if (there && leaf == 0)
-    *reinterpret_cast<float4*>(sum + (static_cast<int64_t>(t) * 2 + 1) * hidden + first + column) = x;
-}
-
-/// The same by one thread for four columns, all leaves: whole lines, where there are many tokens.
-template <int Leaves>
-__global__ void __launch_bounds__(kJoinThreads)
-    join_many(const float* sums, const int* place, const float* route_weight, float* sum, int top_k,
-              int first, int width, int hidden) {
+    add_experts(const float* sums, const int* place, const float* route_weight, float* sum, int top_k,
+                int first, int width, int hidden) {
   __shared__ int order[32];
   __shared__ float weight[32];
   wait_for_inputs();
@@ -121,10 +86,8 @@ Part expert_part(const DownArgs& a, const Dims& d, const Bf16* act, float* sums,
 void join(const DownArgs& a, const Dims& d, int tokens, const float* sums, const int* place, int first,
           int width, CudaBackend& backend) {
   const auto as = [&]<int Leaves>() {
-    const bool few = tokens <= kFew;
-    const int threads = width / 4 * (few ? Leaves : 1);
-    backend.launch(few ? join_few<Leaves> : join_many<Leaves>,
-                   dim3(static_cast<unsigned>((threads + kJoinThreads - 1) / kJoinThreads),
+    backend.launch(add_experts<Leaves>,
+                   dim3(static_cast<unsigned>((width / 4 + kJoinThreads - 1) / kJoinThreads),
                         static_cast<unsigned>(tokens)),
                    kJoinThreads, 0, sums, place, a.route_weight, a.sum, d.top_k, first, width, d.hidden);
   };
@@ -145,11 +108,16 @@ void down(const DownArgs& a, const Dims& d, const Input& in, CudaBackend& backen
   const int assignments = in.tokens * d.top_k;
   Bf16* const dense_act = room_for(backend, dense + experts);
   Bf16* const expert_act = dense_act + dense;
+  const Rows dense_rows{a.dense_act, dense_act, dense}, expert_rows{a.expert_act, expert_act, experts};
+  // The router's lists were done before gate_up's kernel could start this one.
+  if (in.tokens <= kFew) {
+    round_rows(backend, Next::at_once, dense_rows, expert_rows, {});
+    few::down(a, d, in.tokens, dense_act, expert_act, backend);
+    return;
+  }
   auto* const place =
       static_cast<int*>(backend.workspace("places", static_cast<size_t>(assignments) * sizeof(int)));
-  // The router's lists were done before gate_up's kernel could start this one.
-  round_rows(backend, Next::at_once, {a.dense_act, dense_act, dense}, {a.expert_act, expert_act, experts},
-             {a.assignment, place, assignments});
+  round_rows(backend, Next::at_once, dense_rows, expert_rows, {a.assignment, place, assignments});
   const auto sums_of = [&](int width) { return int64_t{assignments} * d.leaves * width * 4; };
   int slices = 1;
   while (sums_of(d.hidden / slices) > kMostSums && d.hidden % (2 * slices) == 0 &&
@@ -158,21 +126,6 @@ void down(const DownArgs& a, const Dims& d, const Input& in, CudaBackend& backen
   const int width = d.hidden / slices;
   auto* const sums =
       static_cast<float*>(backend.workspace("assignments' leaves", static_cast<size_t>(sums_of(width))));
-  if (in.tokens <= kFew) {
-    const auto as = [&]<class S>() {
-      Parameters p = with_experts(a, d);
-      p.once = in.tokens <= kNarrow;
-      if (d.inter > 0) p.part[p.parts++] = dense_part<S>(a, d, in.tokens, dense_act);
-      p.part[p.parts++] = expert_part<S>(a, d, expert_act, sums, 0, width);
-      launch_grouped<S, 88, Finish::sums>(backend, p);
-    };
-    if (in.tokens <= kNarrow)
-      as.operator()<ExpertLeaves64>();
-    else
-      as.operator()<ExpertLeaves128>();
-    join(a, d, in.tokens, sums, place, 0, width, backend);
-    return;
-  }
   Parameters p{};
   if (d.inter > 0) {
     p.part[0] = dense_part<Many64>(a, d, in.tokens, dense_act);

@@ -247,6 +247,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   }
   // The kernel before this one rounds activations, and the experts' lists were made before that one, so they
   // may be read at once (rows.h says when that one may let this one start), and weights may come.
+  units.fetch();
   if (warp == S::kWarps) units.count();
   __syncthreads();
   auto* const slots = reinterpret_cast<Slot<S>*>(shared + room.slots);

@@ -57,11 +57,7 @@ __global__ void __launch_bounds__(kThreads)
   };
   int lower = 0, mine = 0;
   look([&](int, int x) { lower += x < e, mine += x == e; });
-  int sum = mine;
-  for (int span = 1; span < 32; span *= 2) {
-    const int other = __shfl_up_sync(~0u, sum, span);
-    if (lane >= span) sum += other;
-  }
+  const int sum = sum_up_to_lane(mine);
   lower = __reduce_add_sync(~0u, lower);
   if (lane == 31) before[warp] = lower, same[warp] = sum;
   __syncthreads();

@@ -150,24 +150,23 @@ class Units {
     while (2 * step_ < p.experts) step_ *= 2;
   }
 
+  /// By all threads, before count().
+  __device__ void fetch() const {
+    for (int e = static_cast<int>(threadIdx.x); p_.experts > 0 && e <= p_.experts; e += S::kThreads)
+      start_[e] = __ldcg(p_.expert_start + e);
+    __syncthreads();
+  }
   /// By one warp; then the block meets.
   __device__ void count() const {
     const int lane = threadIdx.x % 32;
     int done = p_.dense_units;
 #pragma unroll 1
-    for (int e0 = 0; p_.experts > 0 && e0 <= p_.experts; e0 += 32) {
-      const int e = e0 + lane;
-      const int start = e <= p_.experts ? __ldcg(p_.expert_start + e) : 0;
-      const int n = e < p_.experts ? __ldcg(p_.expert_start + e + 1) - start : 0;
-      if (e <= p_.experts) start_[e] = start;
+    for (int e0 = 0; e0 < p_.experts; e0 += 32) {
+      const int e = e0 + lane, n = start_[min(e + 1, p_.experts)] - start_[min(e, p_.experts)];
       const int units = (n + S::kColumns - 1) / S::kColumns * p_.part[p_.parts - 1].tiles;
-      int sum = units;
-      for (int span = 1; span < 32; span *= 2) {
-        const int other = __shfl_up_sync(~0u, sum, span);
-        if (lane >= span) sum += other;
-      }
-      if (e < p_.experts) first_[e] = done + sum - units;
-      done += __shfl_sync(~0u, sum, 31);
+      const int end = done + sum_up_to_lane(units);
+      if (e < p_.experts) first_[e] = end - units;
+      done = __shfl_sync(~0u, end, 31);
     }
     if (lane == 0) first_[p_.experts] = done;
   }
