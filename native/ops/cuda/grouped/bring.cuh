@@ -36,18 +36,17 @@ __device__ void bring_weights(const Parameters& p, const Units<S>& units, char* 
     constexpr bool kDealt = kIsDealt<S, F>;
     const int boxes = (min(kHalf, part.rows - x.row) + part.box - 1) / part.box;
     const int copies = kDealt ? 4 : F == Finish::gated ? 2 * boxes : boxes;
-    const int box_bytes = (kDealt ? S::kRows / 4 : part.box) * R::kWeightPitch;
+    const int box_bytes = (kDealt ? S::kRows / 4 : part.box) * R::kPitch;
     const bool is_high = !kDealt && lane >= boxes;
     const int box = is_high ? lane - boxes : lane;
     const CUtensorMap* const map = is_high ? &part.high : &part.low;
     const int row = x.weight_row + box * part.box + (is_high ? part.high_row : 0);
-    const int offset = (is_high ? kHalf * R::kWeightPitch : 0) + box * box_bytes;
+    const int offset = (is_high ? kHalf * R::kPitch : 0) + box * box_bytes;
     const int chunks = part.leaves * part.chunks;
 #pragma unroll 1
     for (int c = 0; c < chunks; c += S::kWide) {
       const uint32_t full = barriers + walk.at * 16;
-      // A copy beyond the end of a row brings zeros there.
-      const int pieces = (min(S::kWide, chunks - c) + R::kTogether - 1) / R::kTogether;
+      const int pieces = min(S::kWide, chunks - c);
       wait_for(full + 8, walk.phase ^ 1);
       if (c == 0) {
         Slot<S>& known = slots[slot];
@@ -62,9 +61,9 @@ __device__ void bring_weights(const Parameters& p, const Units<S>& units, char* 
       __syncwarp();
       const uint32_t to = shared_address(stages) + walk.at * R::kStage + offset;
 #pragma unroll
-      for (int i = 0; i < S::kWide / R::kTogether; i++)
-        if (lane < copies && i < pieces) {
-          const int w = i * R::kTogether, column = part.chunk(c, w, S::kWide) * Chunk;
+      for (int w = 0; w < S::kWide; w++)
+        if (lane < copies && w < pieces) {
+          const int column = part.chunk(c, w, S::kWide) * Chunk;
           const uint32_t there = to + R::weights_at(w);
           if constexpr (kDealt)
             ptx::cp_async_bulk_tensor_3d(there, map, column, lane, x.weight_row / 4, full);

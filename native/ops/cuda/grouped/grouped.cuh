@@ -66,7 +66,7 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
     const int row = kDealt   ? (2 * m + high) * (S::kRows / 4) + row_warp * 8 + lane % 8
                     : kGated ? high * (S::kRows / 2) + tile * 8 + lane % 8
                              : tile * 16 + high * 8 + lane % 8;
-    a_row[m] = shared_address(stages) + row * R::kWeightPitch;
+    a_row[m] = shared_address(stages) + row * R::kPitch;
   }
   const uint32_t b_row = shared_address(stages) + (first_column + lane / 16 * 8 + lane % 8) * R::kPitch;
   const int a_piece = lane / 16, b_piece = lane / 8 % 2;
@@ -99,7 +99,7 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
     const bool apart = part.leaf_stride != 0, sided = S::kTeams > 1 && part.teams > 1;
     const int pairs = (x.count - first_column + 15) / 16;  // of column tiles that hold columns
     const int chunks = part.chunks, all_chunks = part.leaves * chunks,
-              leaves = sided && !apart ? part.leaves / S::kTeams : part.leaves;
+              leaves = sided ? part.leaves / S::kTeams : part.leaves;
     const bool takes_part = pairs > 0 && (sided ? team < all_chunks : team == 0);
     float acc[kM][kN][4] = {};
     const auto write = [&](int leaf) {
@@ -160,9 +160,9 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
     };
     const auto multiply_unit = [&]<bool Full>() {
       Step steps[2];
-      const int first = sided ? team : 0, leaf_step = sided && apart ? S::kTeams : 1;
+      const int first = sided ? team : 0;
       load.template operator()<Full>(steps[0], walk.at * R::kStage, first, 0, pairs);
-      int leaf = sided && apart ? team : 0, left = chunks;
+      int leaf = 0, left = chunks;
 #pragma unroll 1
       for (int c = 0; c < all_chunks; c += S::kWide) {
         const uint32_t stage = walk.at * R::kStage, done = full + 8;
@@ -206,7 +206,7 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
             __syncwarp();
             if (lane == 0) ptx::mbarrier_arrive(done);
           }
-          if (--left == 0) end_leaf(leaf), leaf += leaf_step, left = chunks;
+          if (--left == 0) end_leaf(leaf), leaf++, left = chunks;
         }
       }
     };
@@ -274,13 +274,10 @@ void launch_grouped(CudaBackend& backend, Parameters p) {
     part.tile_rows = half;
     part.tiles = (part.rows + half - 1) / half;
     if (part.columns > 0) p.dense_units += part.tiles * ((part.columns + S::kColumns - 1) / S::kColumns);
-    const bool apart = part.leaf_stride != 0,
-               sided = S::kTeams > 1 &&
-                       (apart ? part.chunks == 1 : R::kTogether == 1 && part.leaves % S::kTeams == 0);
-    part.teams = sided ? S::kTeams : 1;
-    part.side = sided && !apart ? part.leaves / S::kTeams * part.chunks : 1;
-    if (apart) continue;
-    int needed = sided ? 1 : 0;
+    part.teams = part.leaves % S::kTeams == 0 ? S::kTeams : 1;
+    part.side = part.teams > 1 ? part.leaves / part.teams * part.chunks : 1;
+    if (part.leaf_stride != 0) continue;
+    int needed = part.teams > 1 ? 1 : 0;
     for (int leaves = part.leaves / part.teams; leaves > 1; leaves /= 2) needed++;
     if (needed > levels) levels = needed;
   }

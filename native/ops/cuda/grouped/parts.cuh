@@ -19,7 +19,7 @@ inline int box_of(int rows, int tile) {
 template <class S, int Chunk>
 CUtensorMap map_of(const Bf16* weight, int64_t rows, int width, int box) {
   if (kIsDealt<S, Finish::sums>) return map_of_fourths(weight, rows, width, Chunk, S::kRows / 4, Chunk == 64);
-  return matrix_of(weight, rows, width, Chunk * Room<S, Chunk>::kTogether, box, Chunk == 64, true, 1).map;
+  return matrix_of(weight, rows, width, Chunk, box, Chunk == 64, true, 1).map;
 }
 
 /// A matrix of `rows` rows of `width` elements, whose leaves are joined.

@@ -30,8 +30,6 @@ using Few32 = Shape<2, 1, 2, 2, 4>;
 using Few64 = Shape<4, 1, 2, 2, 2>;
 using Leaves32 = Shape<2, 1, 2, 2, 4, true>;
 using Experts64 = Shape<4, 1, 1, 2, 4>;
-using ExpertLeaves64 = Shape<4, 1, 1, 2, 4, true>;
-using ExpertLeaves128 = Shape<8, 1, 1, 2, 2, true>;
 /// For more columns than those hold.
 using Wide32 = Shape<2, 1, 4, 2, 4>;
 using Wide64 = Shape<4, 1, 4, 2, 2>;
@@ -106,17 +104,10 @@ struct Slot {
 template <class S, int Chunk>
 struct Room {
   static constexpr int kPitch = Chunk * 2;  // bytes of a chunk, and from an activation's row to the next
-  /// Chunks that one copy brings of every weight row: neighbours, up to 256 elements, where they are not
-  /// swizzled. Short pieces of a row would share its lines of memory with their neighbours.
-  static constexpr int kTogether = Chunk == 64 ? 1 : std::min(S::kWide, 256 / Chunk);
-  static constexpr int kWeightPitch = kTogether * kPitch;
-  static_assert(S::kWide % kTogether == 0);
   static constexpr int kWeights = S::kWide * S::kRows * kPitch, kTokens = S::kColumns * kPitch;
   static constexpr int kStage = kWeights + S::kWide * kTokens;
   /// Where a stage's chunk w lies.
-  static __host__ __device__ constexpr int weights_at(int w) {
-    return w / kTogether * S::kRows * kWeightPitch + w % kTogether * kPitch;
-  }
+  static __host__ __device__ constexpr int weights_at(int w) { return w * S::kRows * kPitch; }
   static __host__ __device__ constexpr int tokens_at(int w) { return kWeights + w * kTokens; }
   static constexpr int kLevel = S::kTeams * S::kRows * S::kColumns * 4;
   static constexpr int kSlot = sizeof(Slot<S>);
