@@ -6,11 +6,15 @@ import { stageCells } from '../../dist/report/stages.js';
 /** Published for TP=2 on two H200 (vLLM PR #41379), ms a token, by batch size. */
 const PUBLISHED = { 1: 2.82, 4: 3.28, 8: 3.65 };
 
+/** Batch sizes whose stages have a table each; the raw samples have all. */
+const DETAILED = [1, 8];
+
 export function markdown(result, file) {
   const sections = [
     [result.decode, byBatch],
     [result.context, byContext],
     [result.stages, stages],
+    [result.stages, expertsInAStep],
     [result.moe, experts],
     [result.allreduce, sums],
     [result.load, loading],
@@ -113,8 +117,29 @@ function stages(runs) {
       table(headings, rows)
     );
   };
-  const parts = byDegree(runs).flatMap((bench) => bench.rows.map((row) => one(bench, row)));
+  const parts = byDegree(runs).flatMap((bench) =>
+    bench.rows.filter(({ batch }) => DETAILED.includes(batch)).map((row) => one(bench, row)),
+  );
   return `## Where a step goes, on one rank\n\n${parts.join('\n')}`;
+}
+
+/** A layer's experts as a step runs them; a stage's time contains its way from the stage before. */
+function expertsInAStep(runs) {
+  const rows = byDegree(runs).flatMap(({ run, rows }) =>
+    rows.flatMap(({ batch, stages: { rows: all } }) => {
+      const sum = (of, ...names) =>
+        all.filter(({ stage }) => names.includes(stage)).reduce((total, row) => total + of(row), 0);
+      const layers = sum(({ calls }) => calls, 'gateUp');
+      if (layers === 0) return [];
+      const us = ({ us_per_token }) => us_per_token / layers;
+      const both = sum(us, 'gateUp', 'down');
+      const mb = sum(({ read_bytes }) => read_bytes / layers / 1e6, 'gateUp', 'down');
+      const figures = [both, sum(us, 'gateUp'), sum(us, 'down'), mb].map((x) => cell(x, 1));
+      return [[`${run.tp}`, `${batch}`, ...figures, cell((mb / both) * 1e3, 0)]];
+    }),
+  );
+  const headings = ['TP', 'batch', 'us a layer', 'gate_up', 'down', 'MB', 'GB/s'];
+  return `## The experts within a step\n\nWith the dense MLP, which the same stages take.\n\n${table(headings, rows)}`;
 }
 
 function experts(runs, { gpus, decode }) {

@@ -91,7 +91,8 @@ const parts = [
       `stages tp=${tp}`,
       async () => {
         const trace = join(values.out, `${fileName()}-tp${tp}.trace.json`);
-        result.stages.push(await benchDecode(tp, '--batch-size', some, '--stages', '--trace', trace));
+        const all = values['batch-sizes'];
+        result.stages.push(await benchDecode(tp, '--batch-size', all, '--stages', '--trace', trace));
       },
     ],
     [

@@ -52,11 +52,15 @@ describe('the bench script', () => {
       'Time per output token',
       'Over context',
       'Where a step goes',
+      'The experts within a step',
       'A rank that dies',
       'Left out',
     ])
       expect(page).toContain(`## ${heading}`);
     expect(page).toMatch(/^\| before, behind and unexplained \|/m);
+    const [, experts] = page.split('## The experts within a step');
+    const [, batches] = [...experts!.matchAll(/^\| 2 \| (\d) \| [\d.]+ \| [\d.]+ \|/gm)].map(([, batch]) => batch);
+    expect(batches).toBe('2');
   });
 
   it('names what failed, in the page and in its exit code', async () => {
