@@ -59,7 +59,9 @@ describe('the bench script', () => {
       expect(page).toContain(`## ${heading}`);
     expect(page).toMatch(/^\| before, behind and unexplained \|/m);
     const [, experts] = page.split('## The experts within a step');
-    const [, batches] = [...experts!.matchAll(/^\| 2 \| (\d) \| [\d.]+ \| [\d.]+ \|/gm)].map(([, batch]) => batch);
+    const [, batches] = [...experts!.matchAll(/^\| 2 \| (\d) \| [\d.]+ \| [\d.]+ \|/gm)].map(
+      ([, batch]) => batch,
+    );
     expect(batches).toBe('2');
   });
 

@@ -29,8 +29,8 @@ struct Deal {
   static constexpr int kTogether = Leaves < 4 ? Leaves : 4;  // of a stage
   static constexpr int kGroups = Leaves / kTogether;         // stages that have different leaves
   static constexpr int kSets = kWarps / kTogether;           // of warps
-  static constexpr int kPair =
-      kTogether > 1 ? 2 : 1;  // leaves of a row that come as one piece, if neighbours
+  /// Of a row, that come as one piece if they are neighbours.
+  static constexpr int kPair = kTogether > 1 ? 2 : 1;
   static_assert(kSets % kGroups == 0, "a set has the same leaves in all its turns");
   /// Bytes between an expert's columns: pieces of 16 in an odd number, so that eight rows lie in all banks.
   static constexpr int kPitch = (kTogether * kChunkBytes / 16 | 1) * 16;
@@ -248,6 +248,31 @@ struct Products {
   }
 };
 
+/// Where a lane's products go: the first sum of each of its two columns, null where there is no column, and
+/// the weight that the column's token gives the expert.
+struct Targets {
+  float* sum[2] = {};
+  float weight[2];
+
+  /// Adds an expert's; the dense MLP's are the first.
+  __device__ __forceinline__ void take(const Products& products, bool dense) const {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (!sum[i]) continue;
+      float2 before[kRowTiles];
+#pragma unroll
+      for (int n = 0; n < kRowTiles; n++) before[n] = *reinterpret_cast<const float2*>(sum[i] + n * 8);
+#pragma unroll
+      for (int n = 0; n < kRowTiles; n++) {
+        const float x = products.of[n][2 * i], y = products.of[n][2 * i + 1];
+        *reinterpret_cast<float2*>(sum[i] + n * 8) =
+            dense ? make_float2(x, y)
+                  : make_float2(fused(weight[i], x, before[n].x), fused(weight[i], y, before[n].y));
+      }
+    }
+  }
+};
+
 /// What the eight warps do.
 template <int Leaves>
 __device__ void multiply_all(const Parameters& p, const Room<Leaves>& room, char* shared, uint32_t barriers,
@@ -292,17 +317,14 @@ __device__ void multiply_all(const Parameters& p, const Room<Leaves>& room, char
       const Portion x =
           dense ? Portion{0, walk.portion() * kColumns, min(kColumns, p.tokens - walk.portion() * kColumns)}
                 : portion[walk.portion()];
-      // Of its columns: where their sums lie, and their weights.
-      float* to[2];
-      float weight[2];
+      Targets targets;
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const int column = lane / 4 + 8 * i;
-        to[i] = nullptr;
         if (column >= x.count) continue;
         const Assignment a =
             dense ? Assignment{0, (x.first + column) * kMostRows, 0} : assignment[x.first + column];
-        to[i] = sums + leaf * of_leaf + a.to + lane % 4 * 2, weight[i] = a.weight;
+        targets.sum[i] = sums + leaf * of_leaf + a.to + lane % 4 * 2, targets.weight[i] = a.weight;
       }
       Products products;
 #pragma unroll 1
@@ -322,20 +344,7 @@ __device__ void multiply_all(const Parameters& p, const Room<Leaves>& room, char
       if (kTurns && !dense && turn >= D::kGroups)
         wait_for(turns + ((set + D::kSets - D::kGroups) % D::kSets * D::kTogether + own) * 8,
                  (turn - D::kGroups) / D::kSets & 1);
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        if (!to[i]) continue;
-        float2 sum[kRowTiles];
-#pragma unroll
-        for (int n = 0; n < kRowTiles; n++) sum[n] = *reinterpret_cast<const float2*>(to[i] + n * 8);
-#pragma unroll
-        for (int n = 0; n < kRowTiles; n++) {
-          const float x = products.of[n][2 * i], y = products.of[n][2 * i + 1];
-          sum[n] = dense ? make_float2(x, y)
-                         : make_float2(fused(weight[i], x, sum[n].x), fused(weight[i], y, sum[n].y));
-          *reinterpret_cast<float2*>(to[i] + n * 8) = sum[n];
-        }
-      }
+      targets.take(products, dense);
       __syncwarp();
       if (kTurns && !dense && lane == 0) ptx::mbarrier_arrive(turns + warp * 8);
       walk.pass(D::kSets - 1);
@@ -419,6 +428,11 @@ inline void down(const DownArgs& a, const Dims& d, int tokens, const Bf16* dense
     p.hidden = d.hidden, p.inter = d.inter, p.moe_inter = d.moe_inter;
     const int fixed = Room<Leaves>(p).bytes, room = backend.shared_memory() - 1024;
     p.slots = least(kMostStages, (room - fixed) / Room<Leaves>(p).slot_bytes) / D::kSets;
+    if (p.slots < 1)
+      fail("TP_LIMIT",
+           "down of %d tokens and %d experts a token: a block has %d bytes of shared memory, its sums and "
+           "lists take %d; shorten --prefill-chunk or --batch-size",
+           tokens, d.top_k, room, fixed);
     backend.launch(down_few<Leaves>, dim3(static_cast<unsigned>((d.hidden + p.rows - 1) / p.rows)), kThreads,
                    static_cast<size_t>(Room<Leaves>(p).bytes), p);
   };
