@@ -212,7 +212,14 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) {
                : "r"(row)
                : "memory");
 }
-/// The same, every matrix transposed.
+/// Two of them, by the addresses of lanes 0 to 15.
+__device__ __forceinline__ void ldmatrix_x2(uint32_t& low, uint32_t& high, uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(low), "=r"(high)
+               : "r"(row)
+               : "memory");
+}
+/// Four, every matrix transposed.
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -16,10 +16,9 @@ namespace tp::cuda::grouped::few {
 
 constexpr int kWarps = 8;  // that multiply
 constexpr int kThreads = 32 * (kWarps + 2);
-constexpr int kColumns = 16;                          // of a portion
-constexpr int kLeastRows = 16, kMostRows = 24;        // of the output's columns, a block's
-constexpr int kChunk = 88, kChunkBytes = 2 * kChunk;  // of a leaf: what a stage has of it
-constexpr int kRowTiles = kMostRows / 8;
+constexpr int kColumns = 16;                           // of a portion
+constexpr int kLeastRows = 16, kMostRows = 24;         // of the output's columns, a block's
+constexpr int kChunk = 88, kChunkBytes = 2 * kChunk;   // of a leaf: what a stage has of it
 constexpr int kMostStages = 16;                        // of all rings
 constexpr uint64_t kEvictNormal = 0x1000000000000000;  // a cache policy, as createpolicy makes it
 
@@ -202,74 +201,75 @@ __device__ void bring_tokens(const Parameters& p, const Room<Leaves>& room, cons
 
 /// A leaf's chunk of both, as the tensor cores take it: pieces of 8 elements, two of them a step.
 struct Operands {
-  static constexpr int kSteps = kChunk / 16, kPieces = kChunk / 8;
-  static_assert(kPieces == 2 * kSteps + 1 && kPieces <= 12 && kRowTiles == 3);
-  uint32_t tokens[kSteps + 1][4], low[kSteps + 1][4], high[3][4];
+  static constexpr int kSteps = kChunk / 16;
+  static_assert(kChunk == 88 && kMostRows == 24 && kColumns == 16);
+  uint32_t tokens[2][3][4];  // columns 0 to 7 and 8 to 15, four pieces at a time
+  uint32_t low[kSteps][4];   // rows 0 to 15, a step at a time
+  uint32_t low_rest[2];      // their last piece
+  uint32_t high[3][4];       // rows 16 to 23, as the tokens
 
-  /// From the shared addresses of the leaf's first column and first row.
+  /// From the shared addresses of the leaf's first column and first row; `both`: more than 8 columns.
   __device__ __forceinline__ void load(uint32_t first_column, int column_pitch, uint32_t first_row,
-                                       int row_pitch) {
-    const int lane = threadIdx.x % 32, row = lane % 8, matrix = lane / 8;
-    // Columns 0 to 7, 8 to 15, and both of the next piece; rows 0 to 7, of the next piece, and rows 8 to 15.
-    const uint32_t a = first_column + lane % 16 * column_pitch,
-                   b = first_row + (matrix / 2 * 8 + row) * row_pitch;
-    // Rows 16 to 23 of four pieces.
-    const uint32_t c = first_row + (16 + row) * row_pitch + matrix * 16;
+                                       int row_pitch, bool both) {
+    const int row = threadIdx.x % 8, matrix = threadIdx.x % 32 / 8;
+    const uint32_t column = first_column + row * column_pitch + matrix * 16,
+                   above = first_row + (16 + row) * row_pitch + matrix * 16,
+                   below = first_row + (matrix % 2 * 8 + row) * row_pitch + matrix / 2 * 16;
 #pragma unroll
-    for (int step = 0; step < kSteps; step++) {
-      ptx::ldmatrix_x4(tokens[step], a + (2 * step + matrix / 2) * 16);
-      ptx::ldmatrix_x4(low[step], b + (2 * step + matrix % 2) * 16);
-      if (step % 2 == 0 && step < 4) ptx::ldmatrix_x4(high[step / 2], c + step * 32);
+    for (int i = 0; i < 3; i++) {
+      const int at = i * 64 - (i == 2 && matrix == 3 ? 16 : 0);  // there is no twelfth piece
+      ptx::ldmatrix_x4(tokens[0][i], column + at);
+      if (both) ptx::ldmatrix_x4(tokens[1][i], column + 8 * column_pitch + at);
+      ptx::ldmatrix_x4(high[i], above + at);
     }
-    // What is left: one piece, and of rows 16 to 23 three.
-    ptx::ldmatrix_x4(tokens[kSteps], a + 2 * kSteps * 16);
-    ptx::ldmatrix_x4(low[kSteps], b + 2 * kSteps * 16);
-    ptx::ldmatrix_x4(high[2], c + 8 * 16 - (matrix == 3 ? 16 : 0));
+#pragma unroll
+    for (int step = 0; step < kSteps; step++) ptx::ldmatrix_x4(low[step], below + step * 32);
+    ptx::ldmatrix_x2(low_rest[0], low_rest[1], below + kSteps * 32);
   }
 };
 
-/// A warp's products of one leaf: columns lane / 4 and lane / 4 + 8, rows 2 (lane % 4) of a tile and the
-/// next.
+/// A warp's products of one leaf, of columns 0 to 7 and 8 to 15: a lane has rows r = lane / 4 and r + 8, and
+/// of the second tile r + 16, of columns 2 (lane % 4) and the next.
 struct Products {
-  float of[kRowTiles][4] = {};
+  float low[2][4] = {}, high[2][4] = {};
 
-  __device__ __forceinline__ void add(const Operands& x) {
+  __device__ __forceinline__ void add(const Operands& x, bool both) {
 #pragma unroll
-    for (int step = 0; step < Operands::kSteps; step++) {
-      const auto &a = x.tokens[step], &b = x.low[step], &c = x.high[step / 2];
-      ptx::mma_m16n8k16(of[0], a[0], a[1], a[2], a[3], b[0], b[1]);
-      ptx::mma_m16n8k16(of[1], a[0], a[1], a[2], a[3], b[2], b[3]);
-      ptx::mma_m16n8k16(of[2], a[0], a[1], a[2], a[3], c[step % 2 * 2], c[step % 2 * 2 + 1]);
+    for (int n = 0; n < 2; n++) {
+      if (n > 0 && !both) continue;
+      const auto& b = x.tokens[n];
+#pragma unroll
+      for (int step = 0; step < Operands::kSteps; step++) {
+        const auto& a = x.low[step];
+        const int i = step / 2, j = step % 2 * 2;
+        ptx::mma_m16n8k16(low[n], a[0], a[1], a[2], a[3], b[i][j], b[i][j + 1]);
+        ptx::mma_m16n8k16(high[n], x.high[i][j], 0, x.high[i][j + 1], 0, b[i][j], b[i][j + 1]);
+      }
+      ptx::mma_m16n8k8(low[n], x.low_rest[0], x.low_rest[1], b[2][2]);
+      ptx::mma_m16n8k8(high[n], x.high[2][2], 0, b[2][2]);
     }
-    const auto &a = x.tokens[Operands::kSteps], &b = x.low[Operands::kSteps], &c = x.high[2];
-    ptx::mma_m16n8k8(of[0], a[0], a[1], b[0]);
-    ptx::mma_m16n8k8(of[1], a[0], a[1], b[2]);
-    ptx::mma_m16n8k8(of[2], a[0], a[1], c[2]);
   }
 };
 
-/// Where a lane's products go: the first sum of each of its two columns, null where there is no column, and
-/// the weight that the column's token gives the expert.
+/// Where a lane's products go: the sum of row lane / 4 of each of its columns, null where there is no column,
+/// and the weight that the column's token gives the expert.
 struct Targets {
-  float* sum[2] = {};
-  float weight[2];
+  float* sum[2][2] = {};
+  float weight[2][2];
 
   /// Adds an expert's; the dense MLP's are the first.
   __device__ __forceinline__ void take(const Products& products, bool dense) const {
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      if (!sum[i]) continue;
-      float2 before[kRowTiles];
+    for (int n = 0; n < 2; n++)
 #pragma unroll
-      for (int n = 0; n < kRowTiles; n++) before[n] = *reinterpret_cast<const float2*>(sum[i] + n * 8);
+      for (int i = 0; i < 2; i++) {
+        float* const to = sum[n][i];
+        if (!to) continue;
+        const float x[3] = {products.low[n][i], products.low[n][2 + i], products.high[n][i]};
+        const float before[3] = {to[0], to[8], to[16]};
 #pragma unroll
-      for (int n = 0; n < kRowTiles; n++) {
-        const float x = products.of[n][2 * i], y = products.of[n][2 * i + 1];
-        *reinterpret_cast<float2*>(sum[i] + n * 8) =
-            dense ? make_float2(x, y)
-                  : make_float2(fused(weight[i], x, before[n].x), fused(weight[i], y, before[n].y));
+        for (int m = 0; m < 3; m++) to[m * 8] = dense ? x[m] : fused(weight[n][i], x[m], before[m]);
       }
-    }
   }
 };
 
@@ -319,13 +319,15 @@ __device__ void multiply_all(const Parameters& p, const Room<Leaves>& room, char
                 : portion[walk.portion()];
       Targets targets;
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int column = lane / 4 + 8 * i;
+      for (int i = 0; i < 4; i++) {
+        const int column = i / 2 * 8 + lane % 4 * 2 + i % 2;
         if (column >= x.count) continue;
         const Assignment a =
             dense ? Assignment{0, (x.first + column) * kMostRows, 0} : assignment[x.first + column];
-        targets.sum[i] = sums + leaf * of_leaf + a.to + lane % 4 * 2, targets.weight[i] = a.weight;
+        targets.sum[i / 2][i % 2] = sums + leaf * of_leaf + a.to + lane / 4;
+        targets.weight[i / 2][i % 2] = a.weight;
       }
+      const bool both = x.count > 8;
       Products products;
 #pragma unroll 1
       for (int chunks = walk.chunks(); chunks > 0; chunks--, walk.next()) {
@@ -334,10 +336,10 @@ __device__ void multiply_all(const Parameters& p, const Room<Leaves>& room, char
         wait_for(full, walk.phase());
         Operands operands;
         operands.load(slot + room.weight_bytes + own * token_leaf, token_pitch, slot + own_weights,
-                      weights.pitch);
+                      weights.pitch, both);
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(full + 8);
-        products.add(operands);
+        products.add(operands, both);
       }
       // The experts before this one have been added.
       constexpr bool kTurns = D::kSets > D::kGroups;

@@ -75,6 +75,8 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
   struct Step {
     uint32_t a[kM][4], b[kN / 2][4];
   };
+  // Without Full only the pairs of column tiles that hold columns are multiplied, of one pair its first tile.
+  constexpr bool kOnePair = kN == 2;
   const auto load = [&]<bool Full>(Step& to, uint32_t stage, int chunk, int step, int pairs) {
     const bool half = step * 16 + 8 == Chunk;
 #pragma unroll
@@ -82,10 +84,14 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
       ptx::ldmatrix_x4(to.a[m],
                        a_row[m] + stage + R::weights_at(chunk) + at(2 * step + (half ? 0 : a_piece)));
 #pragma unroll
-    for (int pair = 0; pair < kN / 2; pair++)
-      if (Full || pair < pairs)
-        ptx::ldmatrix_x4(to.b[pair], b_row + stage + R::tokens_at(chunk) + pair * 16 * R::kPitch +
-                                         at(2 * step + (half ? 0 : b_piece)));
+    for (int pair = 0; pair < kN / 2; pair++) {
+      const uint32_t from =
+          b_row + stage + R::tokens_at(chunk) + pair * 16 * R::kPitch + at(2 * step + (half ? 0 : b_piece));
+      if (!Full && kOnePair)
+        ptx::ldmatrix_x2(to.b[0][0], to.b[0][1], from);
+      else if (Full || pair < pairs)
+        ptx::ldmatrix_x4(to.b[pair], from);
+    }
   };
   Walk walk;
   int slot = 0;
@@ -97,10 +103,10 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
     if (++slot > p.stages) slot = 0;
     const Part& part = p.part[x.part];
     const bool apart = part.leaf_stride != 0, sided = S::kTeams > 1 && part.teams > 1;
-    const int pairs = (x.count - first_column + 15) / 16;  // of column tiles that hold columns
+    const int tiles = (x.count - first_column + 7) / 8, pairs = (tiles + 1) / 2;  // that hold columns
     const int chunks = part.chunks, all_chunks = part.leaves * chunks,
               leaves = sided ? part.leaves / S::kTeams : part.leaves;
-    const bool takes_part = pairs > 0 && (sided ? team < all_chunks : team == 0);
+    const bool takes_part = tiles > 0 && (sided ? team < all_chunks : team == 0);
     float acc[kM][kN][4] = {};
     const auto write = [&](int leaf) {
     // A lane's sums: (row lane / 4, column 2 (lane % 4)), the next column, and the same of row + 8.
@@ -192,12 +198,13 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
 #pragma unroll
               for (int m = 0; m < kM; m++) {
                 const auto& a = now.a[m];
+                constexpr bool kBoth = Full || !kOnePair;
                 if (half) {
                   ptx::mma_m16n8k8(acc[m][2 * pair], a[0], a[1], b[0]);
-                  ptx::mma_m16n8k8(acc[m][2 * pair + 1], a[0], a[1], b[2]);
+                  if (kBoth) ptx::mma_m16n8k8(acc[m][2 * pair + 1], a[0], a[1], b[2]);
                 } else {
                   multiply(acc[m][2 * pair], a[0], a[1], a[2], a[3], b[0], b[1]);
-                  multiply(acc[m][2 * pair + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+                  if (kBoth) multiply(acc[m][2 * pair + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
                 }
               }
             }
@@ -210,7 +217,7 @@ __device__ void multiply_tiles(const Parameters& p, const Units<S>& units, char*
         }
       }
     };
-    if (takes_part && pairs >= kN / 2) {
+    if (takes_part && (kOnePair ? tiles > 1 : pairs >= kN / 2)) {
       multiply_unit.template operator()<true>();
     } else if (takes_part) {
       multiply_unit.template operator()<false>();

@@ -110,6 +110,11 @@ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) {
   LdmatrixOperands x{simt::shared_memory(row, 16), r};
   simt::collective(simt::Op::ldmatrix, ~0u, reinterpret_cast<uintptr_t>(&x));
 }
+inline void ldmatrix_x2(uint32_t& low, uint32_t& high, uint32_t row) {
+  uint32_t r[4];
+  ldmatrix_x4(r, row);
+  low = r[0], high = r[1];
+}
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row) {
   LdmatrixOperands x{simt::shared_memory(row, 16), r};
   simt::collective(simt::Op::ldmatrix_trans, ~0u, reinterpret_cast<uintptr_t>(&x));
