@@ -1,5 +1,6 @@
-// Dense sums are joined where they are made. An expert's leaves are written for every assignment; a second
-// kernel adds those of a token in the order of the experts' ids, leaf by leaf, and joins the leaves.
+// Down for any number of tokens: of few by down_few.cuh, of more as follows. Dense sums are joined where they
+// are made. An expert's leaves are written for every assignment; a second kernel adds those of a token in the
+// order of the experts' ids, leaf by leaf, and joins the leaves.
 #include "ops/cuda/grouped/down_few.cuh"
 #include "ops/cuda/grouped/parts.cuh"
 
