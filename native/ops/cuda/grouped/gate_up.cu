@@ -26,7 +26,7 @@ void multiply_as(const GateUpArgs& a, const Dims& d, int tokens, const Bf16* den
     p.part[p.parts++] = gated<S>(a.gate, a.up, d.inter, d.inter, 0, d.hidden, tokens, dense_in, a.dense_act);
   p.part[p.parts++] = gated<S>(a.expert_gate_up, a.expert_gate_up, d.moe_inter, d.experts * 2 * d.moe_inter,
                                d.moe_inter, d.hidden, 0, expert_in, a.expert_act);
-  p.once = tokens <= kFew;
+  p.once = tokens <= kFew;  // a tile's columns nearly always hold all tokens of an expert
   p.experts = d.experts;
   p.expert_start = a.expert_start;
   p.assignment = a.assignment;
