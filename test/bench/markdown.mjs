@@ -6,9 +6,6 @@ import { stageCells } from '../../dist/report/stages.js';
 /** Published for TP=2 on two H200 (vLLM PR #41379), ms a token, by batch size. */
 const PUBLISHED = { 1: 2.82, 4: 3.28, 8: 3.65 };
 
-/** Batch sizes whose stages have a table each; the raw samples have all. */
-const DETAILED = [1, 8];
-
 export function markdown(result, file) {
   const sections = [
     [result.decode, byBatch],
@@ -108,6 +105,7 @@ function byContext(contexts) {
   );
 }
 
+/** Of the first batch size and of 8; the raw samples have all. */
 function stages(runs) {
   const one = ({ run }, { batch, context, tpot_ms, stages: report }) => {
     const { headings, rows } = stageCells(report, tpot_ms.median * 1000);
@@ -118,7 +116,7 @@ function stages(runs) {
     );
   };
   const parts = byDegree(runs).flatMap((bench) =>
-    bench.rows.filter(({ batch }) => DETAILED.includes(batch)).map((row) => one(bench, row)),
+    bench.rows.filter(({ batch }, i) => i === 0 || batch === 8).map((row) => one(bench, row)),
   );
   return `## Where a step goes, on one rank\n\n${parts.join('\n')}`;
 }

@@ -157,4 +157,13 @@ describe('the page', () => {
     expect(rows[1].slice(9)).toEqual(['15 %', '2.82 |']);
     expect(rows[2].slice(9)).toEqual(['', ' |']);
   });
+
+  it('details the stages of the first batch size and of 8, whichever were timed', () => {
+    const { rows, ...others } = bench(2);
+    const timed = { ...others, rows: [2, 4, 8].map((batch) => ({ ...rows[0]!, batch })) };
+    const provenance = { cpu: 'x', cores: 1, os: 'linux', node: 'v20', cuda: '13.0', commit: 'abc' };
+    const result = { started: '2026-11-22', command: [], provenance, gpus: null, decode: [], ...empty };
+    const headings = markdown({ ...result, stages: [timed] }, 'raw.json').match(/^### .*$/gm);
+    expect(headings).toEqual(['### TP=2, batch 2, context 32', '### TP=2, batch 8, context 32']);
+  });
 });
