@@ -16,6 +16,19 @@ TP_INLINE float tree_sum(float* leaves, int count, int stride = 1) {
   return leaves[0];
 }
 
+/// Calls work.operator()<N>() for a count N of leaves, a power of two.
+template <class Work>
+void with_leaves(int count, Work&& work) {
+  if (count == 8)
+    work.template operator()<8>();
+  else if (count == 4)
+    work.template operator()<4>();
+  else if (count == 2)
+    work.template operator()<2>();
+  else
+    work.template operator()<1>();
+}
+
 /// Sum of exponentials of some logits, kept relative to their maximum: sum e^(x - max).
 struct ExpSum {
   float max;

@@ -75,8 +75,6 @@ template <class S>
 Part expert_part(const DownArgs& a, const Dims& d, const Bf16* act, float* sums, int first, int width) {
   Part p = part_of<S, 88>(a.expert_down, d.experts * d.hidden, d.moe_inter, d.leaves, 0, act, sums,
                           int64_t{d.leaves} * width);
-  p.box = box_of(width, S::kRows);
-  p.low = map_of<S, 88>(a.expert_down, int64_t{d.experts} * d.hidden, d.moe_inter, p.box);
   p.rows = width;
   p.all_rows = d.hidden;
   p.first_row = first;
@@ -86,20 +84,12 @@ Part expert_part(const DownArgs& a, const Dims& d, const Bf16* act, float* sums,
 
 void join(const DownArgs& a, const Dims& d, int tokens, const float* sums, const int* place, int first,
           int width, CudaBackend& backend) {
-  const auto as = [&]<int Leaves>() {
+  with_leaves(d.leaves, [&]<int Leaves>() {
     backend.launch(add_experts<Leaves>,
                    dim3(static_cast<unsigned>((width / 4 + kJoinThreads - 1) / kJoinThreads),
                         static_cast<unsigned>(tokens)),
                    kJoinThreads, 0, sums, place, a.route_weight, a.sum, d.top_k, first, width, d.hidden);
-  };
-  if (d.leaves == 8)
-    as.operator()<8>();
-  else if (d.leaves == 4)
-    as.operator()<4>();
-  else if (d.leaves == 2)
-    as.operator()<2>();
-  else
-    as.operator()<1>();
+  });
 }
 
 }  // namespace

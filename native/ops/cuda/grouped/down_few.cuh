@@ -8,8 +8,8 @@
 // one set of such warps; sets take portions by turns, and add their sums one after the other.
 #pragma once
 
-#include "ops/cuda/gemv.cuh"
 #include "ops/cuda/grouped/rows.h"
+#include "ops/cuda/grouped/units.cuh"
 #include "ops/cuda/matrix.h"
 
 namespace tp::cuda::grouped::few {
@@ -87,18 +87,12 @@ struct Room {
 
 /// Lists the experts' portions in the order of their ids; how many there are. starts: (E + 1). By one warp.
 __device__ inline int list_portions(const int* starts, int experts, Portion* to) {
-  const int lane = threadIdx.x % 32;
-  int done = 0;
-#pragma unroll 1
-  for (int e0 = 0; e0 < experts; e0 += 32) {
-    const int e = e0 + lane, start = starts[min(e, experts)], count = starts[min(e + 1, experts)] - start;
-    const int portions = (count + kColumns - 1) / kColumns;
-    const int end = done + sum_up_to_lane(portions);
-    for (int i = 0; i < portions; i++)
-      to[end - portions + i] = {e, start + i * kColumns, min(kColumns, count - i * kColumns)};
-    done = __shfl_sync(~0u, end, 31);
-  }
-  return done;
+  return number_experts(
+      starts, experts, 0, [](int count) { return (count + kColumns - 1) / kColumns; },
+      [&](int e, int start, int count, int first, int portions) {
+        for (int i = 0; i < portions; i++)
+          to[first + i] = {e, start + i * kColumns, min(kColumns, count - i * kColumns)};
+      });
 }
 
 /// The stages of a block in their order: of the dense MLP's portions, then of the experts', portion after
@@ -213,18 +207,18 @@ struct Operands {
                                        int row_pitch, bool both) {
     const int row = threadIdx.x % 8, matrix = threadIdx.x % 32 / 8;
     const uint32_t column = first_column + row * column_pitch + matrix * 16,
-                   above = first_row + (16 + row) * row_pitch + matrix * 16,
-                   below = first_row + (matrix % 2 * 8 + row) * row_pitch + matrix / 2 * 16;
+                   of_high = first_row + (16 + row) * row_pitch + matrix * 16,
+                   of_low = first_row + (matrix % 2 * 8 + row) * row_pitch + matrix / 2 * 16;
 #pragma unroll
     for (int i = 0; i < 3; i++) {
       const int at = i * 64 - (i == 2 && matrix == 3 ? 16 : 0);  // there is no twelfth piece
       ptx::ldmatrix_x4(tokens[0][i], column + at);
       if (both) ptx::ldmatrix_x4(tokens[1][i], column + 8 * column_pitch + at);
-      ptx::ldmatrix_x4(high[i], above + at);
+      ptx::ldmatrix_x4(high[i], of_high + at);
     }
 #pragma unroll
-    for (int step = 0; step < kSteps; step++) ptx::ldmatrix_x4(low[step], below + step * 32);
-    ptx::ldmatrix_x2(low_rest[0], low_rest[1], below + kSteps * 32);
+    for (int step = 0; step < kSteps; step++) ptx::ldmatrix_x4(low[step], of_low + step * 32);
+    ptx::ldmatrix_x2(low_rest[0], low_rest[1], of_low + kSteps * 32);
   }
 };
 
@@ -401,7 +395,7 @@ __global__ void __launch_bounds__(kThreads, 1) down_few(const __grid_constant__ 
 /// dense_act, expert_act: the activations as bfloat16, which a kernel in front of this one makes.
 inline void down(const DownArgs& a, const Dims& d, int tokens, const Bf16* dense_act, const Bf16* expert_act,
                  CudaBackend& backend) {
-  const auto as = [&]<int Leaves>() {
+  with_leaves(d.leaves, [&]<int Leaves>() {
     using D = Deal<Leaves>;
     Parameters p{};
     // Blocks of the same width, in as few rounds as can be.
@@ -437,15 +431,7 @@ inline void down(const DownArgs& a, const Dims& d, int tokens, const Bf16* dense
            tokens, d.top_k, room, fixed);
     backend.launch(down_few<Leaves>, dim3(static_cast<unsigned>((d.hidden + p.rows - 1) / p.rows)), kThreads,
                    static_cast<size_t>(Room<Leaves>(p).bytes), p);
-  };
-  if (d.leaves == 8)
-    as.template operator()<8>();
-  else if (d.leaves == 4)
-    as.template operator()<4>();
-  else if (d.leaves == 2)
-    as.template operator()<2>();
-  else
-    as.template operator()<1>();
+  });
 }
 
 }  // namespace tp::cuda::grouped::few

@@ -2,8 +2,6 @@
 // and the tiles in their order.
 #pragma once
 
-#include <algorithm>
-
 #include "ops/cuda/gemv.cuh"
 
 namespace tp::cuda::grouped {
@@ -131,6 +129,24 @@ struct Walk {
   }
 };
 
+/// Numbers what experts are cut into, expert after expert, from `done` on: one with `count` assignments into
+/// parts_of(count), of which put(expert, where its assignments start, count, first, parts) is told, also of
+/// experts beyond the last, which have none. starts: (E + 1). Returns the number behind the last. By one
+/// warp.
+template <class PartsOf, class Put>
+__device__ inline int number_experts(const int* starts, int experts, int done, PartsOf&& parts_of,
+                                     Put&& put) {
+#pragma unroll 1
+  for (int e0 = 0; e0 < experts; e0 += 32) {
+    const int e = e0 + threadIdx.x % 32, start = starts[min(e, experts)],
+              count = starts[min(e + 1, experts)] - start, parts = parts_of(count);
+    const int end = done + sum_up_to_lane(parts);
+    put(e, start, count, end - parts, parts);
+    done = __shfl_sync(~0u, end, 31);
+  }
+  return done;
+}
+
 /// All units of the kernel in their order: dense parts, then expert after expert; of a row tile all columns
 /// follow each other, so that its weights come from memory once.
 template <class S>
@@ -149,17 +165,14 @@ class Units {
   }
   /// By one warp; then the block meets.
   __device__ void count() const {
-    const int lane = threadIdx.x % 32;
-    int done = p_.dense_units;
-#pragma unroll 1
-    for (int e0 = 0; e0 < p_.experts; e0 += 32) {
-      const int e = e0 + lane, n = start_[min(e + 1, p_.experts)] - start_[min(e, p_.experts)];
-      const int units = (n + S::kColumns - 1) / S::kColumns * p_.part[p_.parts - 1].tiles;
-      const int end = done + sum_up_to_lane(units);
-      if (e < p_.experts) first_[e] = end - units;
-      done = __shfl_sync(~0u, end, 31);
-    }
-    if (lane == 0) first_[p_.experts] = done;
+    const auto units_of = [&](int count) {
+      return (count + S::kColumns - 1) / S::kColumns * p_.part[p_.parts - 1].tiles;
+    };
+    const int all =
+        number_experts(start_, p_.experts, p_.dense_units, units_of, [&](int e, int, int, int first, int) {
+          if (e < p_.experts) first_[e] = first;
+        });
+    if (threadIdx.x % 32 == 0) first_[p_.experts] = all;
   }
   __device__ int total() const { return first_[p_.experts]; }
   __device__ Unit unit(int u) const {
